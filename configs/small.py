@@ -1,0 +1,126 @@
+"""The whole job at small scale, from nothing: encoder, judge, decoder, statistics, DiT^DH on 32x32 shapes.
+
+    python -m rae_jax.main --config=configs/small.py --workdir=runs/small
+
+The weights that ship with the package were made by this config. Every other config starts from this one.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Every key there is, with the values of the small job."""
+    c = ConfigDict()
+    c.name = "small"  # eval/NAME.json
+    c.seed = 0
+    c.dtype = "float32"  # of matrix products: 'float32' or 'bfloat16'; parameters stay float32
+    c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
+    c.log_every = 20
+    c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
+
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that the others leave
+    c.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    c.data = _data()
+    c.encoder = _encoder()
+    c.judge = _judge()
+    c.decoder = _decoder()
+    c.discriminator = ConfigDict({"layers": (1, 3, 5)})  # blocks of the encoder whose tokens are judged
+    c.statistics = ConfigDict({"weights": "small", "batch_size": 250})
+    c.dit = _dit()
+    c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
+    c.guidance = ConfigDict({"method": "cfg", "scale": 1.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
+    c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 250, "probe": True, "shipped": False})
+    return c
+
+
+def _data():
+    return ConfigDict(
+        {
+            "source": "shapes",  # or 'image_folder'
+            "path": "",  # image_folder: a folder with one subfolder of images per class
+            "heldout_path": "",  # image_folder: the same for evaluation; empty: every 20th image of path
+            "image_size": 32,
+            "num_classes": 10,
+            "num_train": 50_000,  # shapes: how many there are
+            "num_heldout": 2_000,
+            "flip": False,  # random horizontal flips
+            "num_threads": 2,
+        }
+    )
+
+
+def _encoder():
+    return ConfigDict(
+        {
+            "weights": "small",  # where the weights come from if the stage is not run: 'small' or a folder
+            "width": 64,
+            "depth": 6,
+            "num_heads": 2,
+            "mlp_ratio": 4.0,
+            "patch_size": 4,
+            "num_registers": 4,
+            "mean": (0.5, 0.5, 0.5),  # of the encoder's input
+            "std": (0.25, 0.25, 0.25),
+            "train": _train(num_steps=5_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.5, label_weight=1.0),
+        }
+    )
+
+
+def _judge():
+    return ConfigDict(
+        {
+            "weights": "small",
+            "widths": (32, 64, 128),
+            "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
+        }
+    )
+
+
+def _decoder():
+    train = _train(num_steps=4_000, batch_size=64, learning_rate=1e-3)
+    train.noise_tau = 0.8
+    train.discriminator_start = 2_000  # step of the first discriminator update
+    train.adversarial_start = 2_500  # step from which the decoder tries to fool it
+    train.adversarial_weight = 0.75
+    return ConfigDict(
+        {"weights": "small", "width": 96, "depth": 4, "num_heads": 3, "hidden": 384, "patch_size": 4, "train": train}
+    )
+
+
+def _dit():
+    train = _train(num_steps=6_000, batch_size=64, learning_rate=1e-3, clip_norm=1.0, ema_decay=0.999)
+    train.time_mean = 0.0  # logit-normal distribution of training times
+    train.time_std = 1.0
+    train.label_dropout = 0.1
+    return ConfigDict(
+        {
+            "weights": "small",
+            "width": 96,
+            "depth": 6,
+            "num_heads": 3,
+            "head_width": 128,
+            "head_depth": 2,
+            "head_num_heads": 4,
+            "train": train,
+        }
+    )
+
+
+def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, **extra):
+    return ConfigDict(
+        {
+            "num_steps": num_steps,
+            "batch_size": batch_size,  # global
+            "learning_rate": learning_rate,
+            "final_learning_rate": learning_rate / 100,
+            "warmup_steps": 200,
+            "decay_start": 0,  # constant between the warm-up and this step
+            "decay": "cosine",  # or 'linear', down to the last step
+            "b1": 0.9,
+            "b2": 0.95,
+            "weight_decay": 0.0,
+            "clip_norm": clip_norm,  # 0: no clipping
+            "ema_decay": ema_decay,
+            **extra,
+        }
+    )

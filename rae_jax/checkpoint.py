@@ -1,0 +1,61 @@
+"""Checkpoints of a stage: its whole state and the position of its data iterator, through Orbax."""
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class Checkpoints:
+    """The checkpoints of one stage in `folder`/STEP; a context manager that ends with every write finished."""
+
+    def __init__(self, folder, *, keep):
+        self._folder = epath.Path(folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    @property
+    def latest(self):
+        """Newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, state, iterator):
+        """Write in the background; the state is copied first, the iterator's position is the one consumed."""
+        parts = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        self._manager.save(step, args=ocp.args.Composite(**parts))
+
+    def restore(self, step, abstract_state, iterator):
+        """The state, placed as `abstract_state` says; `iterator` is moved to its position."""
+        parts = {
+            "state": ocp.args.StandardRestore(abstract_state),
+            "data": grain.checkpoint.CheckpointRestore(iterator),
+        }
+        return self._manager.restore(step, args=ocp.args.Composite(**parts))["state"]
+
+
+def latest_step(folder):
+    """Newest whole checkpoint's step in a stage's folder, or None; creates nothing."""
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return None
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.latest_step()
+
+
+def restore_entries(folder, step, abstract):
+    """Some top-level entries of a stage's state; `abstract` holds just those, with shapes and shardings."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(
+            item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
+        )
+        return checkpointer.restore(epath.Path(folder) / str(step) / "state", args=args)
+
+
+def _restore_arg(leaf):
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)

@@ -1,0 +1,130 @@
+"""Checks of a config, before anything is computed or written: each mistake is one line that names the key and the mend."""
+
+import json
+import math
+
+from etils import epath
+
+from rae_jax import sharding
+from rae_jax.errors import UserError
+
+STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
+TRAINED = ("encoder", "judge", "decoder", "dit")
+
+# A workdir may be continued although these differ: nothing that was trained depends on them.
+FREE_KEYS = ("name", "log_every", "unroll", "mesh", "checkpoint", "sampler", "guidance", "evaluate", "data.num_threads")
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.source": ("shapes", "image_folder"),
+    "sampler.method": ("euler",),
+    "guidance.method": ("none", "cfg"),
+}
+_POSITIVE = (
+    "log_every checkpoint.every checkpoint.keep data.image_size data.num_classes data.num_train data.num_heldout "
+    "sampler.num_steps evaluate.num_images evaluate.batch_size statistics.batch_size"
+).split()
+
+
+def check(config, mesh):
+    """Raise UserError for the first value that cannot work."""
+    for key, choices in _CHOICES.items():
+        _require(_get(config, key) in choices, config, key, f"choose one of {', '.join(choices)}")
+    for name in config.stages:
+        _require(name in STAGES, config, "stages", f"choose from {', '.join(STAGES)}")
+    _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
+    for key in _POSITIVE:
+        _require(_get(config, key) > 0, config, key, "it must be positive")
+    for stage in TRAINED:
+        _check_training(config, f"{stage}.train", mesh)
+    for key in ("statistics.batch_size", "evaluate.batch_size"):
+        sharding.check_batch(_get(config, key), mesh, f"config.{key}")
+    _check_shapes(config)
+
+
+def check_workdir(config, workdir):
+    """Raise UserError where `workdir` holds the run of another config; nothing is written."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return
+    theirs = flatten(json.loads(path.read_text()))
+    ours = flatten(json.loads(config.to_json()))
+    for key in sorted(ours.keys() | theirs.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+        if not free and ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
+                f"take another --workdir, or set the key back"
+            )
+
+
+def save(config, workdir):
+    """Write config.json. Raises UserError where the workdir cannot be written."""
+    folder = epath.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to") from error
+
+
+def flatten(tree, prefix=""):
+    """Nested dicts -> {'a.b': value}."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+_ORDER = f"each at most once, in the order {', '.join(STAGES)}"
+
+
+def _check_training(config, section, mesh):
+    train = _get(config, section)
+    for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
+        _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
+    _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", "it must be at least 0 and below 1")
+    _require(train.decay in ("cosine", "linear"), config, f"{section}.decay", "choose cosine or linear")
+    sharding.check_batch(train.batch_size, mesh, f"config.{section}.batch_size")
+
+
+def _check_shapes(config):
+    size, patch = config.data.image_size, config.encoder.patch_size
+    _require(size % patch == 0, config, "data.image_size", f"it must be a multiple of config.encoder.patch_size={patch}")
+    grid = size // patch
+    _require(
+        config.decoder.patch_size * grid == size,
+        config,
+        "decoder.patch_size",
+        f"{size // grid} makes {size} px images from the {grid}x{grid} latent grid",
+    )
+    for section, width, heads, multiple in (
+        ("encoder", "width", "num_heads", 1),
+        ("decoder", "width", "num_heads", 1),
+        ("dit", "width", "num_heads", 4),  # rotary embedding turns pairs along two axes
+        ("dit", "head_width", "head_num_heads", 4),
+    ):
+        fits = config[section][width] % (multiple * config[section][heads]) == 0
+        mend = f"it must be a multiple of {multiple} times config.{section}.{heads}={config[section][heads]}"
+        _require(fits, config, f"{section}.{width}", mend)
+    for key in ("decoder.width", "dit.width"):
+        _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
+    for layer in config.discriminator.layers:
+        _require(0 <= layer < config.encoder.depth, config, "discriminator.layers", "they are encoder blocks, from 0")
+    guidance = config.guidance
+    _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
+    _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
+
+
+def _require(condition, config, key, mend):
+    if not condition:
+        raise UserError(f"config.{key}={_get(config, key)!r} cannot work: {mend}")
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config

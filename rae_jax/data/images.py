@@ -1,0 +1,64 @@
+"""Images from disk: decoding, cropping, and a folder of class folders as a random-access source."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from rae_jax.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+HELDOUT_EVERY = 20  # of a folder without a held-out folder beside it, every so many-th image is held out
+
+
+def centre_crop(image, size):
+    """ADM's crop of a PIL image: halve with a box filter, then bicubic to the short side, then the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def read_image(path, size):
+    """Decode a JPEG or PNG file and crop it: uint8 [size, size, 3]. Raises UserError naming a bad file."""
+    try:
+        with Image.open(path) as image:
+            return centre_crop(image.convert("RGB"), size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path} ({error}): mend or remove it") from error
+
+
+class ImageFolder:
+    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from `path/CLASS/*.jpg|png`.
+
+    Classes are the subfolders in alphabetical order. Without `heldout_path`, every 20th image is held out.
+    Raises UserError where there is no folder, no class in it or no image.
+    """
+
+    def __init__(self, *, path, heldout_path, split, image_size):
+        folder = Path(heldout_path if split == "heldout" and heldout_path else path)
+        key = "config.data.heldout_path" if folder == Path(heldout_path or "/") else "config.data.path"
+        if not str(path) or not folder.is_dir():
+            raise UserError(f"{key}={str(folder)!r} is not a folder: name a folder with one subfolder of images per class")
+        self.class_names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+        files = [
+            (file, label)
+            for label, name in enumerate(self.class_names)
+            for file in sorted((folder / name).iterdir())
+            if file.suffix.lower() in SUFFIXES
+        ]
+        if not heldout_path:
+            files = [f for i, f in enumerate(files) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
+        if not files:
+            raise UserError(f"{key}={str(folder)!r} holds no images: put .jpg or .png files into one subfolder per class")
+        self._files = files
+        self._size = image_size
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        file, label = self._files[index]
+        return {"image": read_image(file, self._size), "label": np.int32(label)}

@@ -1,0 +1,99 @@
+"""What a run says: metrics as JSON lines, TensorBoard where TensorFlow is, progress on the terminal."""
+
+import json
+import sys
+import time
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
+
+
+class Metrics:
+    """Appends to metrics/STAGE.jsonl; lines after `step`, left by a run that went further, are dropped first."""
+
+    def __init__(self, workdir, stage, *, step):
+        self._active = jax.process_index() == 0
+        self._path = epath.Path(workdir) / "metrics" / f"{stage}.jsonl"
+        self._tensorboard = None
+        if not self._active:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read(self._path) if row["step"] <= step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._tensorboard = _tensorboard(epath.Path(workdir) / "tensorboard" / stage)
+
+    def write(self, step, values):
+        """One line: `step`, then the numbers by name."""
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, values)
+
+
+def read(path):
+    """The rows of a metrics file; a line cut off by a crash ends it."""
+    path = epath.Path(path)
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """Steps done, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, name, *, total, start=0, unit="step"):
+        self._show = jax.process_index() == 0
+        self._name, self._total, self._start, self._unit = name, total, start, unit
+        self._done, self._began, self._said = start, time.monotonic(), time.monotonic()
+        self._bar = None
+        if self._show and sys.stderr.isatty():
+            self._bar = tqdm(desc=name, total=total, initial=start, unit=unit, dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._bar:
+            self._bar.close()
+        elif self._show and self._done > self._start:
+            self._line()
+
+    def update(self, done, note=""):
+        """`done` of the total are done."""
+        self._done = done
+        if self._bar:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif self._show and time.monotonic() - self._said > PLAIN_LINE_EVERY:
+            self._said = time.monotonic()
+            self._line(note)
+
+    def _line(self, note=""):
+        rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
+        left = tqdm.format_interval((self._total - self._done) / rate)
+        say(f"{self._name}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left  {note}".rstrip())
+
+
+def say(text):
+    """A line for the person at the terminal; results go to standard output, this goes to standard error."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _tensorboard(folder):
+    try:
+        from clu import metric_writers
+    except ImportError:  # clu's writers need TensorFlow, which is an extra
+        return None
+    return metric_writers.SummaryWriter(str(folder))

@@ -1,0 +1,71 @@
+"""The command line: flags -> config -> mode.
+
+    python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
+"""
+
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from rae_jax import modes, sharding
+from rae_jax import config as config_lib
+from rae_jax.errors import UserError
+from rae_jax.train import InterruptedRun
+
+MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
+INTERRUPTED = 130  # exit status after a signal: everything is saved, the same command goes on
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
+_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
+flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
+flags.DEFINE_integer("num_images", 80, "sample: how many.")
+flags.DEFINE_integer("label", None, "sample: a single class; all classes in turn by default.")
+flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def run(argv):
+    """Run one mode; a user's mistake ends as one line and exit status 2."""
+    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
+    if len(argv) > 1:
+        _fail(f"unknown argument {argv[1]!r}: flags look like --name=value")
+    try:
+        config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+        mesh = sharding.make_mesh(config.mesh)
+        config_lib.check(config, mesh)
+        config_lib.check_workdir(config, workdir)
+        MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+    except UserError as error:
+        if flags.FLAGS.debug:
+            raise
+        _fail(str(error))
+    except InterruptedRun as stop:
+        print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _parse(argv):
+    """absl's parser, with ml_collections' complaints about a config key as one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(_first_line(error))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _fail(f"in --config: {_first_line(error)}")
+
+
+def _first_line(error):
+    return str(error).strip().replace("\n", " ")
+
+
+def _fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(run, flags_parser=_parse)

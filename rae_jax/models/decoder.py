@@ -1,0 +1,62 @@
+"""ViT decoder: latents to pixels (the decoder of MAE without its mask tokens)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rae_jax.models.layers import Attention, Mlp, scan_blocks, sincos_2d, unpatchify
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    num_heads: int
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(x, name):
+            return nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32, name=name)(x).astype(self.dtype)
+
+        x = x + Attention(self.num_heads, dtype=self.dtype, name="attention")(norm(x, "norm1"))
+        x = x + Mlp(self.hidden, dtype=self.dtype, name="mlp")(norm(x, "norm2"))
+        return x, None
+
+
+class Decoder(nn.Module):
+    """Latents [B, h, w, D] -> features and pixels; the pixels still lack the encoder's std and mean."""
+
+    width: int
+    depth: int
+    num_heads: int
+    hidden: int
+    patch_size: int
+    dtype: jnp.dtype = jnp.float32
+    unroll: bool = False
+
+    def setup(self):
+        self.embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=_INIT)
+        self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width))
+        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=0)
+        self.blocks = blocks(self.num_heads, self.hidden, self.dtype)
+        self.norm = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32)
+        self.pred = nn.Dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
+
+    def __call__(self, latents):
+        """Pixels [B, h * p, w * p, 3]."""
+        return self.pixels(self.features(latents), latents.shape[1:3])
+
+    def features(self, latents):
+        """The input of the last linear layer, [B, h * w, width]."""
+        batch, height, width, _ = latents.shape
+        x = self.embed(latents.reshape(batch, height * width, -1).astype(self.dtype))
+        x = x + sincos_2d(height, width, self.width).astype(self.dtype)
+        cls = jnp.broadcast_to(self.cls_token, (batch, 1, self.width)).astype(self.dtype)
+        x, _ = self.blocks(jnp.concatenate([cls, x], axis=1))
+        return self.norm(x)[:, 1:].astype(self.dtype)
+
+    def pixels(self, features, grid):
+        """The last linear layer, its patches laid on the grid (h, w)."""
+        return unpatchify(self.pred(features).astype(jnp.float32), *grid, self.patch_size)

@@ -1,0 +1,142 @@
+"""Layers that the encoders, the decoder and the diffusion transformers share.
+
+Parameters are float32; matrix products run in `dtype`; norms, softmax and angles in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+def torch_linear(features, fan_in, *, dtype, name=None):
+    """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = fan_in**-0.5
+
+    def uniform(key, shape, param_dtype=jnp.float32):
+        return jax.random.uniform(key, shape, param_dtype, -bound, bound)
+
+    return nn.Dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B, N, D] with one fused qkv product."""
+
+    num_heads: int
+    qk_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    torch_init: bool = False
+
+    @nn.compact
+    def __call__(self, x, rope=None):
+        width = x.shape[-1]
+        qkv = _dense(self, 3 * width, width, "qkv")(x)  # [B, N, 3D]
+        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in jnp.split(qkv, 3, -1))  # each [B, N, H, K]
+        if self.qk_norm:
+            q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (a.astype(self.dtype) for a in (q, k, v))
+        x = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        return _dense(self, width, width, "proj")(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=False))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP of hidden size int(2/3 * ratio * D): w3(silu(w1 x) * w2 x), w1 and w2 fused."""
+
+    ratio: float = 4.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        hidden = int(2 / 3 * self.ratio * width)
+        gate, value = jnp.split(torch_linear(2 * hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        return torch_linear(width, hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
+
+
+def rms_norm(name):
+    """x / rms(x) with a learned scale, in float32."""
+    return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+
+
+def _dense(module, features, fan_in, name):
+    if module.torch_init:
+        return torch_linear(features, fan_in, dtype=module.dtype, name=name)
+    return nn.Dense(features, dtype=module.dtype, name=name)
+
+
+def rope_2d(height, width, head_dim):
+    """Angles [height * width, head_dim] of 2-D rotary embedding at integer positions, row by row.
+
+    The first half of a head turns with the row, the second with the column; each frequency turns one
+    interleaved pair of channels.
+    """
+    half = head_dim // 2
+    frequencies = np.repeat(10000.0 ** -(np.arange(0, half, 2) / half), 2)  # [head_dim / 2]
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    angles = np.stack([rows, columns], -1).reshape(-1, 2, 1) * frequencies
+    return jnp.asarray(angles.reshape(height * width, head_dim), jnp.float32)
+
+
+def rotate(x, angles):
+    """Turn interleaved channel pairs (a, b) of x [B, N, H, K] by angles [N, K], in float32."""
+    x = x.astype(jnp.float32)
+    a, b = x[..., 0::2], x[..., 1::2]
+    turned = jnp.stack([-b, a], -1).reshape(x.shape)
+    return x * jnp.cos(angles)[:, None] + turned * jnp.sin(angles)[:, None]
+
+
+def sincos_2d(height, width, dim):
+    """Fixed sin-cos position embedding [height * width, dim]: columns in the first half, rows in the second."""
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    parts = []
+    for position in (columns, rows):
+        angles = position.reshape(-1, 1) * frequencies
+        parts += [np.sin(angles), np.cos(angles)]
+    return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
+
+
+def scan_blocks(block, *, depth, unroll, broadcast):
+    """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
+
+    `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
+    The outputs come back stacked. Unrolled or not, the parameters are the same.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * broadcast,
+        length=depth,
+        unroll=depth if unroll else 1,
+    )
+
+
+def patchify(images, patch_size):
+    """[B, H, W, C] -> [B, N, p * p * C], tokens row by row."""
+    b, height, width, c = images.shape
+    p = patch_size
+    x = images.reshape(b, height // p, p, width // p, p, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (height // p) * (width // p), p * p * c)
+
+
+def unpatchify(tokens, height, width, patch_size):
+    """[B, height * width, p * p * C] -> [B, height * p, width * p, C]: patchify undone."""
+    b, p = tokens.shape[0], patch_size
+    x = tokens.reshape(b, height, width, p, p, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height * p, width * p, -1)

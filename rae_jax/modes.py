@@ -1,0 +1,118 @@
+"""What the command line can do: train, evaluate, sample, reconstruct."""
+
+import json
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from rae_jax import build, evaluate as evaluation
+from rae_jax import config as config_lib
+from rae_jax import generate, logs, pictures, reconstruct as reconstruction, report
+from rae_jax.checkpoint import latest_step
+from rae_jax.errors import UserError
+from rae_jax.train import fit
+
+
+def train(config, workdir, mesh, flags):
+    """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
+    config_lib.save(config, workdir)
+    build.source(config, "train"), build.source(config, "heldout")  # a mistake in the data shows at once
+    results, name = {}, f"{config.name}.json"
+    if config.evaluate.shipped:
+        logs.say("the shipped weights, as they are:")
+        results = _measure(config, _shipped(config, mesh), mesh, workdir, "shipped")
+        _write_results(workdir, name, results)
+    for stage_name in config.stages:
+        _run_stage(config, stage_name, workdir, mesh)
+    parts = {part: build.load(config, part, workdir, mesh) for part in build.FROZEN}
+    prefix = "trained" if config.evaluate.shipped else ""
+    trained = _measure(config, parts, mesh, workdir, prefix)
+    results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
+    _write_results(workdir, name, results)
+    print(f"pictures: {workdir / 'samples'}")
+    print(f"report:   {report.write_report(workdir)}")
+
+
+def evaluate(config, workdir, mesh, flags):
+    """Metrics of the newest checkpoint, or of --step, printed and written to eval/."""
+    parts = {part: build.load(config, part, workdir, mesh, step=flags.step) for part in build.FROZEN}
+    results = _measure(config, parts, mesh, workdir, "")
+    suffix = "" if flags.step is None else f"_{flags.step}"
+    _write_results(workdir, f"{config.name}{suffix}.json", results)
+
+
+def sample(config, workdir, mesh, flags):
+    """Class-conditional images: a picture grid, single PNGs, and an ADM-style npz."""
+    classes = config.data.num_classes
+    if flags.num_images < 1:
+        raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
+    if flags.label is not None and not 0 <= flags.label < classes:
+        raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
+    parts = {part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")}
+    labels = generate.class_balanced(flags.num_images, classes)
+    if flags.label is not None:
+        labels = np.full(flags.num_images, flags.label)
+    images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
+    folder = workdir / "samples" / "images"
+    for i, image in enumerate(images):
+        pictures.save(folder / f"{i:06d}.png", image)
+    with (workdir / "samples" / "samples.npz").open("wb") as file:
+        np.savez(file, arr_0=images, labels=labels)
+    pictures.save(workdir / "samples" / "sampled.png", pictures.grid(images, min(len(images), 10)))
+    print(f"picture: {workdir / 'samples' / 'sampled.png'}")
+
+
+def reconstruct(config, workdir, mesh, flags):
+    """Encode and decode images from files: pairs side by side, and metrics."""
+    if flags.images is None:
+        raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
+    parts = {part: build.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
+    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images))
+    pictures.save(workdir / "samples" / "reconstructed.png", picture)
+    _write_results(workdir, "reconstruct.json", results)
+    print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
+
+
+def _run_stage(config, name, workdir, mesh):
+    stage = build.stage(config, name, workdir, mesh)
+    if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
+        logs.say(f"{name}: done before")
+        return
+    began = time.monotonic()
+    fit(
+        stage,
+        workdir=workdir,
+        mesh=mesh,
+        key=jax.random.key(build.stage_seed(config, name)),
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
+    )
+    logs.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+
+def _shipped(config, mesh):
+    """All parts as config names them, whatever the workdir holds."""
+    with config.unlocked():
+        untrained = config.copy_and_resolve_references()
+    untrained.stages = ()
+    return {part: build.load(untrained, part, "", mesh) for part in build.FROZEN}
+
+
+def _measure(config, parts, mesh, workdir, name):
+    began = time.monotonic()
+    results, shown = evaluation.evaluate(config, parts, mesh)
+    for kind, picture in shown.items():
+        pictures.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
+    return {**results, "seconds": time.monotonic() - began}
+
+
+def _write_results(workdir, name, results):
+    path = workdir / "eval" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    width = max(map(len, results))
+    for key, value in results.items():
+        print(f"{key:{width}}  {value:.4f}")

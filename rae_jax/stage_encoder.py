@@ -1,0 +1,54 @@
+"""Pre-training of the small encoder: see every detail, and know what it shows.
+
+Two objectives on the same tokens, summed. Pixels: each token must give back its own patch through one linear
+layer, although noise was added to it; this keeps colour and edges in the latents, spread so that they survive
+noise. Labels: the mean token must name the class through one linear layer; at this size and in minutes, nothing
+else gives the latents meaning (masked autoencoding alone reached a linear probe of 0.3 in the same time).
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from rae_jax import optim, rae
+from rae_jax.models.layers import patchify
+
+
+def make(*, autoencoder, patch_size, num_classes, image_size, train):
+    """Returns (init, step) of this stage; `train` is the config section encoder.train."""
+    optimiser = optim.adamw(train)
+    pixel_head = nn.Dense(3 * patch_size**2)
+    class_head = nn.Dense(num_classes)
+
+    def init(key):
+        keys = jax.random.split(key, 3)
+        images = jnp.zeros((1, image_size, image_size, 3))
+        encoder = autoencoder.encoder.init(keys[0], images)["params"]
+        tokens = jnp.zeros((1, 1, autoencoder.encoder.width))
+        params = {
+            "encoder": encoder,
+            "pixels": pixel_head.init(keys[1], tokens)["params"],
+            "classes": class_head.init(keys[2], tokens[0])["params"],
+        }
+        return optim.init_state(params, optimiser)
+
+    def loss(params, images, labels, key):
+        latents = autoencoder.encode(params["encoder"], images)
+        noisy = rae.add_noise(latents, key, train.noise_tau)
+        noisy = noisy.reshape(noisy.shape[0], -1, noisy.shape[-1])
+        target = patchify(rae.normalise_image(images, autoencoder.mean, autoencoder.std), patch_size)
+        pixels = jnp.abs(pixel_head.apply({"params": params["pixels"]}, noisy) - target).mean()
+        logits = class_head.apply({"params": params["classes"]}, latents.mean((1, 2)))
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        accuracy = (logits.argmax(-1) == labels).mean()
+        total = pixels + train.label_weight * cross_entropy
+        return total, {"loss": total, "pixels": pixels, "cross_entropy": cross_entropy, "accuracy": accuracy}
+
+    def step(state, frozen, batch, key):
+        images = rae.to_float(batch["image"])
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], images, batch["label"], key)
+        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train.ema_decay)
+        return state, metrics
+
+    return init, step

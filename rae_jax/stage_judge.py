@@ -1,0 +1,29 @@
+"""Training of the judge: a classifier that sees real images only and later names the generated ones."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rae_jax import optim, rae
+
+
+def make(*, judge, image_size, train):
+    """Returns (init, step) of this stage; `train` is the config section judge.train."""
+    optimiser = optim.adamw(train)
+
+    def init(key):
+        params = judge.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+        return optim.init_state(params, optimiser)
+
+    def loss(params, images, labels):
+        logits = judge.apply({"params": params}, images)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return cross_entropy, {"loss": cross_entropy, "accuracy": (logits.argmax(-1) == labels).mean()}
+
+    def step(state, frozen, batch, key):
+        images = rae.to_float(batch["image"])
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], images, batch["label"])
+        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train.ema_decay)
+        return state, metrics
+
+    return init, step

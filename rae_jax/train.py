@@ -1,0 +1,150 @@
+"""The training loop, the same for every stage: restore, step, log, save. It knows no loss and no model."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+
+import jax
+from clu import parameter_overview
+
+from rae_jax import checkpoint, logs, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the loop needs of a stage.
+
+    `step(state, frozen, batch, key) -> (state, metrics)` is pure; `state` holds 'step', the number of steps done,
+    and is all that is checkpointed. `frozen` is neither trained nor saved.
+    """
+
+    name: str
+    init: Callable
+    step: Callable
+    frozen: dict
+    batches: object  # Grain dataset of this process's part of each global batch
+    batch_size: int
+    num_steps: int
+
+
+class InterruptedRun(Exception):
+    """A signal ended the run after a checkpoint was written."""
+
+
+def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep):
+    """Bring `stage` to its last step, from its newest checkpoint if it has one.
+
+    The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Raises
+    InterruptedRun after a first SIGINT or SIGTERM; a second one stops at once.
+    """
+    shapes = jax.eval_shape(stage.init, key)
+    placed = sharding.shardings(shapes, mesh)
+    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+    frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
+    iterator = iter(stage.batches)
+
+    folder = workdir / "checkpoints" / stage.name
+    with checkpoint.Checkpoints(folder, keep=keep) as checkpoints, _Signals() as signals:
+        start = checkpoints.latest
+        if start is None:
+            start, state = 0, jax.jit(stage.init, out_shardings=placed)(key)
+        else:
+            state = checkpoints.restore(start, abstract, iterator)
+            logs.say(f"{stage.name}: going on from step {start}")
+        if start == 0 and "params" in shapes:
+            logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
+        metrics_file = logs.Metrics(workdir, stage.name, step=start)
+        step_fn = _compiled_step(stage, placed, mesh)
+
+        clock = _Clock(stage.batch_size)
+        with logs.Progress(stage.name, total=stage.num_steps, start=start) as progress:
+            for step in range(start + 1, stage.num_steps + 1):
+                with clock.waiting():
+                    batch = sharding.put_batch(next(iterator), mesh)
+                state, metrics = step_fn(state, frozen, batch, key)
+                clock.tick(metrics)
+                last = step == stage.num_steps
+                if step % log_every == 0 or last:
+                    metrics = jax.device_get(metrics)
+                    metrics_file.write(step, {**metrics, **clock.read()})
+                    progress.update(step, _note(metrics))
+                if step % checkpoint_every == 0 or last or signals.received:
+                    checkpoints.save(step, state, iterator)
+                if signals.received and not last:
+                    raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
+
+
+def _compiled_step(stage, placed, mesh):
+    def step(state, frozen, batch, key):
+        return stage.step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+
+    return jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def _note(metrics):
+    return " ".join(f"{name} {float(value):.4g}" for name, value in list(metrics.items())[:3])
+
+
+class _Clock:
+    """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more."""
+
+    def __init__(self, batch_size):
+        self._batch_size = batch_size
+        self._previous = None
+        self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
+
+    def waiting(self):
+        return _Stopwatch(self)
+
+    def add(self, seconds):
+        self._waited += seconds
+
+    def tick(self, metrics):
+        if self._previous is not None:
+            jax.block_until_ready(self._previous)
+        self._previous = metrics
+        self._steps += 1
+
+    def read(self):
+        """Rates since the last reading."""
+        elapsed = time.monotonic() - self._began
+        rates = {
+            "perf/steps_per_second": self._steps / elapsed,
+            "perf/images_per_second": self._steps * self._batch_size / elapsed,
+            "perf/data_wait": self._waited / elapsed,
+        }
+        self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
+        return rates
+
+
+class _Stopwatch:
+    def __init__(self, clock):
+        self._clock = clock
+
+    def __enter__(self):
+        self._began = time.monotonic()
+
+    def __exit__(self, *_):
+        self._clock.add(time.monotonic() - self._began)
+
+
+class _Signals:
+    """Remembers the first SIGINT or SIGTERM; hands the second one to whoever handled them before."""
+
+    def __enter__(self):
+        self.received = False
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _handle(self, number, frame):
+        self.received = True
+        self._restore()
+        logs.say("stopping after this step and a checkpoint; once more to stop at once")
+
+    def _restore(self):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
