@@ -24,7 +24,7 @@ def get_config():
     c.encoder = _encoder()
     c.judge = _judge()
     c.decoder = _decoder()
-    c.discriminator = ConfigDict({"layers": (1, 3, 5)})  # blocks of the encoder whose tokens are judged
+    c.discriminator = ConfigDict({"layers": (1, 3)})  # blocks of the encoder whose tokens are judged
     c.statistics = ConfigDict({"weights": "small", "batch_size": 250})
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
@@ -61,7 +61,9 @@ def _encoder():
             "num_registers": 4,
             "mean": (0.5, 0.5, 0.5),  # of the encoder's input
             "std": (0.25, 0.25, 0.25),
-            "train": _train(num_steps=5_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.5, label_weight=1.0),
+            "train": _train(
+                num_steps=3_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.5, label_weight=1.0
+            ),
         }
     )
 
@@ -71,16 +73,16 @@ def _judge():
         {
             "weights": "small",
             "widths": (32, 64, 128),
-            "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
+            "train": _train(num_steps=1_000, batch_size=64, learning_rate=2e-3),
         }
     )
 
 
 def _decoder():
-    train = _train(num_steps=4_000, batch_size=64, learning_rate=1e-3)
+    train = _train(num_steps=2_500, batch_size=64, learning_rate=1e-3)
     train.noise_tau = 0.8
-    train.discriminator_start = 2_000  # step of the first discriminator update
-    train.adversarial_start = 2_500  # step from which the decoder tries to fool it
+    train.discriminator_start = 1_700  # step of the first discriminator update
+    train.adversarial_start = 1_900  # step from which the decoder tries to fool it
     train.adversarial_weight = 0.75
     return ConfigDict(
         {"weights": "small", "width": 96, "depth": 4, "num_heads": 3, "hidden": 384, "patch_size": 4, "train": train}
@@ -88,7 +90,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=6_000, batch_size=64, learning_rate=1e-3, clip_norm=1.0, ema_decay=0.999)
+    train = _train(num_steps=4_000, batch_size=64, learning_rate=1e-3, clip_norm=1.0)
     train.time_mean = 0.0  # logit-normal distribution of training times
     train.time_std = 1.0
     train.label_dropout = 0.1
@@ -96,7 +98,7 @@ def _dit():
         {
             "weights": "small",
             "width": 96,
-            "depth": 6,
+            "depth": 4,
             "num_heads": 3,
             "head_width": 128,
             "head_depth": 2,

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh, test.sh and .ci/run, from the repository root.
 # PYTHON names the interpreter that makes .venv; a .venv that is there keeps the one it has.
 

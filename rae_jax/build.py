@@ -77,9 +77,7 @@ def source(config, split):
             num_images = {"train": data.num_train, "heldout": data.num_heldout}[split]
             found = Shapes(split=split, num_images=num_images, image_size=data.image_size, seed=config.seed)
         case "image_folder":
-            found = ImageFolder(
-                path=data.path, heldout_path=data.heldout_path, split=split, image_size=data.image_size
-            )
+            found = ImageFolder(path=data.path, heldout_path=data.heldout_path, split=split, image_size=data.image_size)
         case other:
             raise ValueError(f"unknown data source {other!r}")
     if len(found.class_names) != data.num_classes:

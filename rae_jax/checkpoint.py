@@ -42,10 +42,7 @@ class Checkpoints:
 def latest_step(folder):
     """Newest whole checkpoint's step in a stage's folder, or None; creates nothing."""
     folder = epath.Path(folder)
-    if not folder.is_dir():
-        return None
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        return manager.latest_step()
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
 
 
 def restore_entries(folder, step, abstract):

@@ -1,4 +1,7 @@
-"""Checks of a config, before anything is computed or written: each mistake is one line that names the key and the mend."""
+"""Checks of a config, before anything is computed or written.
+
+Each mistake is one line that names the key and the mend.
+"""
 
 import json
 import math
@@ -21,9 +24,22 @@ _CHOICES = {
     "guidance.method": ("none", "cfg"),
 }
 _POSITIVE = (
-    "log_every checkpoint.every checkpoint.keep data.image_size data.num_classes data.num_train data.num_heldout "
-    "sampler.num_steps evaluate.num_images evaluate.batch_size statistics.batch_size"
-).split()
+    *("log_every", "checkpoint.every", "checkpoint.keep"),
+    *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
+    *("sampler.num_steps", "evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
+)
+    "log_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "data.image_size",
+    "data.num_classes",
+    "data.num_train",
+    "data.num_heldout",
+    "sampler.num_steps",
+    "evaluate.num_images",
+    "evaluate.batch_size",
+    "statistics.batch_size",
+]
 
 
 def check(config, mesh):
@@ -45,7 +61,7 @@ def check(config, mesh):
 def check_workdir(config, workdir):
     """Raise UserError where `workdir` holds the run of another config; nothing is written."""
     path = epath.Path(workdir) / "config.json"
-    if not path.exists():
+    if not path.exists() or not (epath.Path(workdir) / "checkpoints").exists():
         return
     theirs = flatten(json.loads(path.read_text()))
     ours = flatten(json.loads(config.to_json()))
@@ -65,7 +81,9 @@ def save(config, workdir):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to") from error
+        raise UserError(
+            f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to"
+        ) from error
 
 
 def flatten(tree, prefix=""):
@@ -93,7 +111,9 @@ def _check_training(config, section, mesh):
 
 def _check_shapes(config):
     size, patch = config.data.image_size, config.encoder.patch_size
-    _require(size % patch == 0, config, "data.image_size", f"it must be a multiple of config.encoder.patch_size={patch}")
+    _require(
+        size % patch == 0, config, "data.image_size", f"it must be a multiple of config.encoder.patch_size={patch}"
+    )
     grid = size // patch
     _require(
         config.decoder.patch_size * grid == size,

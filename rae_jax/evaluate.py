@@ -44,7 +44,9 @@ def class_grid(images, labels, names, *, scale=3):
     """Picture with a row of images for each class."""
     rows = [images[labels == c][:SHOWN_PER_CLASS] for c in range(len(names))]
     columns = min(len(row) for row in rows)
-    return pictures.with_captions(pictures.grid(np.concatenate([r[:columns] for r in rows]), columns), names, scale=scale)
+    return pictures.with_captions(
+        pictures.grid(np.concatenate([r[:columns] for r in rows]), columns), names, scale=scale
+    )
 
 
 class _Images:
@@ -87,9 +89,7 @@ class _Pass:
 
     def run(self, source):
         config = self._config
-        batches = pipeline.one_pass(
-            source, batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads
-        )
+        batches = pipeline.one_pass(source, batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)
         looks = []
         with logs.Progress("look", total=len(source), unit="image") as progress:
             for batch in batches:
@@ -116,7 +116,9 @@ def _probes(config, parts, mesh, held_out):
     images, labels = np.stack([e["image"] for e in train]), np.array([e["label"] for e in train])
 
     def features(view, images):
-        return np.concatenate([np.asarray(view(rae.to_float(b))) for b in np.split(images, range(250, len(images), 250))])
+        return np.concatenate(
+            [np.asarray(view(rae.to_float(b))) for b in np.split(images, range(250, len(images), 250))]
+        )
 
     return {
         name: metrics.linear_probe(

@@ -1,6 +1,6 @@
 """The command line: flags -> config -> mode.
 
-    python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
+python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
 """
 
 import sys
@@ -9,8 +9,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import modes, sharding
 from rae_jax import config as config_lib
+from rae_jax import modes, sharding
 from rae_jax.errors import UserError
 from rae_jax.train import InterruptedRun
 
@@ -53,13 +53,18 @@ def _parse(argv):
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(_first_line(error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(f"in --config: {_first_line(error)}")
+        _fail(_one_line(error))
+    except OSError as error:
+        _fail(f"cannot read the file of --config: {_one_line(error)}")
+    except (AttributeError, KeyError) as error:
+        _fail(f"unknown config key {_one_line(error)}")
+    except (TypeError, ValueError) as error:
+        _fail(f"in a --config flag: {_one_line(error)}")
 
 
-def _first_line(error):
-    return str(error).strip().replace("\n", " ")
+def _one_line(error):
+    text = str(error.args[0] if error.args else error)
+    return " ".join(text.replace("\\n", " ").replace("\\", "").strip("'\"").split())
 
 
 def _fail(message):

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, evaluate as evaluation
+from rae_jax import build, generate, logs, pictures, report
 from rae_jax import config as config_lib
-from rae_jax import generate, logs, pictures, reconstruct as reconstruction, report
+from rae_jax import evaluate as evaluation
+from rae_jax import reconstruct as reconstruction
 from rae_jax.checkpoint import latest_step
 from rae_jax.errors import UserError
 from rae_jax.train import fit
@@ -17,8 +18,9 @@ from rae_jax.train import fit
 
 def train(config, workdir, mesh, flags):
     """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
+    for split in ("train", "heldout"):
+        build.source(config, split)  # a mistake in the data shows before anything is written
     config_lib.save(config, workdir)
-    build.source(config, "train"), build.source(config, "heldout")  # a mistake in the data shows at once
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
@@ -50,7 +52,9 @@ def sample(config, workdir, mesh, flags):
         raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
     if flags.label is not None and not 0 <= flags.label < classes:
         raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
-    parts = {part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")}
+    parts = {
+        part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
+    }
     labels = generate.class_balanced(flags.num_images, classes)
     if flags.label is not None:
         labels = np.full(flags.num_images, flags.label)

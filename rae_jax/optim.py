@@ -23,9 +23,7 @@ def schedule(train):
 def adamw(train):
     """AdamW as a stage's `train` section says; a clip_norm of 0 means no clipping."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(
-        clip, optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
-    )
+    return optax.chain(clip, optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay))
 
 
 def ema(average, params, decay):

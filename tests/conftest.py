@@ -1,8 +1,41 @@
-import os
+"""Eight simulated CPU devices, exact matrix products, and one compilation cache for the whole run."""
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import jax
+import pytest
+
+from configs import small
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rae_jax_cache_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def tiny():
+    """The small job with every size cut down to what compiles in seconds."""
+    c = small.get_config()
+    c.name, c.unroll, c.log_every = "tiny", False, 1
+    c.data.update({"num_train": 96, "num_heldout": 80})
+    c.encoder.update({"width": 16, "depth": 2})
+    c.judge.widths = (8, 8)
+    c.decoder.update({"width": 16, "depth": 1, "num_heads": 2, "hidden": 32})
+    c.discriminator.layers = (0, 1)
+    c.dit.update({"width": 16, "depth": 1, "num_heads": 1, "head_width": 32, "head_depth": 1, "head_num_heads": 1})
+    for stage in ("encoder", "judge", "decoder", "dit"):
+        c[stage].train.update({"num_steps": 6, "batch_size": 16, "warmup_steps": 2})
+    c.decoder.train.update({"discriminator_start": 2, "adversarial_start": 3})
+    c.statistics.batch_size = 16
+    c.sampler.num_steps = 3
+    c.evaluate.update({"num_images": 20, "batch_size": 16, "probe": False})
+    c.checkpoint.every = 100
+    return c
+
+
+@pytest.fixture
+def tiny_config():
+    return tiny()

@@ -38,10 +38,11 @@ class ImageFolder:
     """
 
     def __init__(self, *, path, heldout_path, split, image_size):
-        folder = Path(heldout_path if split == "heldout" and heldout_path else path)
-        key = "config.data.heldout_path" if folder == Path(heldout_path or "/") else "config.data.path"
-        if not str(path) or not folder.is_dir():
-            raise UserError(f"{key}={str(folder)!r} is not a folder: name a folder with one subfolder of images per class")
+        separate = split == "heldout" and heldout_path
+        given, key = (heldout_path, "config.data.heldout_path") if separate else (path, "config.data.path")
+        folder = Path(given)
+        if not given or not folder.is_dir():
+            raise UserError(f"{key}={given!r} is not a folder: name a folder with one subfolder of images per class")
         self.class_names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
         files = [
             (file, label)
@@ -52,7 +53,7 @@ class ImageFolder:
         if not heldout_path:
             files = [f for i, f in enumerate(files) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
         if not files:
-            raise UserError(f"{key}={str(folder)!r} holds no images: put .jpg or .png files into one subfolder per class")
+            raise UserError(f"{key}={given!r} holds no images: put .jpg or .png files into one subfolder per class")
         self._files = files
         self._size = image_size
 

@@ -23,7 +23,9 @@ def _star(num_points=5, inner=0.42):
 
 def _cross(arm=0.34):
     a, b = arm, 0.95
-    return np.array([(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)])
+    return np.array(
+        [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    )
 
 
 def _heart(num=40):

@@ -51,9 +51,9 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        out = nn.Dense(
-            self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear"
-        )(condition)
+        out = nn.Dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(
+            condition
+        )
         return jnp.split(out, self.count, -1)
 
 

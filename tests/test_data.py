@@ -1,0 +1,124 @@
+"""Sources and pipelines."""
+
+import grain
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from rae_jax import metrics
+from rae_jax.data import pipeline
+from rae_jax.data.images import ImageFolder, centre_crop
+from rae_jax.data.shapes import CLASS_NAMES, Shapes
+from rae_jax.errors import UserError
+
+
+def _shapes(split="train", num_images=100, seed=0):
+    return Shapes(split=split, num_images=num_images, image_size=32, seed=seed)
+
+
+def test_a_shape_depends_on_seed_split_and_index_alone():
+    small, large = _shapes(), _shapes(num_images=1000)
+    np.testing.assert_array_equal(small[7]["image"], large[7]["image"])
+    assert small[7]["label"] == 7
+    for other in (_shapes("heldout"), _shapes(seed=1)):
+        assert (small[7]["image"] != other[7]["image"]).any()
+    assert small[7]["image"].dtype == np.uint8
+
+
+def test_raw_pixels_do_not_give_the_class_away():
+    def arrays(source):
+        examples = [source[i] for i in range(len(source))]
+        images = np.stack([e["image"] for e in examples]).reshape(len(examples), -1) / 255.0
+        return images.astype(np.float32), np.array([e["label"] for e in examples])
+
+    train, test = arrays(_shapes(num_images=2000)), arrays(_shapes("heldout", num_images=500))
+    accuracy = metrics.linear_probe(*train, *test, num_classes=len(CLASS_NAMES), steps=50)
+    assert 0.05 < accuracy <= 0.6
+
+
+def test_every_epoch_is_a_fresh_permutation():
+    class Numbers:
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, i):
+            return {"image": np.full((2, 2, 3), i, np.uint8), "label": np.int32(i)}
+
+    batches = pipeline.training_batches(Numbers(), batch_size=10, seed=0, flip=False, num_threads=2)
+    iterator = iter(batches)
+    epochs = [np.concatenate([next(iterator)["label"] for _ in range(3)]) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(30))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_an_iterator_goes_on_where_it_was():
+    batches = pipeline.training_batches(_shapes(), batch_size=8, seed=3, flip=True, num_threads=2)
+    iterator = iter(batches)
+    for _ in range(5):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["image"] for _ in range(20)]
+    again = iter(pipeline.training_batches(_shapes(), batch_size=8, seed=3, flip=True, num_threads=2))
+    again.set_state(state)
+    for batch in expected:
+        np.testing.assert_array_equal(next(again)["image"], batch)
+    assert isinstance(iterator, grain.DatasetIterator)
+
+
+@pytest.mark.parametrize("batch_size", [7, 10, 64])
+def test_one_pass_counts_every_image_once(batch_size):
+    source = _shapes(num_images=30)
+    batches = list(pipeline.one_pass(source, batch_size=batch_size, num_threads=2))
+    assert len(batches) == pipeline.num_batches(source, batch_size)
+    mask = np.concatenate([b["mask"] for b in batches]) > 0
+    images = np.concatenate([b["image"] for b in batches])[mask]
+    np.testing.assert_array_equal(images, np.stack([source[i]["image"] for i in range(30)]))
+
+
+def test_centre_crop_halves_then_resizes():
+    pixels = np.random.default_rng(0).integers(0, 256, (140, 300, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    box, bicubic = Image.Resampling.BOX, Image.Resampling.BICUBIC
+    # Halved while the short side is at least twice 32: 140 -> 70 -> 35, then resized to 32.
+    expected = image.resize((150, 70), box).resize((75, 35), box).resize((round(75 * 32 / 35), 32), bicubic)
+    left = (expected.width - 32) // 2
+    np.testing.assert_array_equal(centre_crop(image, 32), np.asarray(expected)[:, left : left + 32])
+
+
+def _folder(root, counts):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 50), (i, 0, 0)).save(root / name / f"{i:03d}.png")
+    return root
+
+
+def test_image_folder_splits_and_labels(tmp_path):
+    root = _folder(tmp_path / "images", {"cat": 30, "ant": 12})
+    parts = {s: ImageFolder(path=str(root), heldout_path="", split=s, image_size=16) for s in ("train", "heldout")}
+    assert len(parts["train"]) + len(parts["heldout"]) == 42
+    assert len(parts["heldout"]) == 3
+    assert parts["train"].class_names == ("ant", "cat")
+    assert parts["train"][0]["image"].shape == (16, 16, 3)
+    assert {int(parts["train"][i]["label"]) for i in range(len(parts["train"]))} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "broken"])
+def test_bad_folders_and_files_are_named(tmp_path, kind):
+    root = tmp_path / "images"
+    if kind != "missing":
+        (root / "cat").mkdir(parents=True)
+    if kind == "broken":
+        (root / "cat" / "a.png").write_bytes(b"not a picture")
+        (root / "cat" / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="b.png" if kind == "broken" else "config.data.path"):
+        ImageFolder(path=str(root), heldout_path="", split="train", image_size=16)[0]
+
+
+def test_floats_and_bytes_round_trip():
+    from rae_jax import rae
+
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(rae.to_uint8(rae.to_float(jnp.asarray(levels)) + 1e-4), levels)

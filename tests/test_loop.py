@@ -1,0 +1,190 @@
+"""The real loop, all stages, on eight simulated devices: from nothing, interrupted, and on other meshes."""
+
+import json
+import os
+import signal
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+from etils import epath
+from PIL import Image
+
+from rae_jax import build, checkpoint, convert, logs, modes, sharding
+from rae_jax import config as config_lib
+from rae_jax.errors import UserError
+from rae_jax.train import InterruptedRun, fit
+from rae_jax.weights import store
+
+STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
+
+
+def _train(config, workdir):
+    mesh = sharding.make_mesh(config.mesh)
+    config_lib.check(config, mesh)
+    config_lib.check_workdir(config, workdir)
+    modes.train(config, workdir, mesh, None)
+
+
+def _rows(workdir, stage):
+    """Metrics without what depends on the machine."""
+    rows = logs.read(workdir / "metrics" / f"{stage}.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a whole uninterrupted run."""
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
+    _train(tiny(), workdir)
+    return workdir
+
+
+def test_a_run_leaves_what_the_design_says(run):
+    assert len(jax.devices()) == 8
+    assert json.loads((run / "config.json").read_text())["name"] == "tiny"
+    for stage in STAGES:
+        rows = logs.read(run / "metrics" / f"{stage}.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 7))
+        assert all(np.isfinite(value) for row in rows for value in row.values())
+        assert {"perf/steps_per_second", "perf/data_wait"} <= rows[0].keys()
+        assert checkpoint.latest_step(run / "checkpoints" / stage) == 6
+    results = json.loads((run / "eval" / "tiny.json").read_text())
+    assert {"psnr", "ssim", "fd", "fd_real", "agreement", "judge_accuracy"} <= results.keys()
+    assert "reconstructions" in (run / "report.html").read_text()
+    assert Image.open(run / "samples" / "samples.png").width > 100
+
+
+def test_the_adversarial_parts_start_when_they_should(run):
+    rows = _rows(run, "decoder")  # row n is made from the state after n - 1 steps
+    assert [row["discriminator"] != 0 for row in rows] == [False, False, True, True, True, True]
+    assert [row["adversarial_weight"] != 0 for row in rows] == [False, False, False, True, True, True]
+
+
+def test_statistics_are_those_of_the_latents(run):
+    config = tiny()
+    mesh = sharding.make_mesh(config.mesh)
+    parts = {name: build.load(config, name, run, mesh) for name in ("encoder", "statistics")}
+    source = build.source(config, "train")
+    images = np.stack([source[i]["image"] for i in range(len(source))]) / np.float32(255)
+    latents = np.asarray(build.autoencoder(config).encode(parts["encoder"], images), np.float64)
+    np.testing.assert_allclose(parts["statistics"]["mean"], latents.mean(0), atol=1e-6)
+    np.testing.assert_allclose(parts["statistics"]["var"], latents.var(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_finished_run_is_not_run_again(run):
+    before = {stage: _rows(run, stage) for stage in STAGES}
+    _train(tiny(), run)
+    assert before == {stage: _rows(run, stage) for stage in STAGES}
+
+
+def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
+    workdir = epath.Path(tmp_path)
+    write = logs.Metrics.write
+    interrupted = set()
+
+    def write_then_interrupt(self, step, values):
+        write(self, step, values)
+        if step == 3 and self._path.stem not in interrupted:
+            interrupted.add(self._path.stem)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(logs.Metrics, "write", write_then_interrupt)
+    for stage in STAGES:
+        with pytest.raises(InterruptedRun, match=f"step 3 of stage '{stage}'"):
+            _train(tiny(), workdir)
+        # What a run that was killed later would have left behind, cut off in the middle of a line:
+        with (workdir / "metrics" / f"{stage}.jsonl").open("a") as file:
+            file.write('{"step": 4, "loss": 7.0}\n{"step": 5, "lo')
+    _train(tiny(), workdir)
+    for stage in STAGES:
+        assert _rows(workdir, stage) == _rows(run, stage)
+    for name in build.FROZEN:
+        mesh = sharding.make_mesh(tiny().mesh)
+        ours, theirs = (build.load(tiny(), name, w, mesh) for w in (workdir, run))
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+def test_meshes_agree(run, tmp_path, stage):
+    losses = {}
+    for name, sizes in {"one": (1, 1, 1), "data": (8, 1, 1), "fsdp": (2, 4, 1)}.items():
+        config = tiny()
+        config.stages = (stage,)
+        config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
+        for part in ("encoder", "statistics"):
+            config[part].weights = str(tmp_path / "weights")
+        if name == "one":
+            convert.export(run, tmp_path / "weights")
+        mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
+        workdir = epath.Path(tmp_path) / name
+        fit(
+            build.stage(config, stage, workdir, mesh),
+            workdir=workdir,
+            mesh=mesh,
+            key=jax.random.key(0),
+            log_every=1,
+            checkpoint_every=100,
+            keep=1,
+        )
+        losses[name] = _rows(workdir, stage)
+    for name in ("data", "fsdp"):
+        for ours, theirs in zip(losses[name], losses["one"], strict=True):
+            for key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (name, theirs["step"], key)
+
+
+def test_exported_weights_come_back(run, tmp_path):
+    convert.export(run, tmp_path)
+    config = tiny()
+    mesh = sharding.make_mesh(config.mesh)
+    for name in build.FROZEN:
+        read = store.read(tmp_path / f"{name}.safetensors", build.part_shapes(config, name))
+        jax.tree.map(np.testing.assert_array_equal, read, build.load(config, name, run, mesh))
+
+
+def test_weights_of_another_model_are_refused(run, tmp_path):
+    convert.export(run, tmp_path)
+    config = tiny()
+    config.decoder.width = 32
+    with pytest.raises(UserError, match="decoder.safetensors: 'blocks/.*' has shape"):
+        store.read(tmp_path / "decoder.safetensors", build.part_shapes(config, "decoder"))
+    with pytest.raises(UserError, match="lacks tensor"):
+        store.read(tmp_path / "judge.safetensors", build.part_shapes(config, "decoder"))
+    (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        store.read(tmp_path / "dit.safetensors", build.part_shapes(config, "dit"))
+
+
+def test_sample_and_reconstruct(run, tmp_path):
+    config = tiny()
+    mesh = sharding.make_mesh(config.mesh)
+    flags = types.SimpleNamespace(step=None, num_images=20, label=None, images=None)
+    modes.sample(config, run, mesh, flags)
+    samples = np.load(run / "samples" / "samples.npz")
+    assert samples["arr_0"].shape == (20, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
+    assert list(samples["labels"]) == list(range(10)) * 2
+    np.testing.assert_array_equal(Image.open(run / "samples" / "images" / "000013.png"), samples["arr_0"][13])
+
+    config.evaluate.batch_size = 8  # the images do not depend on it
+    modes.sample(config, run, mesh, flags)
+    again = np.load(run / "samples" / "samples.npz")["arr_0"]
+    assert np.abs(again.astype(int) - samples["arr_0"]).max() <= 1
+
+    flags.images = str(run / "samples" / "images")
+    modes.reconstruct(config, run, mesh, flags)
+    assert json.loads((run / "eval" / "reconstruct.json").read_text())["num_images"] == 20
+    flags.label = 10
+    with pytest.raises(UserError, match="labels are 0 to 9"):
+        modes.sample(config, run, mesh, flags)
+
+
+def test_another_configs_workdir_is_refused_and_left_alone(run):
+    config = tiny()
+    config.dit.width = 32
+    before = (run / "config.json").read_text()
+    with pytest.raises(UserError, match="config.dit.width=16, not 32"):
+        _train(config, run)
+    assert (run / "config.json").read_text() == before
