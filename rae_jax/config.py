@@ -28,18 +28,6 @@ _POSITIVE = (
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
     *("sampler.num_steps", "evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
 )
-    "log_every",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "data.image_size",
-    "data.num_classes",
-    "data.num_train",
-    "data.num_heldout",
-    "sampler.num_steps",
-    "evaluate.num_images",
-    "evaluate.batch_size",
-    "statistics.batch_size",
-]
 
 
 def check(config, mesh):
