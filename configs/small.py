@@ -25,11 +25,11 @@ def get_config():
     c.judge = _judge()
     c.decoder = _decoder()
     c.discriminator = ConfigDict({"layers": (1, 3)})  # blocks of the encoder whose tokens are judged
-    c.statistics = ConfigDict({"weights": "small", "batch_size": 250})
+    c.statistics = ConfigDict({"weights": "small", "batch_size": 256})
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
     c.guidance = ConfigDict({"method": "cfg", "scale": 1.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
-    c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 250, "probe": True, "shipped": False})
+    c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 256, "probe": True, "shipped": False})
     return c
 
 

@@ -51,11 +51,14 @@ def run(argv):
 def _parse(argv):
     """absl's parser, with ml_collections' complaints about a config key as one line."""
     try:
-        return flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
+        _CONFIG.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
+        return arguments
     except flags.Error as error:
         _fail(_one_line(error))
-    except OSError as error:
-        _fail(f"cannot read the file of --config: {_one_line(error)}")
+    except OSError:
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        _fail(f"cannot load --config={path}: name a file such as configs/small.py")
     except (AttributeError, KeyError) as error:
         _fail(f"unknown config key {_one_line(error)}")
     except (TypeError, ValueError) as error:

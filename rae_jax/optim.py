@@ -51,4 +51,4 @@ def update(state, grads, optimiser, decay):
         "ema_params": ema(state["ema_params"], params, decay),
         "opt_state": opt_state,
     }
-    return {**state, **new}, optax.global_norm(grads)
+    return {**state, **new}, optax.tree.norm(grads)

@@ -11,12 +11,14 @@ SHOWN = 10
 
 
 def reconstruct(config, parts, path):
-    """Returns ({'psnr', 'ssim', 'num_images'}, picture of the first pairs). `path`: an image, or a folder of them.
+    """Returns ({'psnr', 'ssim', 'num_images'}, picture of the first pairs). `path`: an image, a folder of
+    images, or of such folders.
 
     Raises UserError where there is no image.
     """
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-    if not files or not path.exists():
+    inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)
+    files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES and file.exists())
+    if not files:
         raise UserError(f"--images={path} holds no .jpg or .png image")
     autoencoder = build.autoencoder(config)
 

@@ -29,7 +29,7 @@ def test_the_configs_are_right():
         ("data.image_size", 30),
         ("decoder.patch_size", 8),
         ("decoder.width", 18),
-        ("dit.width", 24),
+        ("dit.width", 18),
         ("dit.train.batch_size", 12),
         ("dit.train.ema_decay", 1.0),
         ("dit.train.decay", "exponential"),

@@ -79,7 +79,7 @@ def _decoder_block(w, i):
 def dit():
     weights, golden = _load("dit_dh_unequal")
     model = DiTDH(width=32, depth=3, num_heads=2, head_width=48, head_depth=2, head_num_heads=3, num_classes=10)
-    return model, {"params": _dit_params(weights, 3, 2)}, golden
+    return model, {"params": jax.tree.map(jnp.asarray, _dit_params(weights, 3, 2))}, golden
 
 
 def _nhwc(x):
