@@ -1,0 +1,52 @@
+"""Models: compute types, and the choice between scanned and unrolled blocks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import tiny
+
+from rae_jax import build
+
+
+def _models(**changes):
+    config = tiny()
+    config.update(changes)
+    autoencoder = build.autoencoder(config)
+    return {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder, "dit": build.dit(config)}
+
+
+def _random_params(model, arguments):
+    """Random everywhere: zero-initialised layers would hide errors."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return structure.unflatten([0.2 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)])
+
+
+def _arguments(name):
+    key = jax.random.key(2)
+    match name:
+        case "encoder":
+            return (jax.random.normal(key, (2, 32, 32, 3)),)
+        case "decoder":
+            return (jax.random.normal(key, (2, 8, 8, 16)),)
+        case "dit":
+            return jax.random.normal(key, (2, 8, 8, 16)), jnp.array([0.3, 0.8]), jnp.array([1, 10])
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])
+def test_scanned_and_unrolled_blocks_agree(name):
+    scanned, unrolled = (_models(unroll=unroll)[name] for unroll in (False, True))
+    arguments = _arguments(name)
+    params = _random_params(scanned, arguments)
+    a, b = (jax.jit(model.apply)(params, *arguments) for model in (scanned, unrolled))
+    assert float(jnp.abs(a - b).max()) <= 1e-6 * float(jnp.abs(a).max())
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])
+def test_bfloat16_computes_the_same_to_its_precision(name):
+    exact, rough = (_models(dtype=dtype)[name] for dtype in ("float32", "bfloat16"))
+    arguments = _arguments(name)
+    params = _random_params(exact, arguments)
+    a, b = (jax.jit(model.apply)(params, *arguments).astype(jnp.float32) for model in (exact, rough))
+    assert 1e-5 < float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.03
