@@ -54,7 +54,8 @@ class Progress:
     def __init__(self, name, *, total, start=0, unit="step"):
         self._show = jax.process_index() == 0
         self._name, self._total, self._start, self._unit = name, total, start, unit
-        self._done, self._began, self._said = start, time.monotonic(), time.monotonic()
+        self._done, self._printed = start, start
+        self._began = self._said = time.monotonic()
         self._bar = None
         if self._show and sys.stderr.isatty():
             self._bar = tqdm(desc=name, total=total, initial=start, unit=unit, dynamic_ncols=True)
@@ -65,7 +66,7 @@ class Progress:
     def __exit__(self, *_):
         if self._bar:
             self._bar.close()
-        elif self._show and self._done > self._start:
+        elif self._show and self._done > self._printed:
             self._line()
 
     def update(self, done, note=""):
@@ -76,10 +77,10 @@ class Progress:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)
         elif self._show and time.monotonic() - self._said > PLAIN_LINE_EVERY:
-            self._said = time.monotonic()
             self._line(note)
 
     def _line(self, note=""):
+        self._printed, self._said = self._done, time.monotonic()
         rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
         left = tqdm.format_interval((self._total - self._done) / rate)
         say(f"{self._name}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left  {note}".rstrip())

@@ -46,6 +46,9 @@ def run(argv):
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:  # between two stages, or for the second time
+        print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _parse(argv):

@@ -61,7 +61,8 @@ def make(*, autoencoder, heads, layers, latent_shape, train):
         # Both losses meet at the image, so that one backward pass of the decoder serves them both.
         pixel_grads, at_features = pull_pixels(at_image + weight * adversarial_at_image)
         grads = jax.tree.map(jnp.add, pixel_grads, pull_features(at_features)[0])
-        return grads, {"l1": l1, "adversarial": fooled, "adversarial_weight": weight}
+        loss = l1 + weight * fooled
+        return grads, {"loss": loss, "l1": l1, "adversarial": fooled, "adversarial_weight": weight}
 
     def update_discriminator(state, frozen, latents, images, key):
         # A fresh, noise-free, 8-bit reconstruction by the updated decoder: what the images will really look like.

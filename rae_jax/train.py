@@ -60,8 +60,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep):
         clock = _Clock(stage.batch_size)
         with logs.Progress(stage.name, total=stage.num_steps, start=start) as progress:
             for step in range(start + 1, stage.num_steps + 1):
-                with clock.waiting():
-                    batch = sharding.put_batch(next(iterator), mesh)
+                batch = sharding.put_batch(clock.next_batch(iterator), mesh)
                 state, metrics = step_fn(state, frozen, batch, key)
                 clock.tick(metrics)
                 last = step == stage.num_steps
@@ -71,7 +70,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep):
                     progress.update(step, _note(metrics))
                 if step % checkpoint_every == 0 or last or signals.received:
                     checkpoints.save(step, state, iterator)
-                if signals.received and not last:
+                if signals.received:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
 
 
@@ -83,7 +82,8 @@ def _compiled_step(stage, placed, mesh):
 
 
 def _note(metrics):
-    return " ".join(f"{name} {float(value):.4g}" for name, value in list(metrics.items())[:3])
+    names = sorted(metrics, key=lambda name: (name != "loss", name))[:3]
+    return " ".join(f"{name} {float(metrics[name]):.4g}" for name in names)
 
 
 class _Clock:
@@ -94,11 +94,11 @@ class _Clock:
         self._previous = None
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
 
-    def waiting(self):
-        return _Stopwatch(self)
-
-    def add(self, seconds):
-        self._waited += seconds
+    def next_batch(self, iterator):
+        began = time.monotonic()
+        batch = next(iterator)
+        self._waited += time.monotonic() - began
+        return batch
 
     def tick(self, metrics):
         if self._previous is not None:
@@ -116,17 +116,6 @@ class _Clock:
         }
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
         return rates
-
-
-class _Stopwatch:
-    def __init__(self, clock):
-        self._clock = clock
-
-    def __enter__(self):
-        self._began = time.monotonic()
-
-    def __exit__(self, *_):
-        self._clock.add(time.monotonic() - self._began)
 
 
 class _Signals:
