@@ -79,10 +79,10 @@ def _judge():
 
 
 def _decoder():
-    train = _train(num_steps=2_500, batch_size=64, learning_rate=1e-3)
+    train = _train(num_steps=2_000, batch_size=64, learning_rate=1e-3)
     train.noise_tau = 0.8
-    train.discriminator_start = 1_700  # step of the first discriminator update
-    train.adversarial_start = 1_900  # step from which the decoder tries to fool it
+    train.discriminator_start = 1_400  # step of the first discriminator update
+    train.adversarial_start = 1_500  # step from which the decoder tries to fool it
     train.adversarial_weight = 0.75
     return ConfigDict(
         {"weights": "small", "width": 96, "depth": 4, "num_heads": 3, "hidden": 384, "patch_size": 4, "train": train}
@@ -90,7 +90,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=4_000, batch_size=64, learning_rate=1e-3, clip_norm=1.0)
+    train = _train(num_steps=3_000, batch_size=64, learning_rate=1.5e-3, clip_norm=1.0)
     train.time_mean = 0.0  # logit-normal distribution of training times
     train.time_std = 1.0
     train.label_dropout = 0.1
