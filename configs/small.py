@@ -62,7 +62,7 @@ def _encoder():
             "mean": (0.5, 0.5, 0.5),  # of the encoder's input
             "std": (0.25, 0.25, 0.25),
             "train": _train(
-                num_steps=3_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.2, label_weight=0.5
+                num_steps=3_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.1, label_weight=1.0
             ),
         }
     )
