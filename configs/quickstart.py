@@ -2,7 +2,7 @@
 
     bash launch/quickstart.sh [WORKDIR]
 
-About eight minutes on two CPU cores; eval/quickstart.json holds both results side by side.
+Needs the shipped weights, and its time has not been measured yet; eval/quickstart.json holds both results side by side.
 """
 
 from configs import small

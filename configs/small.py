@@ -2,7 +2,7 @@
 
     python -m rae_jax.main --config=configs/small.py --workdir=runs/small
 
-The weights that ship with the package were made by this config. Every other config starts from this one.
+The weights that will ship with the package are to be made by this config. Every other config starts from this one.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
 Two objectives on the same tokens, summed. Pixels: each token must give back its own patch through one linear
 layer, although noise was added to it; this keeps colour and edges in the latents, spread so that they survive
-noise. Labels: the mean token must name the class through one linear layer; at this size and in minutes, nothing
-else gives the latents meaning (masked autoencoding alone reached a linear probe of 0.3 in the same time).
+noise. Labels: the mean token must name the class through one linear layer; at this size and in minutes, labels
+are the surest way to meaning (an early trial of masked autoencoding alone, on harder images, stayed at a probe of 0.3).
 """
 
 import jax
