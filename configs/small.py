@@ -61,11 +61,17 @@ def _encoder():
             "num_registers": 4,
             "mean": (0.5, 0.5, 0.5),  # of the encoder's input
             "std": (0.25, 0.25, 0.25),
-            "train": _train(
-                num_steps=3_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0, noise_tau=0.1, label_weight=1.0
-            ),
+            "train": _encoder_train(),
         }
     )
+
+
+def _encoder_train():
+    train = _train(num_steps=5_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0)
+    train.noise_tau = 0.3
+    train.detail = 4.0  # how much a patch's differences from its mean colour are magnified before they are asked for
+    train.label_weight = 1.0
+    return train
 
 
 def _judge():
@@ -79,10 +85,10 @@ def _judge():
 
 
 def _decoder():
-    train = _train(num_steps=2_000, batch_size=64, learning_rate=1e-3)
-    train.noise_tau = 0.8
-    train.discriminator_start = 1_400  # step of the first discriminator update
-    train.adversarial_start = 1_500  # step from which the decoder tries to fool it
+    train = _train(num_steps=5_000, batch_size=16, learning_rate=2e-3)
+    train.noise_tau = 0.3
+    train.discriminator_start = 3_500  # step of the first discriminator update
+    train.adversarial_start = 3_750  # step from which the decoder tries to fool it
     train.adversarial_weight = 0.75
     return ConfigDict(
         {"weights": "small", "width": 96, "depth": 4, "num_heads": 3, "hidden": 384, "patch_size": 4, "train": train}
@@ -90,7 +96,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=3_000, batch_size=64, learning_rate=1.5e-3, clip_norm=1.0)
+    train = _train(num_steps=12_000, batch_size=16, learning_rate=2e-3, clip_norm=1.0)
     train.time_mean = 0.0  # logit-normal distribution of training times
     train.time_std = 1.0
     train.label_dropout = 0.1

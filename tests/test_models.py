@@ -1,11 +1,15 @@
-"""Models: compute types, and the choice between scanned and unrolled blocks."""
+"""Models: compute types, the choice between scanned and unrolled blocks, and layers."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import tiny
+from flax import linen as nn
 
 from rae_jax import build
+from rae_jax.models import layers
+from rae_jax.stage_encoder import magnify_detail
 
 
 def _models(**changes):
@@ -50,3 +54,22 @@ def test_bfloat16_computes_the_same_to_its_precision(name):
     params = _random_params(exact, arguments)
     a, b = (jax.jit(model.apply)(params, *arguments).astype(jnp.float32) for model in (exact, rough))
     assert 1e-5 < float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.03
+
+
+def test_dense_is_flax_s_and_so_are_its_gradients():
+    x = jax.random.normal(jax.random.key(3), (2, 5, 7))
+    ours, theirs = layers.dense(4), nn.Dense(4)
+    params = theirs.init(jax.random.key(4), x)
+
+    def outcome(module):
+        return jax.value_and_grad(lambda params, x: jnp.sin(module.apply(params, x)).sum(), argnums=(0, 1))(params, x)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outcome(ours), outcome(theirs))
+
+
+def test_magnified_detail_keeps_each_patch_s_mean_colour():
+    patches = jax.random.uniform(jax.random.key(5), (2, 3, 4 * 4 * 3))
+    magnified = magnify_detail(patches, 4.0).reshape(2, 3, 16, 3)
+    before = patches.reshape(2, 3, 16, 3)
+    np.testing.assert_allclose(magnified.mean(-2), before.mean(-2), atol=1e-6)
+    np.testing.assert_allclose(magnified.std(-2), 4.0 * before.std(-2), rtol=1e-5)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models.layers import Attention, Mlp, scan_blocks, sincos_2d, unpatchify
+from rae_jax.models.layers import Attention, Mlp, dense, scan_blocks, sincos_2d, unpatchify
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -37,12 +37,12 @@ class Decoder(nn.Module):
     unroll: bool = False
 
     def setup(self):
-        self.embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=_INIT)
+        self.embed = dense(self.width, dtype=self.dtype, kernel_init=_INIT)
         self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width))
         blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=0)
         self.blocks = blocks(self.num_heads, self.hidden, self.dtype)
         self.norm = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32)
-        self.pred = nn.Dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
+        self.pred = dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
 
     def __call__(self, latents):
         """Pixels [B, h * p, w * p, 3]."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models.layers import Attention, SwiGlu, rms_norm
+from rae_jax.models.layers import Attention, SwiGlu, dense, rms_norm
 
 NUM_FREQUENCIES = 256
 _SMALL = nn.initializers.normal(0.02)
@@ -51,10 +51,8 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        out = nn.Dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(
-            condition
-        )
-        return jnp.split(out, self.count, -1)
+        linear = dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
+        return jnp.split(linear(condition), self.count, -1)
 
 
 class Block(nn.Module):
@@ -87,12 +85,12 @@ class FinalLayer(nn.Module):
     def __call__(self, x, condition):
         shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(condition)
         x = modulate(rms_norm("norm")(x), shift, scale).astype(self.dtype)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
+        return dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
 
 def patch_embedding(width, *, dtype, name):
     """Linear embedding of latent tokens (patch 1)."""
-    return nn.Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    return dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):

@@ -9,6 +9,26 @@ import numpy as np
 from flax import linen as nn
 
 
+def dense(features, **options):
+    """nn.Dense for tokens [B, N, D]; `options` are nn.Dense's own."""
+    return nn.Dense(features, dot_general=_token_product, **options)
+
+
+def _token_product(x, kernel, dimension_numbers, **options):
+    """Tokens times a kernel. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's gradient
+    (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
+    """
+
+    def as_matrix(x, kernel):
+        tokens = x.reshape(-1, x.shape[-1])
+        return jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), **options).reshape(*x.shape[:-1], -1)
+
+    def as_it_is(x, kernel):
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=as_it_is)
+
+
 def torch_linear(features, fan_in, *, dtype, name=None):
     """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = fan_in**-0.5
@@ -16,7 +36,7 @@ def torch_linear(features, fan_in, *, dtype, name=None):
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return nn.Dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+    return dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
 
 
 class Attention(nn.Module):
@@ -50,8 +70,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = nn.Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=False))
+        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=False))
 
 
 class SwiGlu(nn.Module):
@@ -76,7 +96,7 @@ def rms_norm(name):
 def _dense(module, features, fan_in, name):
     if module.torch_init:
         return torch_linear(features, fan_in, dtype=module.dtype, name=name)
-    return nn.Dense(features, dtype=module.dtype, name=name)
+    return dense(features, dtype=module.dtype, name=name)
 
 
 def rope_2d(height, width, head_dim):

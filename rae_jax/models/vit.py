@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models.layers import Attention, Mlp, patchify, scan_blocks
+from rae_jax.models.layers import Attention, Mlp, dense, patchify, scan_blocks
 
 # Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
 # reconstructions after 200 steps were 3 dB better than with branches that start at 1.
@@ -60,7 +60,7 @@ class ViT(nn.Module):
         num_patches = (self.image_size // self.patch_size) ** 2
 
         x = patchify(images.astype(self.dtype), self.patch_size)
-        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(x)
+        x = dense(self.width, dtype=self.dtype, name="patch_embed")(x)
         cls = self.param("cls_token", small, (1, 1, self.width))
         position = self.param("pos_embed", small, (1, 1 + num_patches, self.width))
         registers = self.param("registers", small, (1, self.num_registers, self.width))
