@@ -1,5 +1,6 @@
 """What a run says: metrics as JSON lines, TensorBoard where TensorFlow is, progress on the terminal."""
 
+import importlib.util
 import json
 import sys
 import time
@@ -93,8 +94,11 @@ def say(text):
 
 
 def _tensorboard(folder):
+    if importlib.util.find_spec("tensorflow") is None:  # clu's writers need it; it is an extra
+        return None
     try:
         from clu import metric_writers
-    except ImportError:  # clu's writers need TensorFlow, which is an extra
+    except ImportError as error:
+        say(f"no TensorBoard: {error} (pip install -e '.[tensorboard]' mends it)")
         return None
     return metric_writers.SummaryWriter(str(folder))
