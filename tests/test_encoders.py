@@ -222,6 +222,14 @@ def test_wrong_tensors_are_named(tmp_path, change, message):
         _load(_config(TINY["dinov2_registers"], tmp_path))
 
 
+def test_a_parameter_that_the_family_never_has_is_named(tmp_path):
+    write(tmp_path, _shapes("dinov3"))
+    config = _config(TINY["dinov3"], tmp_path)
+    config.encoder.mlp = "swiglu"
+    with pytest.raises(UserError, match="config.encoder.family has 'blocks/mlp/w"):
+        _load(config)
+
+
 def test_another_family_s_file_is_refused(tmp_path):
     write(tmp_path, _shapes("mae"))
     for name in ("dinov2", "siglip2", "dinov3"):
@@ -264,6 +272,9 @@ def test_a_checkpoint_in_several_files(tmp_path):
         _load(config)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(UserError, match="names model-1.safetensors, which is not there"):
+        _load(config)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a')
+    with pytest.raises(UserError, match="not a whole index"):
         _load(config)
 
 

@@ -24,12 +24,15 @@ def load(source, table, shapes, shardings):
     """Parameters of these shapes and shardings from the checkpoint `source`, a folder or a hub id.
 
     Leaf by leaf, each handed to its devices before the next is read: the host never holds a second copy of the whole.
-    Raises UserError for a tensor that is missing, unknown, there twice or of another shape, and names it.
+    Raises UserError for a tensor that is missing, unknown, there twice or of another shape, and names it; and for a
+    parameter of ours that the family never has.
     """
-    tensors = _ours(hub.open_checkpoint(source), table, source)
     leaves = traverse_util.flatten_dict(shapes, sep="/")
+    for path in leaves.keys() - table.leaves.keys():
+        raise UserError(f"no encoder of config.encoder.family has {path!r}: take its values from configs/encoders.py")
     pieces = {path: list(_pieces(path, leaf.shape, *table.leaves[path])) for path, leaf in leaves.items()}
     wanted = {piece.name: piece.shape for parts in pieces.values() for piece in parts}
+    tensors = _ours(hub.open_checkpoint(source), table, source)
     store.check(source, wanted, {name: tensor.shape for name, tensor in tensors.items()})
 
     def read(path, leaf, sharding):

@@ -41,13 +41,16 @@ def open_checkpoint(source):
 
 
 def _open(path, finders):
-    match path.name:
-        case "pytorch_model.bin":
-            return _torch_tensors(path)
-        case "model.safetensors":
-            return _safetensors(path)
+    if path.name == WHOLE:
+        return _safetensors(path)
+    if path.name == PICKLED:
+        return _torch_tensors(path)
+    try:
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a whole index of safetensors files: fetch it again") from error
     tensors = {}
-    for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+    for shard in shards:
         found = next((file for find in finders if (file := find(shard))), None)
         if found is None:
             raise UserError(f"{path} names {shard}, which is not there: fetch it again")
