@@ -95,12 +95,16 @@ TINY = {
 
 
 def weights(shapes):
-    """{name: array} for {name: shape}: norms and scales around one, matrices that keep the scale of their input."""
+    """{name: array} for {name: shape}: norms and scales around one, matrices that keep the scale of their input.
+
+    Embeddings are small, so that a wrong epsilon in the first norm shows.
+    """
     arrays = {}
     for name, shape in shapes.items():
         noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)  # a stream that never changes
         around_one = name.endswith("lambda1") or (len(shape) == 1 and name.endswith("weight"))
         scale = math.prod(shape[1:]) ** -0.5 if len(shape) in (2, 4) and name.endswith("weight") else 0.2
+        scale *= 0.02 if "embeddings." in name else 1.0
         arrays[name] = (around_one + scale * noise).astype(np.float32)
     return arrays
 
