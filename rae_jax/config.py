@@ -110,11 +110,12 @@ def _check_shapes(config):
     multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
     _require(_get(config, key) > 0 and _get(config, key) % patch == 0, config, key, multiple)
     grid = _get(config, key) // patch
+    _require(size % grid == 0, config, "data.image_size", f"it must be a multiple of the latent grid's {grid}")
     _require(
         config.decoder.patch_size * grid == size,
         config,
         "decoder.patch_size",
-        f"{size // grid} makes {size // grid * grid} px images from the {grid}x{grid} latent grid",
+        f"{size // grid} makes {size} px images from the {grid}x{grid} latent grid",
     )
     for section, width, heads, multiple in (
         ("encoder", "width", "num_heads", 1),

@@ -5,13 +5,22 @@ so that a golden is its shapes and its outputs alone.
 """
 
 import dataclasses
+import functools
+import json
 import math
 import zlib
+from pathlib import Path
 
+import jax
 import numpy as np
+from conftest import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
+from rae_jax import build, sharding
+
+GOLDENS = Path(__file__).parent / "encoders.npz"
+TOLERANCE = 5e-5  # of tokens whose scale is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +126,44 @@ def write(folder, shapes):
 def images(height, width, batch=2):
     """Images [batch, height, width, 3] in [0, 1]."""
     return np.random.RandomState(height + width).random_sample((batch, height, width, 3)).astype(np.float32)
+
+
+@functools.cache
+def goldens():
+    """{name: array} that make_encoder_goldens.py wrote."""
+    with np.load(GOLDENS) as file:
+        return dict(file)
+
+
+def shapes_of(name):
+    """{tensor: shape} of a tiny case's checkpoint."""
+    return json.loads(str(goldens()[f"{name}/shapes"]))
+
+
+def config_of(case, folder, **changes):
+    """A config with this encoder, its weights in `folder`."""
+    config = tiny()
+    config.stages = ()
+    config.data.image_size = 24
+    config.encoder.update({**case.ours, "weights": str(folder)})
+    config.update(changes)
+    return config
+
+
+def load(config):
+    """The config's encoder weights."""
+    return build.load(config, "encoder", "", sharding.make_mesh(config.mesh))
+
+
+def tokens_of(config, params, pixels):
+    """Our latents as tokens [B, N, D]."""
+    latents = jax.jit(build.autoencoder(config).encode)(params, pixels)
+    return np.asarray(latents.reshape(len(latents), -1, latents.shape[-1]))
+
+
+def difference(a, b):
+    """The largest one."""
+    return float(np.abs(a - b).max())
 
 
 def torch_model(case, folder):

@@ -5,9 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from encoder_cases import TINY, images, torch_model, torch_tokens
-
-GOLDENS = Path(__file__).parent / "encoders.npz"
+from encoder_cases import GOLDENS, TINY, images, torch_model, torch_tokens
 
 
 def main():
