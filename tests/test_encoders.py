@@ -122,8 +122,8 @@ def test_full_size_tokens_are_transformers_own(tmp_path, name):
     case = FULL[name]
     model, _ = torch_model(case, tmp_path)
     config = config_of(case, tmp_path)
-    config.encoder.input_size = 0
     params = load(config)
+    config.encoder.input_size = 0  # the images as they are
     for size in case.sizes:
         for layers in {(), case.layers}:
             config.encoder.layers = layers
