@@ -53,12 +53,17 @@ def _data():
 def _encoder():
     return ConfigDict(
         {
-            "weights": "small",  # where the weights come from if the stage is not run: 'small' or a folder
+            "family": "small",  # or 'dinov2', 'siglip2', 'mae', 'dinov3': published encoders, see configs/encoders.py
+            "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
             "width": 64,
             "depth": 6,
             "num_heads": 2,
-            "mlp_ratio": 4.0,
+            "mlp": "gelu",  # or 'gelu_tanh', 'swiglu'
+            "mlp_ratio": 4.0,  # hidden size over width
             "patch_size": 4,
+            "input_size": 0,  # images are resized to this before they are encoded; 0: as they are
+            "position_size": 0,  # the image size that the table of positions is for; 0: the encoder's input
+            "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; none: the last
             "num_registers": 4,
             "mean": (0.5, 0.5, 0.5),  # of the encoder's input
             "std": (0.25, 0.25, 0.25),

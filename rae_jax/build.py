@@ -1,11 +1,14 @@
 """From config to modules, data, stages and weights: the only place that matches on names."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from rae_jax import checkpoint, sharding, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
+from rae_jax.config import encoder_input_size
 from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
@@ -14,10 +17,11 @@ from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
 from rae_jax.models.dit_dh import DiTDH
+from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
 from rae_jax.rae import Autoencoder
 from rae_jax.train import Stage
-from rae_jax.weights import store
+from rae_jax.weights import engine, store, tables
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
@@ -25,21 +29,69 @@ SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 def autoencoder(config):
     """The frozen encoder and the decoder as one pair of functions."""
     e, d = config.encoder, config.decoder
-    common = {"dtype": jnp.dtype(config.dtype), "unroll": config.unroll}
-    encoder = ViT(
+    module = encoder(config)
+    decoder = Decoder(
+        width=d.width,
+        depth=d.depth,
+        num_heads=d.num_heads,
+        hidden=d.hidden,
+        patch_size=d.patch_size,
+        dtype=jnp.dtype(config.dtype),
+        unroll=config.unroll,
+    )
+    return Autoencoder(
+        module,
+        decoder,
+        tuple(e.mean),
+        tuple(e.std),
+        input_size=e.input_size or None,
+        layers=tuple(e.layers) or None,
+        add_mean=bool(e.layers) and e.family == "dinov3",
+        norm_eps=module.norm_eps,
+    )
+
+
+def encoder(config):
+    """The encoder's module: what its family fixes, and what the config chooses."""
+    e = config.encoder
+    match e.family:
+        case "small":
+            fixed = {}
+        case "dinov2":
+            # transformers antialiases the resized positions in its class with registers, and only there.
+            fixed = {"antialias": e.num_registers > 0}
+        case "siglip2":
+            fixed = {"cls_token": False, "layer_scale": False}
+        case "mae":
+            fixed = {"layer_scale": False, "norm_eps": 1e-12}
+        case "dinov3":
+            fixed = {"rope": True, "norm_eps": 1e-5}
+        case other:
+            raise ValueError(f"unknown encoder family {other!r}")
+    return ViT(
         width=e.width,
         depth=e.depth,
         num_heads=e.num_heads,
-        mlp_ratio=e.mlp_ratio,
+        mlp=_mlp(e.mlp, round(e.mlp_ratio * e.width)),
         patch_size=e.patch_size,
-        image_size=config.data.image_size,
+        position_size=e.position_size or encoder_input_size(config),
         num_registers=e.num_registers,
-        **common,
+        dtype=jnp.dtype(config.dtype),
+        unroll=config.unroll,
+        **fixed,
     )
-    decoder = Decoder(
-        width=d.width, depth=d.depth, num_heads=d.num_heads, hidden=d.hidden, patch_size=d.patch_size, **common
-    )
-    return Autoencoder(encoder, decoder, tuple(e.mean), tuple(e.std))
+
+
+def _mlp(name, hidden):
+    match name:
+        case "gelu":
+            return functools.partial(Mlp, hidden)
+        case "gelu_tanh":
+            return functools.partial(Mlp, hidden, approximate=True)
+        case "swiglu":
+            return functools.partial(SwiGlu, hidden)
+        case other:
+            raise ValueError(f"unknown MLP {other!r}")
 
 
 def dit(config):
@@ -65,7 +117,7 @@ def judge(config):
 
 def latent_shape(config):
     """(h, w, D) of one image's latent."""
-    side = config.data.image_size // config.encoder.patch_size
+    side = encoder_input_size(config) // config.encoder.patch_size
     return side, side, config.encoder.width
 
 
@@ -174,9 +226,28 @@ def load(config, name, workdir, mesh, step=None):
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
     weights = config[name].weights
+    if name == "encoder" and config.encoder.family != "small":
+        return _published_encoder(config, mesh)
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
     return jax.device_put(store.read(path, shapes), sharding.shardings(shapes, mesh))
+
+
+def _published_encoder(config, mesh):
+    match config.encoder.family:
+        case "dinov2":
+            table = tables.DINOV2
+        case "siglip2":
+            table = tables.SIGLIP2
+        case "mae":
+            table = tables.MAE
+        case "dinov3":
+            table = tables.DINOV3
+        case other:
+            raise ValueError(f"unknown encoder family {other!r}")
+    size = encoder_input_size(config)
+    shapes = jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    return engine.load(config.encoder.weights, table, shapes, sharding.shardings(shapes, mesh))
 
 
 def part_shapes(config, name):

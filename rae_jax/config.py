@@ -20,6 +20,8 @@ FREE_KEYS = ("name", "log_every", "unroll", "mesh", "checkpoint", "sampler", "gu
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.source": ("shapes", "image_folder"),
+    "encoder.family": ("small", "dinov2", "siglip2", "mae", "dinov3"),
+    "encoder.mlp": ("gelu", "gelu_tanh", "swiglu"),
     "sampler.method": ("euler",),
     "guidance.method": ("none", "cfg"),
 }
@@ -74,6 +76,11 @@ def save(config, workdir):
         ) from error
 
 
+def encoder_input_size(config):
+    """The size in pixels that images have when the encoder sees them."""
+    return config.encoder.input_size or config.data.image_size
+
+
 def flatten(tree, prefix=""):
     """Nested dicts -> {'a.b': value}."""
     flat = {}
@@ -99,10 +106,11 @@ def _check_training(config, section, mesh):
 
 def _check_shapes(config):
     size, patch = config.data.image_size, config.encoder.patch_size
-    _require(
-        size % patch == 0, config, "data.image_size", f"it must be a multiple of config.encoder.patch_size={patch}"
-    )
-    grid = size // patch
+    key = "encoder.input_size" if config.encoder.input_size else "data.image_size"
+    multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
+    _require(_get(config, key) > 0 and _get(config, key) % patch == 0, config, key, multiple)
+    grid = _get(config, key) // patch
+    _require(size % grid == 0, config, "data.image_size", f"it must be a multiple of the latent grid's {grid}")
     _require(
         config.decoder.patch_size * grid == size,
         config,
@@ -120,8 +128,13 @@ def _check_shapes(config):
         _require(fits, config, f"{section}.{width}", mend)
     for key in ("decoder.width", "dit.width"):
         _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
-    for layer in config.discriminator.layers:
-        _require(0 <= layer < config.encoder.depth, config, "discriminator.layers", "they are encoder blocks, from 0")
+    for key in ("discriminator.layers", "encoder.layers"):
+        inside = all(0 <= layer < config.encoder.depth for layer in _get(config, key))
+        _require(inside, config, key, "they are encoder blocks, from 0")
+    position = config.encoder.position_size
+    _require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
+    if "encoder" in config.stages:
+        _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
     guidance = config.guidance
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")

@@ -104,7 +104,8 @@ def _probes(config, parts, mesh, held_out):
     logs.say("fitting linear probes")
     encoder = build.autoencoder(config)
     size = config.data.image_size
-    random = encoder.encoder.init(jax.random.key(config.seed), jnp.zeros((1, size, size, 3)))["params"]
+    blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
+    random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
     views = {
         "probe": jax.jit(lambda x: encoder.encode(parts["encoder"], x).mean((1, 2))),
         "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),

@@ -9,6 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from rae_jax import resize
+
 STATISTICS_EPS = 1e-5
 
 
@@ -27,13 +29,17 @@ def normalise_image(images, mean, std):
     return (images - jnp.asarray(mean)) / jnp.asarray(std)
 
 
-def to_latent(tokens):
-    """Raw patch tokens [B, N, D] of a square grid -> latents: LayerNorm without affine, on the grid."""
+def to_latent(tokens, *, eps=1e-6, add_mean=False):
+    """Raw patch tokens [L, B, N, D] -> latent tokens [B, N, D]: LayerNorm without affine, averaged over the layers.
+
+    `add_mean` adds the last layer's mean over the tokens to every token. Source: the code of arXiv 2605.18324, whose
+    text says sum where it takes the mean.
+    """
     tokens = tokens.astype(jnp.float32)
     centred = tokens - tokens.mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
-    side = int(tokens.shape[1] ** 0.5)
-    return normed.reshape(tokens.shape[0], side, side, tokens.shape[2])
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    latent = normed.mean(0)
+    return latent + normed[-1].mean(-2, keepdims=True) if add_mean else latent
 
 
 def add_noise(latents, key, tau):
@@ -61,14 +67,29 @@ class Autoencoder:
     decoder: object  # module: latents -> pixels in the encoder's normalisation
     mean: tuple  # of the encoder's input, per channel
     std: tuple
+    input_size: int | None = None  # images are resized to it before encoding; None: as they are
+    layers: tuple | None = None  # blocks whose tokens make the latent; None: the last one
+    add_mean: bool = False  # see to_latent, as norm_eps
+    norm_eps: float = 1e-6
 
     def encode(self, params, images):
         """Images [B, H, W, 3] in [0, 1] -> latents [B, h, w, D]; `params` are the encoder's."""
-        return to_latent(self.tokens(params, images)[-1])
+        images = self.encoder_input(images)
+        tokens = self.encoder.apply({"params": params}, images, self.layers)
+        latents = to_latent(tokens, eps=self.norm_eps, add_mean=self.add_mean)
+        height, width = (size // self.encoder.patch_size for size in images.shape[1:3])
+        return latents.reshape(-1, height, width, latents.shape[-1])
 
-    def tokens(self, params, images, layers=None):
-        """Raw patch tokens [L, B, N, D] after the chosen encoder blocks (the last by default)."""
-        return self.encoder.apply({"params": params}, normalise_image(images, self.mean, self.std), layers)
+    def tokens(self, params, images, layers):
+        """Raw patch tokens [L, B, N, D] after the chosen encoder blocks."""
+        return self.encoder.apply({"params": params}, self.encoder_input(images), layers)
+
+    def encoder_input(self, images):
+        """Images in [0, 1] as the encoder wants them: at its size (bicubic, not clipped), normalised."""
+        size = self.input_size
+        if size is not None and images.shape[1:3] != (size, size):
+            images = resize.bicubic(images, size, size)
+        return normalise_image(images, self.mean, self.std)
 
     def decode(self, params, latents):
         """Latents -> images around [0, 1], not clipped; `params` are the decoder's."""

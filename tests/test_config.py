@@ -10,6 +10,8 @@ from rae_jax import config as config_lib
 from rae_jax import sharding
 from rae_jax.errors import UserError
 
+_PUBLISHED = ("--config.encoder.family=dinov2", "--config.encoder.weights=nowhere/at/all")
+
 
 def test_the_configs_are_right():
     from configs import quickstart, small
@@ -27,6 +29,12 @@ def test_the_configs_are_right():
         ("stages", ("diffusion",)),
         ("log_every", 0),
         ("data.image_size", 30),
+        ("encoder.family", "dinov2"),
+        ("encoder.family", "resnet"),
+        ("encoder.mlp", "relu"),
+        ("encoder.input_size", 30),
+        ("encoder.position_size", 30),
+        ("encoder.layers", (0, 2)),
         ("decoder.patch_size", 8),
         ("decoder.width", 18),
         ("dit.width", 18),
@@ -58,6 +66,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
         (["--config.dit.train.num_steps=many"], "num_steps"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--mode=dream"], "--mode=dream"),
+        (["--mode=reconstruct", "--images=.", "--config.stages=()", *_PUBLISHED], "'nowhere/at/all'"),
         (["--config.data.source=image_folder", "--config.data.path=nowhere"], "config.data.path='nowhere'"),
         (["--workdir=/dev/null/run"], "--workdir=/dev/null/run"),
     ],

@@ -71,7 +71,7 @@ class Block(nn.Module):
         attention = Attention(self.num_heads, self.qk_norm, self.dtype, torch_init=True, name="attention")
         x = x + gate1 * attention(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
-        x = x + gate2 * SwiGlu(self.mlp_ratio, self.dtype, name="mlp")(y)
+        x = x + gate2 * SwiGlu(int(2 / 3 * self.mlp_ratio * x.shape[-1]), self.dtype, name="mlp")(y)
         return x, None
 
 

@@ -40,12 +40,16 @@ def torch_linear(features, fan_in, *, dtype, name=None):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, N, D] with one fused qkv product."""
+    """Multi-head self-attention over tokens [B, N, D] with one fused qkv product.
+
+    `rope`: angles [N, K] by which queries and keys are turned, see `rotate`.
+    """
 
     num_heads: int
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     torch_init: bool = False
+    rotate_halves: bool = False
 
     @nn.compact
     def __call__(self, x, rope=None):
@@ -55,14 +59,28 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = (rotate(a, rope, halves=self.rotate_halves) for a in (q, k))
         q, k, v = (a.astype(self.dtype) for a in (q, k, v))
         x = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return _dense(self, width, width, "proj")(x)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with a GELU between them, exact or in its tanh approximation."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+    approximate: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP: w3(silu(w1 x) * w2 x), w1 and w2 fused."""
 
     hidden: int
     dtype: jnp.dtype = jnp.float32
@@ -70,22 +88,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=False))
-
-
-class SwiGlu(nn.Module):
-    """Gated MLP of hidden size int(2/3 * ratio * D): w3(silu(w1 x) * w2 x), w1 and w2 fused."""
-
-    ratio: float = 4.0
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        width = x.shape[-1]
-        hidden = int(2 / 3 * self.ratio * width)
-        gate, value = jnp.split(torch_linear(2 * hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
-        return torch_linear(width, hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
+        gate, value = jnp.split(torch_linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        return torch_linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
 def rms_norm(name):
@@ -112,11 +116,32 @@ def rope_2d(height, width, head_dim):
     return jnp.asarray(angles.reshape(height * width, head_dim), jnp.float32)
 
 
-def rotate(x, angles):
-    """Turn interleaved channel pairs (a, b) of x [B, N, H, K] by angles [N, K], in float32."""
+def rope_centred(height, width, head_dim):
+    """Angles [height * width, head_dim] of DINOv3's rotary embedding, row by row.
+
+    A patch stands where its centre is, the image reaching from -1 to 1 both ways, whatever its size. A quarter of
+    a head turns with the row, the next with the column; the second half of the head pairs with the first.
+    """
+    half = head_dim // 2
+    frequencies = 2 * np.pi * 100.0 ** -(np.arange(0, half, 2) / half)  # [head_dim / 4]
+    centres = (2 * (np.arange(size) + 0.5) / size - 1 for size in (height, width))
+    positions = np.stack(np.meshgrid(*centres, indexing="ij"), -1)
+    angles = (positions.reshape(-1, 2, 1) * frequencies).reshape(height * width, half)
+    return jnp.asarray(np.tile(angles, 2), jnp.float32)
+
+
+def rotate(x, angles, *, halves=False):
+    """Turn channel pairs (a, b) of x [B, N, H, K] by angles [N, K], in float32.
+
+    A pair is two neighbours, or with `halves` the same channel of either half of the head.
+    """
     x = x.astype(jnp.float32)
-    a, b = x[..., 0::2], x[..., 1::2]
-    turned = jnp.stack([-b, a], -1).reshape(x.shape)
+    if halves:
+        a, b = jnp.split(x, 2, -1)
+        turned = jnp.concatenate([-b, a], -1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+        turned = jnp.stack([-b, a], -1).reshape(x.shape)
     return x * jnp.cos(angles)[:, None] + turned * jnp.sin(angles)[:, None]
 
 

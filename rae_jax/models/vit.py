@@ -1,53 +1,66 @@
-"""Vision transformer encoders (DINOv2's architecture)."""
+"""Vision transformer encoders: the small one, DINOv2, SigLIP2, MAE and DINOv3 are one module with other fields."""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models.layers import Attention, Mlp, dense, patchify, scan_blocks
+from rae_jax import resize
+from rae_jax.models.layers import Attention, dense, patchify, rope_centred, scan_blocks
 
 # Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
 # reconstructions after 200 steps were 3 dB better than with branches that start at 1.
 LAYER_SCALE_INIT = 0.1
+_SMALL = nn.initializers.normal(0.02)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose two branches are scaled per channel (LayerScale)."""
+    """Pre-norm transformer block whose two branches may be scaled per channel (LayerScale)."""
 
     num_heads: int
-    hidden: int
+    mlp: Callable
+    layer_scale: bool
+    norm_eps: float
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, rope):
         def norm(x, name):
-            return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, name=name)(x).astype(self.dtype)
-
-        small = nn.initializers.constant(LAYER_SCALE_INIT)
+            return nn.LayerNorm(epsilon=self.norm_eps, dtype=jnp.float32, name=name)(x).astype(self.dtype)
 
         def scaled(branch, name):
+            if not self.layer_scale:
+                return branch
+            small = nn.initializers.constant(LAYER_SCALE_INIT)
             return branch * self.param(name, small, (x.shape[-1],)).astype(self.dtype)
 
-        branch = Attention(self.num_heads, dtype=self.dtype, name="attention")(norm(x, "norm1"))
-        x = x + scaled(branch, "scale1")
-        branch = Mlp(self.hidden, dtype=self.dtype, name="mlp")(norm(x, "norm2"))
+        attention = Attention(self.num_heads, dtype=self.dtype, rotate_halves=True, name="attention")
+        x = x + scaled(attention(norm(x, "norm1"), rope), "scale1")
+        branch = self.mlp(dtype=self.dtype, name="mlp")(norm(x, "norm2"))
         x = x + scaled(branch, "scale2")
         return x, x
 
 
 class ViT(nn.Module):
-    """Images [B, H, W, 3], already normalised -> patch tokens after the chosen blocks.
+    """Images [B, H, W, 3], already normalised, H and W multiples of the patch -> patch tokens after the chosen blocks.
 
-    A class token and registers take part but are not returned. The final norm is left to the caller,
-    who needs it without its affine part.
+    A class token and registers take part but are not returned. The final norm is left to the caller, who needs it
+    without its affine part. Positions are a table for images of `position_size`, resized (bicubic) for others; with
+    `rope` they are rotations of queries and keys instead.
     """
 
     width: int
     depth: int
     num_heads: int
-    mlp_ratio: float
+    mlp: Callable  # dtype, name -> module
     patch_size: int
-    image_size: int
+    position_size: int
     num_registers: int
+    cls_token: bool = True
+    layer_scale: bool = True
+    rope: bool = False
+    antialias: bool = False  # where the table of positions is resized
+    norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
 
@@ -55,23 +68,37 @@ class ViT(nn.Module):
     def __call__(self, images, layers=None):
         """`layers`: block numbers from 0, the last one by default. Returns [len(layers), B, N, D]."""
         layers = (self.depth - 1,) if layers is None else layers
-        batch = images.shape[0]
-        small = nn.initializers.normal(0.02)
-        num_patches = (self.image_size // self.patch_size) ** 2
-
+        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         x = patchify(images.astype(self.dtype), self.patch_size)
         x = dense(self.width, dtype=self.dtype, name="patch_embed")(x)
-        cls = self.param("cls_token", small, (1, 1, self.width))
-        position = self.param("pos_embed", small, (1, 1 + num_patches, self.width))
-        registers = self.param("registers", small, (1, self.num_registers, self.width))
+        x, num_prefix = self._with_positions(x, grid)
+        rope = None
+        if self.rope:
+            rope = rope_centred(*grid, self.width // self.num_heads)
+            rope = jnp.pad(rope, ((num_prefix, 0), (0, 0)))  # class token and registers stay as they are
 
-        cls = jnp.broadcast_to(cls + position[:, :1], (batch, 1, self.width)).astype(self.dtype)
-        x = x + position[:, 1:].astype(self.dtype)
-        registers = jnp.broadcast_to(registers, (batch, *registers.shape[1:])).astype(self.dtype)
-        x = jnp.concatenate([cls, registers, x], axis=1)
-
-        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=0)
-        hidden = int(self.mlp_ratio * self.width)
-        x, outputs = blocks(self.num_heads, hidden, self.dtype, name="blocks")(x)
+        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=1)
+        blocks = blocks(self.num_heads, self.mlp, self.layer_scale, self.norm_eps, self.dtype, name="blocks")
+        x, outputs = blocks(x, rope)
         chosen = x[None] if layers == (self.depth - 1,) else outputs[jnp.asarray(layers)]
-        return chosen[:, :, 1 + self.num_registers :]
+        return chosen[:, :, num_prefix:]
+
+    def _with_positions(self, x, grid):
+        """Tokens with positions, class token and registers in front; and how many are in front."""
+        prefix = []
+        if self.cls_token:
+            prefix.append(self.param("cls_token", _SMALL, (1, 1, self.width)))
+        if not self.rope:
+            side = self.position_size // self.patch_size
+            table = self.param("pos_embed", _SMALL, (1, self.cls_token + side**2, self.width))
+            prefix = [token + table[:, :1] for token in prefix]
+            patches = table[:, self.cls_token :]
+            if grid != (side, side):
+                patches = patches.reshape(1, side, side, self.width)
+                patches = resize.bicubic(patches, *grid, antialias=self.antialias).reshape(1, -1, self.width)
+            x = x + patches.astype(self.dtype)
+        if self.num_registers:
+            prefix.append(self.param("registers", _SMALL, (1, self.num_registers, self.width)))
+        batch = x.shape[0]
+        prefix = [jnp.broadcast_to(p, (batch, *p.shape[1:])).astype(self.dtype) for p in prefix]
+        return jnp.concatenate([*prefix, x], axis=1), sum(p.shape[1] for p in prefix)

@@ -31,11 +31,16 @@ def read(path, shapes):
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     wanted = traverse_util.flatten_dict(shapes, sep="/")
-    for key in sorted(wanted.keys() ^ found.keys()):
-        kind = "lacks" if key in wanted else "has an unknown"
-        raise UserError(f"{path} {kind} tensor {key!r}: it was made for another model than the config's")
-    for key, leaf in wanted.items():
-        if found[key].shape != leaf.shape:
-            raise UserError(f"{path}: {key!r} has shape {found[key].shape}, the config's model needs {leaf.shape}")
+    check(path, {key: leaf.shape for key, leaf in wanted.items()}, {key: value.shape for key, value in found.items()})
     dtypes = {key: found[key].astype(leaf.dtype) for key, leaf in wanted.items()}
     return traverse_util.unflatten_dict(jax.tree.map(np.asarray, dtypes), sep="/")
+
+
+def check(source, wanted, found):
+    """Raise UserError for the first key whose shape differs between {key: shape} of the model and of `source`."""
+    for key in sorted(wanted.keys() ^ found.keys()):
+        kind = "lacks" if key in wanted else "has an unknown"
+        raise UserError(f"{source} {kind} tensor {key!r}: it was made for another model than the config's")
+    for key, shape in wanted.items():
+        if found[key] != shape:
+            raise UserError(f"{source}: {key!r} has shape {found[key]}, the config's model needs {shape}")

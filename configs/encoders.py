@@ -1,0 +1,82 @@
+"""The published encoders as values for config.encoder; not a config by itself.
+
+    c.encoder.update(encoders.dinov2("base"))
+
+The weights come from the hub (DINOv3's after its terms were accepted there) or, with c.encoder.weights, from a folder
+that holds the same files.
+"""
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_SIZES = {
+    "small": {"width": 384, "depth": 12, "num_heads": 6},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+    "giant": {"width": 1536, "depth": 40, "num_heads": 24},
+}
+_MLP = {"mlp": "gelu", "mlp_ratio": 4.0}
+
+
+def dinov2(size, *, registers=True, input_size=224):
+    """DINOv2 'small', 'base', 'large' or 'giant'; the paper's encoder is base with registers, 448 for 512 px images."""
+    return {
+        "family": "dinov2",
+        "weights": f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
+        **_SIZES[size],
+        **({"mlp": "swiglu", "mlp_ratio": 4096 / 1536} if size == "giant" else _MLP),
+        "patch_size": 14,
+        "input_size": input_size,
+        "position_size": 518,
+        "num_registers": 4 if registers else 0,
+        **_IMAGENET,
+    }
+
+
+def siglip2(size):
+    """SigLIP2's image tower: 'base' (patch 16 at 256 px) or 'so400m' (patch 14 at 224 px)."""
+    patch_size, input_size = {"base": (16, 256), "so400m": (14, 224)}[size]
+    so400m = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152}
+    return {
+        "family": "siglip2",
+        "weights": f"google/siglip2-{size}-patch{patch_size}-{input_size}",
+        **(so400m if size == "so400m" else {**_SIZES[size], "mlp_ratio": 4.0}),
+        "mlp": "gelu_tanh",
+        "patch_size": patch_size,
+        "input_size": input_size,
+        "position_size": input_size,
+        "num_registers": 0,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+
+
+def mae(size):
+    """The encoder of a masked autoencoder, 'base' or 'large', at 256 px: its 224 px positions are resized."""
+    return {
+        "family": "mae",
+        "weights": f"facebook/vit-mae-{size}",
+        **_SIZES[size],
+        **_MLP,
+        "patch_size": 16,
+        "input_size": 256,
+        "position_size": 224,
+        "num_registers": 0,
+        **_IMAGENET,
+    }
+
+
+def dinov3(size):
+    """DINOv3 'small', 'base' or 'large' at 256 px.
+
+    The published multi-layer latent is that of large, with `layers` 11, 13, ..., 23.
+    """
+    return {
+        "family": "dinov3",
+        "weights": f"facebook/dinov3-vit{size[0]}16-pretrain-lvd1689m",
+        **_SIZES[size],
+        **_MLP,
+        "patch_size": 16,
+        "input_size": 256,
+        "position_size": 0,  # it has rotations, not a table
+        "num_registers": 4,
+        **_IMAGENET,
+    }

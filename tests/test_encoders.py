@@ -1,0 +1,176 @@
+"""Published encoders: parity with transformers' torch modules, bfloat16, resizing, sharding.
+
+The goldens (tests/encoders.npz, by make_encoder_goldens.py) stand in for torch where it is absent.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+from encoder_cases import (
+    TINY,
+    TOLERANCE,
+    Case,
+    config_of,
+    difference,
+    goldens,
+    images,
+    load,
+    shapes_of,
+    tokens_of,
+    torch_model,
+    torch_tokens,
+    write,
+)
+
+from configs import encoders
+from rae_jax import build, sharding
+from rae_jax import config as config_lib
+
+EXPECTED = [name for name in goldens() if not name.endswith("/shapes")]
+
+
+def _inputs(expected):
+    """Images and chosen layers of a golden."""
+    name, kind = expected.split("/")
+    case = TINY[name]
+    if kind == "layers":
+        return images(*case.sizes[-1]), case.layers
+    return images(*map(int, kind.split("x"))), ()
+
+
+def _ours(expected, folder, **changes):
+    """Our tokens for one golden, with the weights in `folder`."""
+    config = config_of(TINY[expected.split("/")[0]], folder, **changes)
+    pixels, config.encoder.layers = _inputs(expected)
+    return tokens_of(config, load(config), pixels)
+
+
+@pytest.mark.parametrize("expected", EXPECTED)
+def test_tokens_are_the_goldens(tmp_path, expected):
+    write(tmp_path, shapes_of(expected.split("/")[0]))
+    assert difference(_ours(expected, tmp_path), goldens()[expected]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("expected", [name for name in EXPECTED if "16x28" in name])
+def test_bfloat16_stays_close(tmp_path, expected):
+    write(tmp_path, shapes_of(expected.split("/")[0]))
+    golden = goldens()[expected]
+    assert 1e-4 < np.linalg.norm(_ours(expected, tmp_path, dtype="bfloat16") - golden) / np.linalg.norm(golden) < 0.02
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tokens_are_transformers_own(tmp_path, name):
+    """Also: the goldens are what transformers makes today."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    model, shapes = torch_model(TINY[name], tmp_path)
+    assert {key: list(shape) for key, shape in shapes.items()} == shapes_of(name)
+    for expected in (e for e in EXPECTED if e.startswith(f"{name}/")):
+        theirs = torch_tokens(TINY[name], model, *_inputs(expected))
+        assert difference(theirs, goldens()[expected]) <= TOLERANCE
+        assert difference(theirs, _ours(expected, tmp_path)) <= TOLERANCE
+
+
+_REGISTERS = {"patch_size": 14, "image_size": 518}
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+FULL = {
+    "dinov2_b": Case(
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        {**_BASE, **_REGISTERS},
+        encoders.dinov2("base"),
+        sizes=((224, 224), (448, 448)),
+        layers=(5, 8, 11),
+    ),
+    "siglip2_b": Case(
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        {**_BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 256},
+        encoders.siglip2("base"),
+        norm="post_layernorm",
+        sizes=((256, 256),),
+    ),
+    "mae_b": Case(
+        "ViTMAEForPreTraining",
+        "ViTMAEConfig",
+        {**_BASE, "mask_ratio": 0.0},
+        encoders.mae("base"),
+        tower="vit",
+        sizes=((256, 256),),
+        call={"interpolate_pos_encoding": True},
+    ),
+    "dinov3_l": Case(
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {**_LARGE, "patch_size": 16, "num_register_tokens": 4},
+        encoders.dinov3("large"),
+        norm="norm",
+        sizes=((256, 256),),
+        layers=(11, 13, 15, 17, 19, 21, 23),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_tokens_are_transformers_own(tmp_path, name):
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    case = FULL[name]
+    model, _ = torch_model(case, tmp_path)
+    config = config_of(case, tmp_path)
+    params = load(config)
+    config.encoder.input_size = 0  # the images as they are
+    for size in case.sizes:
+        for layers in {(), case.layers}:
+            config.encoder.layers = layers
+            pixels = images(*size)
+            apart = difference(tokens_of(config, params, pixels), torch_tokens(case, model, pixels, layers))
+            print(f"{name} {size} layers {layers}: {apart:.1e}")
+            assert apart <= TOLERANCE
+
+
+def test_images_are_resized_to_the_encoder_s_input(tmp_path):
+    write(tmp_path, shapes_of("dinov2"))
+    config = config_of(TINY["dinov2"], tmp_path)
+    params = load(config)
+    config.encoder.input_size = 24
+    latents = jax.jit(build.autoencoder(config).encode)(params, images(32, 32))
+    assert latents.shape == (2, *build.latent_shape(config)) == (2, 6, 6, 16)
+
+
+def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
+    write(tmp_path, shapes_of("dinov3"))
+    config = config_of(TINY["dinov3"], tmp_path)
+    single = tokens_of(config, load(config), images(16, 28, batch=8))
+    config.mesh.update({"data": 2, "fsdp": 4})
+    mesh = sharding.make_mesh(config.mesh)
+    params = build.load(config, "encoder", "", mesh)
+    kernel = params["blocks"]["attention"]["qkv"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    batch = sharding.put_batch(images(16, 28, batch=8), mesh)
+    latents = jax.jit(build.autoencoder(config).encode)(params, batch)
+    assert latents.sharding.shard_shape(latents.shape)[0] == 1
+    assert difference(np.asarray(latents).reshape(single.shape), single) <= 1e-5
+
+
+def test_published_configs_are_right():
+    for values in (
+        *(encoders.dinov2(size, registers=r) for size in ("small", "base", "large", "giant") for r in (True, False)),
+        *(encoders.siglip2(size) for size in ("base", "so400m")),
+        *(encoders.mae(size) for size in ("base", "large")),
+        *(encoders.dinov3(size) for size in ("small", "base", "large")),
+    ):
+        config = tiny()
+        config.stages = ()
+        config.data.image_size = 256
+        config.encoder.update(values)
+        config.decoder.patch_size = 16
+        config.discriminator.layers = (2, 5, 8, 11)
+        config_lib.check(config, sharding.make_mesh(config.mesh))
+        blank = build.autoencoder(config).encoder_input(jnp.zeros((1, 256, 256, 3)))
+        jax.eval_shape(build.encoder(config).init, jax.random.key(0), blank)
+        assert build.latent_shape(config) == (16, 16, config.encoder.width)

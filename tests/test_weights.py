@@ -1,0 +1,149 @@
+"""Checkpoints of published encoders: in several files, pickled, damaged, of another model, or not there."""
+
+import builtins
+import json
+
+import numpy as np
+import pytest
+from encoder_cases import (
+    TINY,
+    TOLERANCE,
+    config_of,
+    difference,
+    goldens,
+    images,
+    load,
+    shapes_of,
+    tokens_of,
+    weights,
+    write,
+)
+from huggingface_hub import constants
+from safetensors.numpy import save_file
+
+from rae_jax.errors import UserError
+
+
+def _spoil(folder, name, change):
+    arrays = weights(shapes_of(name))
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+def _pop(key):
+    return lambda arrays: arrays.pop(key)
+
+
+def _put(key, *shape):
+    return lambda arrays: arrays.update({key: np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_pop("embeddings.register_tokens"), "lacks tensor 'embeddings.register_tokens'"),
+        (_put("encoder.layer.2.norm1.weight", 16), "unknown tensor 'encoder.layer.2.norm1.weight'"),
+        (_put("encoder.layer.1.norm1.weight", 24), r"'encoder.layer.1.norm1.weight' has shape \(24,\)"),
+        (_put("embeddings.position_embeddings", 1, 17, 16), r"position_embeddings' has shape \(1, 17, 16\)"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    _spoil(tmp_path, "dinov2_registers", change)
+    with pytest.raises(UserError, match=message):
+        load(config_of(TINY["dinov2_registers"], tmp_path))
+
+
+def test_a_parameter_that_the_family_never_has_is_named(tmp_path):
+    write(tmp_path, shapes_of("dinov3"))
+    config = config_of(TINY["dinov3"], tmp_path)
+    config.encoder.mlp = "swiglu"
+    with pytest.raises(UserError, match="config.encoder.family has 'blocks/mlp/w"):
+        load(config)
+
+
+def test_another_family_s_file_is_refused(tmp_path):
+    write(tmp_path, shapes_of("mae"))
+    for name in ("dinov2", "siglip2", "dinov3"):
+        with pytest.raises(UserError, match="tensor '.*made for another model"):
+            load(config_of(TINY[name], tmp_path))
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    _spoil(tmp_path, "mae", _put("embeddings.cls_token", 1, 1, 16))
+    with pytest.raises(UserError, match="'embeddings.cls_token' twice"):
+        load(config_of(TINY["mae"], tmp_path))
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    write(tmp_path, shapes_of("dinov2"))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load(config_of(TINY["dinov2"], tmp_path))
+
+
+def _write_shards(folder, *shards):
+    names = [f"model-{i}.safetensors" for i in range(len(shards))]
+    for name, arrays in zip(names, shards, strict=True):
+        save_file(arrays, folder / name)
+    index = {key: name for name, arrays in zip(names, shards, strict=True) for key in arrays}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def test_a_checkpoint_in_several_files(tmp_path):
+    arrays = weights(shapes_of("dinov2"))
+    keys = sorted(arrays)
+    halves = [{key: arrays[key] for key in part} for part in (keys[:9], keys[9:])]
+    _write_shards(tmp_path, *halves)
+    config = config_of(TINY["dinov2"], tmp_path)
+    tokens = tokens_of(config, load(config), images(24, 24))
+    assert difference(tokens, goldens()["dinov2/24x24"]) <= TOLERANCE
+    _write_shards(tmp_path, *halves, {keys[0]: arrays[keys[0]]})
+    with pytest.raises(UserError, match=f"{keys[0]!r}, which another file"):
+        load(config)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match="names model-1.safetensors, which is not there"):
+        load(config)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a')
+    with pytest.raises(UserError, match="not a whole index"):
+        load(config)
+
+
+def test_pickled_weights_take_torch(tmp_path, monkeypatch):
+    def no_torch(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"damaged")
+    real_import = builtins.__import__
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", no_torch)
+        with pytest.raises(UserError, match="takes torch: install it"):
+            load(config_of(TINY["mae"], tmp_path))
+    torch = pytest.importorskip("torch")
+    with pytest.raises(UserError, match="not a whole file"):
+        load(config_of(TINY["mae"], tmp_path))
+    arrays = weights(shapes_of("mae"))
+    torch.save({key: torch.from_numpy(value) for key, value in arrays.items()}, tmp_path / "pytorch_model.bin")
+    config = config_of(TINY["mae"], tmp_path)
+    assert difference(tokens_of(config, load(config), images(16, 28)), goldens()["mae/16x28"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ("facebook/dinov2-bas", "download model.safetensors of facebook/dinov2-bas, put it in a folder"),
+        ("nowhere/at/all", "neither a folder here nor a hub id"),
+    ],
+)
+def test_weights_that_are_not_there(tmp_path, monkeypatch, weights, message):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        load(config_of(TINY["dinov2"], weights))
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds none of model.safetensors"):
+        load(config_of(TINY["dinov2"], tmp_path))
