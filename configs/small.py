@@ -120,7 +120,7 @@ def _dit():
     )
 
 
-def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, **extra):
+def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, optimizer="adamw", **extra):
     return ConfigDict(
         {
             "num_steps": num_steps,
@@ -128,6 +128,7 @@ def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.9
             "learning_rate": learning_rate,
             "final_learning_rate": learning_rate / 100,
             "warmup_steps": 200,
+            "optimizer": optimizer,  # or 'muon': the blocks' kernels by Muon, the rest by AdamW
             "decay_start": 0,  # constant between the warm-up and this step
             "decay": "cosine",  # or 'linear', down to the last step
             "b1": 0.9,

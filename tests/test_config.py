@@ -41,6 +41,7 @@ def test_the_configs_are_right():
         ("dit.train.batch_size", 12),
         ("dit.train.ema_decay", 1.0),
         ("dit.train.decay", "exponential"),
+        ("dit.train.optimizer", "sgd"),
         ("discriminator.layers", (6,)),
         ("sampler.method", "midpoint"),
         ("guidance.t_min", 2.0),
