@@ -102,7 +102,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=19_000, batch_size=16, learning_rate=2e-3, clip_norm=1.0)
+    train = _train(num_steps=20_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
     train.time_mean = 0.5  # logit-normal distribution of training times
     train.time_std = 1.0
     train.label_dropout = 0.1
