@@ -3,6 +3,7 @@
 python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
 """
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -69,8 +70,9 @@ def _parse(argv):
 
 
 def _one_line(error):
-    text = str(error.args[0] if error.args else error)
-    return " ".join(text.replace("\\n", " ").replace("\\", "").strip("'\"").split())
+    text = str(error.args[0] if error.args else error).replace("\\n", "\n")
+    text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may come unpaired
+    return ": ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 
 def _fail(message):

@@ -63,7 +63,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.dit.train.num_step=3"], "num_step"),
+        (["--config.dit.train.num_step=3"], 'unknown config key num_step: Did you mean "num_steps"'),
         (["--config.dit.train.num_steps=many"], "num_steps"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--mode=dream"], "--mode=dream"),
