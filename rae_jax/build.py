@@ -16,6 +16,7 @@ from rae_jax.errors import UserError
 from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
+from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
@@ -36,8 +37,8 @@ def autoencoder(config):
         num_heads=d.num_heads,
         hidden=d.hidden,
         patch_size=d.patch_size,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
+        grid_size=d.grid_size or None,
+        **_computation(config),
     )
     return Autoencoder(
         module,
@@ -57,6 +58,8 @@ def encoder(config):
     match e.family:
         case "small":
             fixed = {}
+        case "dino":
+            fixed = {"layer_scale": False}
         case "dinov2":
             # transformers antialiases the resized positions in its class with registers, and only there.
             fixed = {"antialias": e.num_registers > 0}
@@ -76,10 +79,14 @@ def encoder(config):
         patch_size=e.patch_size,
         position_size=e.position_size or encoder_input_size(config),
         num_registers=e.num_registers,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
+        **_computation(config),
         **fixed,
     )
+
+
+def _computation(config):
+    """The fields of a model that say how it computes, not what."""
+    return {"dtype": jnp.dtype(config.dtype), "unroll": config.unroll, "remat": config.remat}
 
 
 def _mlp(name, hidden):
@@ -95,19 +102,20 @@ def _mlp(name, hidden):
 
 
 def dit(config):
-    """The diffusion transformer."""
+    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks."""
     c = config.dit
-    return DiTDH(
-        width=c.width,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        head_width=c.head_width,
-        head_depth=c.head_depth,
-        head_num_heads=c.head_num_heads,
-        num_classes=config.data.num_classes,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
-    )
+    trunk = {
+        "width": c.width,
+        "depth": c.depth,
+        "num_heads": c.num_heads,
+        "num_classes": config.data.num_classes if c.class_conditional else 0,
+        "patch_size": c.patch_size,
+        "qk_norm": c.qk_norm,
+        **_computation(config),
+    }
+    if c.head_depth == 0:
+        return DiT(**trunk)
+    return DiTDH(head_width=c.head_width, head_depth=c.head_depth, head_num_heads=c.head_num_heads, **trunk)
 
 
 def judge(config):
