@@ -54,7 +54,7 @@ def _data():
 def _encoder():
     return ConfigDict(
         {
-            "family": "small",  # or 'dinov2', 'siglip2', 'mae', 'dinov3': published encoders, see configs/encoders.py
+            "family": "small",  # or 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3': published, see configs/encoders.py
             "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
             "width": 64,
             "depth": 6,
@@ -84,7 +84,7 @@ def _encoder_train():
 def _judge():
     return ConfigDict(
         {
-            "weights": "small",
+            "weights": "small",  # '': no judge, and none of its metrics
             "widths": (32, 64, 128),
             "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
         }

@@ -7,8 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rae_jax import checkpoint, sharding, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
-from rae_jax.config import encoder_input_size
+from rae_jax import (
+    checkpoint,
+    published,
+    sharding,
+    stage_decoder,
+    stage_dit,
+    stage_encoder,
+    stage_judge,
+    stage_statistics,
+)
+from rae_jax.config import encoder_input_size, latent_shape
 from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
@@ -22,7 +31,7 @@ from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
 from rae_jax.rae import Autoencoder
 from rae_jax.train import Stage
-from rae_jax.weights import engine, store, tables
+from rae_jax.weights import store
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
@@ -123,12 +132,6 @@ def judge(config):
     return ConvNet(tuple(config.judge.widths), config.data.num_classes)
 
 
-def latent_shape(config):
-    """(h, w, D) of one image's latent."""
-    side = encoder_input_size(config) // config.encoder.patch_size
-    return side, side, config.encoder.width
-
-
 def source(config, split):
     """Random-access source of 'train' or 'heldout' images. Raises UserError where its classes are not the config's."""
     data = config.data
@@ -225,7 +228,8 @@ def _init_and_step(config, name):
 def load(config, name, workdir, mesh, step=None):
     """Weights of one part, on the devices: trained in `workdir` if its stage belongs to the run, else config's.
 
-    `step` picks a checkpoint of the last stage of the run. Raises UserError where there are none.
+    Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
+    picks a checkpoint of the last stage of the run. Raises UserError where there are none.
     """
     folder = epath.Path(workdir) / "checkpoints" / name
     if name in config.stages and _has_checkpoints(config, workdir):
@@ -234,32 +238,21 @@ def load(config, name, workdir, mesh, step=None):
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
     weights = config[name].weights
-    if name == "encoder" and config.encoder.family != "small":
-        return _published_encoder(config, mesh)
+    if not weights:
+        raise UserError(f"config.{name}.weights is empty: train that part first, or name weights that are there")
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
-    return jax.device_put(store.read(path, shapes), sharding.shardings(shapes, mesh))
-
-
-def _published_encoder(config, mesh):
-    match config.encoder.family:
-        case "dinov2":
-            table = tables.DINOV2
-        case "siglip2":
-            table = tables.SIGLIP2
-        case "mae":
-            table = tables.MAE
-        case "dinov3":
-            table = tables.DINOV3
-        case other:
-            raise ValueError(f"unknown encoder family {other!r}")
-    size = encoder_input_size(config)
-    shapes = jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-    return engine.load(config.encoder.weights, table, shapes, sharding.shardings(shapes, mesh))
+    placed = sharding.shardings(shapes, mesh)
+    if path.exists() or not published.tables_of(config, name):
+        return jax.device_put(store.read(path, shapes), placed)
+    return published.load(config, name, shapes, placed)
 
 
 def part_shapes(config, name):
     """Shapes of a part's weights as they are exported."""
+    if name == "encoder":
+        size = encoder_input_size(config)
+        return jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
     return jax.eval_shape(_part(name), _state_shapes(config, name))
 
 

@@ -85,6 +85,12 @@ def encoder_input_size(config):
     return config.encoder.input_size or config.data.image_size
 
 
+def latent_shape(config):
+    """(h, w, D) of one image's latent."""
+    side = encoder_input_size(config) // config.encoder.patch_size
+    return side, side, config.encoder.width
+
+
 def flatten(tree, prefix=""):
     """Nested dicts -> {'a.b': value}."""
     flat = {}
