@@ -161,6 +161,35 @@ def test_transformers_before_version_5_named_the_encoder_otherwise(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, old, new)
 
 
+def test_dino_has_the_same_weights_by_timm_s_names_and_by_transformers(tmp_path):
+    timm = _kind("dino")[2]
+    renames = {
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "pos_embed": "embeddings.position_embeddings",
+        "cls_token": "embeddings.cls_token",
+        "blocks.": "encoder.layer.",
+        "attn.proj": "attention.output.dense",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    theirs = {}
+    for key, array in timm.items():
+        key = "layernorm." + key.removeprefix("norm.") if key.startswith("norm.") else key
+        for old, new in renames.items():
+            key = key.replace(old, new)
+        if "attn.qkv" in key:
+            for name, part in zip(("query", "key", "value"), np.split(array, 3), strict=True):
+                theirs[key.replace("attn.qkv", f"attention.attention.{name}")] = part
+        else:
+            theirs[key] = array
+    _write(tmp_path / "timm.safetensors", timm)
+    _write(tmp_path / "theirs.safetensors", theirs)
+    one, other = (_convert("dino", tmp_path / f"{n}.safetensors", tmp_path / n) for n in ("timm", "theirs"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_of_a_training_checkpoint_the_average_is_taken(tmp_path):
     torch = pytest.importorskip("torch")
     arrays = {key: torch.tensor(value) for key, value in _kind("decoder")[2].items()}
