@@ -243,7 +243,7 @@ def load(config, name, workdir, mesh, step=None):
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
     placed = sharding.shardings(shapes, mesh)
-    if path.exists() or not published.tables_of(config, name):
+    if path.exists() or "://" in weights or not published.tables_of(config, name):
         return jax.device_put(store.read(path, shapes), placed)
     return published.load(config, name, shapes, placed)
 

@@ -122,11 +122,11 @@ def _encoder_tables(config):
         case "dinov2":
             mask = {"embeddings.mask_token": np.zeros((1, width))}
             whole = dataclasses.replace(tables.DINOV2, fixed=mask)
-            return whole, *tables.diffusers_encoder(whole)
+            return whole, *(tables.in_diffusers(whole, names) for names in (tables.NEW_DINOV2, ()))
         case "siglip2":
-            return tables.SIGLIP2, *tables.diffusers_encoder(tables.SIGLIP2)
+            return tables.SIGLIP2, tables.in_diffusers(tables.SIGLIP2, prefix="encoder.vision_model.")
         case "mae":
-            return tables.MAE, *tables.diffusers_encoder(tables.MAE)
+            return tables.MAE, *(tables.in_diffusers(tables.MAE, names) for names in (tables.NEW_MAE, ()))
         case "dinov3":
             return (tables.DINOV3,)
         case other:

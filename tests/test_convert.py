@@ -161,6 +161,18 @@ def test_transformers_before_version_5_named_the_encoder_otherwise(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, old, new)
 
 
+def test_siglip2_in_an_autoencoder_of_diffusers(tmp_path):
+    """Which today's diffusers and transformers cannot build together; older ones named it so."""
+    whole = encoder_cases.weights(encoder_cases.shapes_of("siglip2"))
+    inside = {f"encoder.{key}": value for key, value in whole.items() if key.startswith("vision_model.")}
+    inside |= {"decoder.decoder_norm.bias": np.zeros(3), "encoder_mean": np.zeros(3), "_latents_std": np.ones(1)}
+    params = []
+    for name, arrays in (("whole", whole), ("inside", inside)):
+        _write(tmp_path / name / "model.safetensors", arrays)
+        params.append(encoder_cases.load(encoder_cases.config_of(encoder_cases.TINY["siglip2"], tmp_path / name)))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
 def test_dino_has_the_same_weights_by_timm_s_names_and_by_transformers(tmp_path):
     timm = _kind("dino")[2]
     renames = {
@@ -291,6 +303,20 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert message in _refused("decoder", source)
+
+
+def test_a_file_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--someone--models"
+    for folder in ("refs", "snapshots/abc/decoders/xl"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    _write(repo / "snapshots/abc/decoders/xl/model.safetensors", _kind("decoder")[2])
+    one = _convert("decoder", "someone/models:decoders/xl/model.safetensors", tmp_path / "one")
+    other = _convert("decoder", repo / "snapshots/abc/decoders/xl", tmp_path / "other")
+    assert one.read_bytes() == other.read_bytes()
+    assert "download decoders/s/model.pt" in _refused("decoder", "someone/models:decoders/s/model.pt")
 
 
 def test_parts_that_nobody_else_has(tmp_path):

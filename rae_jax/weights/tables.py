@@ -211,19 +211,19 @@ STATISTICS = Table({"mean": (LATENT, "mean"), "var": (LATENT, "var")})
 
 # diffusers' AutoencoderRAE: encoder, decoder and statistics in one file, in which the encoder has the names of
 # transformers' modules in memory. Those changed with its version 5; files of both kinds are about.
-_NEW_ATTENTION = (
+NEW_DINOV2 = (
     *((f".attention.attention.{part}.", f".attention.{part[0]}_proj.") for part in ("query", "key", "value")),
     (".attention.output.dense.", ".attention.o_proj."),
 )
-_NEW_MLP = ((".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), ("encoder.layer.", "layers."))
+NEW_MAE = (
+    *NEW_DINOV2,
+    *((".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2."), ("encoder.layer.", "layers.")),
+)
 
 
-def diffusers_encoder(table):
-    """The tables of an encoder in AutoencoderRAE: of today's transformers, then of those before version 5."""
-    inside = {"prefix": "encoder.", "ignored": (*table.ignored, *_RAE[1:], "decoder.")}
-    is_dinov2 = table.leaves is DINOV2.leaves
-    renames = _NEW_ATTENTION if is_dinov2 else _NEW_ATTENTION + _NEW_MLP
-    return table.renamed(renames, **inside), dataclasses.replace(table, **inside)
+def in_diffusers(table, renames=(), prefix="encoder."):
+    """The table of an encoder in AutoencoderRAE's file."""
+    return table.renamed(renames, prefix=prefix, ignored=(*table.ignored, *_RAE[1:], "decoder."))
 
 
 DIFFUSERS_DECODER = DECODER.renamed(
