@@ -92,6 +92,13 @@ TINY = {
         tower="vit",
         call=_ANY_SIZE,
     ),
+    "dino": Case(
+        "ViTModel",
+        "ViTConfig",
+        _theirs(intermediate_size=64, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6),
+        _ours(encoders.dino(), **_TABLE),
+        sizes=((24, 24),),
+    ),
     "dinov3": Case(
         "DINOv3ViTModel",
         "DINOv3ViTConfig",

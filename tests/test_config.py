@@ -1,23 +1,57 @@
 """A user's mistakes: one line that names the thing and the mend, exit status 2, nothing written."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from configs import small
+from rae_jax import build, sharding
 from rae_jax import config as config_lib
-from rae_jax import sharding
 from rae_jax.errors import UserError
 
 _PUBLISHED = ("--config.encoder.family=dinov2", "--config.encoder.weights=nowhere/at/all")
 
 
-def test_the_configs_are_right():
-    from configs import quickstart, small
+CONFIGS = sorted(path.stem for path in Path(small.__file__).parent.glob("*.py") if path.stem != "encoders")
 
-    for module in (small, quickstart):
-        config = module.get_config()
+
+def test_the_configs_are_right():
+    """Every one passes the checks, every key is one that the small config has, and every part has a shape."""
+    keys = set(config_lib.flatten(small.get_config().to_dict()))
+    for name in CONFIGS:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert config.name == name and set(config_lib.flatten(config.to_dict())) == keys
+        config_lib.check(config, sharding.make_mesh(config.mesh))
+        trained = config.stages if config.stages != small.get_config().stages else ()
+        for part in {*trained, "encoder", "decoder", "statistics", "dit"}:
+            placed = sharding.shardings(build.part_shapes(config, part), sharding.make_mesh(config.mesh))
+            assert jax.tree.leaves(placed), (name, part)
+
+
+def test_full_size_latents_and_images_fit():
+    latents = {"dit_b": (16, 16, 768), "dit_xl_512": (32, 32, 768)}
+    for name, latent in latents.items():
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert build.latent_shape(config) == latent
+        autoencoder = build.autoencoder(config)
+        side = config.data.image_size
+        image = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
+        encoded = jax.eval_shape(autoencoder.encode, build.part_shapes(config, "encoder"), image)
+        assert jax.eval_shape(autoencoder.decode, build.part_shapes(config, "decoder"), encoded).shape == image.shape
+
+
+def test_a_decoder_of_larger_patches_or_on_another_grid():
+    config = importlib.import_module("configs.decoder_b").get_config()
+    config.data.image_size, config.decoder.patch_size = 512, 32  # from the same 256 tokens
+    config_lib.check(config, sharding.make_mesh(config.mesh))
+    config.decoder.update({"grid_size": 32, "patch_size": 16})
+    config_lib.check(config, sharding.make_mesh(config.mesh))
+    config.decoder.grid_size = 24
+    with pytest.raises(UserError, match="config.data.image_size=512.*24 tokens"):
         config_lib.check(config, sharding.make_mesh(config.mesh))
 
 
@@ -38,6 +72,9 @@ def test_the_configs_are_right():
         ("decoder.patch_size", 8),
         ("decoder.width", 18),
         ("dit.width", 18),
+        ("dit.patch_size", 3),
+        ("dit.head_depth", -1),
+        ("dit.head_width", 18),
         ("dit.train.batch_size", 12),
         ("dit.train.ema_decay", 1.0),
         ("dit.train.decay", "exponential"),
@@ -52,6 +89,14 @@ def test_impossible_values_are_named(tiny_config, key, value):
     tiny_config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config.{key}"):
         config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+
+
+def test_guidance_by_labels_takes_labels(tiny_config):
+    tiny_config.dit.class_conditional = False
+    with pytest.raises(UserError, match="config.guidance.method='cfg'.*class_conditional"):
+        config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+    tiny_config.guidance.method = "none"
+    config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
 
 
 def test_a_mesh_that_does_not_fit_is_named(tiny_config):

@@ -1,4 +1,4 @@
-"""Models: compute types, the choice between scanned and unrolled blocks, and layers."""
+"""Models: compute types, the choices of scanned, unrolled and rematerialised blocks, and layers."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,11 @@ from rae_jax.stage_encoder import magnify_detail
 def _models(**changes):
     config = tiny()
     config.update(changes)
+    config.decoder.depth = config.dit.depth = 2
     autoencoder = build.autoencoder(config)
-    return {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder, "dit": build.dit(config)}
+    models = {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder, "dit": build.dit(config)}
+    config.dit.head_depth = 0
+    return {**models, "plain_dit": build.dit(config)}
 
 
 def _random_params(model, arguments):
@@ -34,17 +37,49 @@ def _arguments(name):
             return (jax.random.normal(key, (2, 32, 32, 3)),)
         case "decoder":
             return (jax.random.normal(key, (2, 8, 8, 16)),)
-        case "dit":
+        case "dit" | "plain_dit":
             return jax.random.normal(key, (2, 8, 8, 16)), jnp.array([0.3, 0.8]), jnp.array([1, 10])
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])
-def test_scanned_and_unrolled_blocks_agree(name):
-    scanned, unrolled = (_models(unroll=unroll)[name] for unroll in (False, True))
+_CHOICES = ({"unroll": True}, {"remat": True}, {"unroll": True, "remat": True})
+
+
+@pytest.mark.parametrize(
+    "name, choices",
+    [
+        ("decoder", _CHOICES[2:]),
+        *(pytest.param(name, _CHOICES, marks=pytest.mark.slow) for name in ("encoder", "decoder", "dit", "plain_dit")),
+    ],
+)
+def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
+    """Outputs, and gradients of every parameter."""
     arguments = _arguments(name)
-    params = _random_params(scanned, arguments)
-    a, b = (jax.jit(model.apply)(params, *arguments) for model in (scanned, unrolled))
-    assert float(jnp.abs(a - b).max()) <= 1e-6 * float(jnp.abs(a).max())
+    params = _random_params(_models()[name], arguments)
+
+    def outcome(model):
+        def loss(params):
+            out = model.apply(params, *arguments)
+            return jnp.sin(out).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    expected = outcome(_models()[name])
+    for choice in choices:
+        found = outcome(_models(**choice)[name])
+        for (path, a), b in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+            assert jnp.abs(a - b).max() <= 1e-6 * jnp.abs(a).max(), (choice, jax.tree_util.keystr(path))
+
+
+def test_rematerialised_blocks_keep_less():
+    """What a backward pass keeps of the forward pass: hardly anything inside the blocks."""
+
+    def kept(remat):
+        model, arguments = _models(remat=remat)["dit"], _arguments("dit")
+        params = jax.eval_shape(model.init, jax.random.key(0), *arguments)
+        _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, *arguments), p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+
+    assert kept(True) < 0.5 * kept(False)
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])
