@@ -13,15 +13,17 @@ from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
+from rae_jax.models import sd_vae
 from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
-from rae_jax.rae import Autoencoder
+from rae_jax.rae import Autoencoder, SdVae
 from rae_jax.train import Stage
 from rae_jax.weights import engine, store, tables
+from rae_jax.weights import sd_vae as sd_vae_tables
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
@@ -30,6 +32,8 @@ def autoencoder(config):
     """The frozen encoder and the decoder as one pair of functions."""
     e, d = config.encoder, config.decoder
     module = encoder(config)
+    if e.family == "sd_vae":
+        return SdVae(module, sd_vae.Decoder(tuple(e.widths), e.depth, jnp.dtype(config.dtype)))
     decoder = Decoder(
         width=d.width,
         depth=d.depth,
@@ -66,6 +70,8 @@ def encoder(config):
             fixed = {"layer_scale": False, "norm_eps": 1e-12}
         case "dinov3":
             fixed = {"rope": True, "norm_eps": 1e-5}
+        case "sd_vae":
+            return sd_vae.Encoder(tuple(e.widths), e.depth, latent_width=e.width, dtype=jnp.dtype(config.dtype))
         case other:
             raise ValueError(f"unknown encoder family {other!r}")
     return ViT(
@@ -225,15 +231,17 @@ def load(config, name, workdir, mesh, step=None):
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
-    weights = config[name].weights
-    if name == "encoder" and config.encoder.family != "small":
-        return _published_encoder(config, mesh)
+    weights, family = config[name].weights, config.encoder.family
+    if (name == "encoder" and family != "small") or (name == "decoder" and family == "sd_vae"):
+        return _published(config, name, mesh)
+    if name == "statistics" and weights == "none":
+        return None
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
     return jax.device_put(store.read(path, shapes), sharding.shardings(shapes, mesh))
 
 
-def _published_encoder(config, mesh):
+def _published(config, name, mesh):
     match config.encoder.family:
         case "dinov2":
             table = tables.DINOV2
@@ -243,11 +251,18 @@ def _published_encoder(config, mesh):
             table = tables.MAE
         case "dinov3":
             table = tables.DINOV3
+        case "sd_vae":
+            table = sd_vae_tables.table(name, levels=len(config.encoder.widths), depth=config.encoder.depth)
         case other:
             raise ValueError(f"unknown encoder family {other!r}")
     size = encoder_input_size(config)
-    shapes = jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
-    return engine.load(config.encoder.weights, table, shapes, sharding.shardings(shapes, mesh))
+    modules = autoencoder(config)
+    module, shape = {
+        "encoder": (modules.encoder, (size, size, 3)),
+        "decoder": (modules.decoder, latent_shape(config)),
+    }[name]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+    return engine.load(config[name].weights, table, shapes, sharding.shardings(shapes, mesh))
 
 
 def part_shapes(config, name):

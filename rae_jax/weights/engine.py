@@ -51,8 +51,10 @@ def _ours(tensors, table, source):
     ours = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(table.prefix)
+        for old, new in table.old_names:
+            short = short.replace(old, new)
         if short in ours:
-            raise UserError(f"{source} holds tensor {short!r} twice, with and without {table.prefix!r}")
+            raise UserError(f"{source} holds tensor {short!r} under two names")
         if not short.startswith(table.ignored):
             ours[short] = tensor
     return ours

@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from rae_jax.errors import UserError
 
-WHOLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"  # in order of choice
+WHOLE, DIFFUSERS = "model.safetensors", "diffusion_pytorch_model.safetensors"
+INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
+NAMES = (WHOLE, DIFFUSERS, INDEX, PICKLED)  # in order of choice
 
 
 class Tensor(NamedTuple):
@@ -34,14 +36,14 @@ def open_checkpoint(source):
         # All of the cache before any of the network: what is there needs no connection.
         finders = [lambda name: _in_cache(source, name), lambda name: _from_hub(source, name)]
     for find in finders:
-        for name in (WHOLE, INDEX, PICKLED):
+        for name in NAMES:
             if path := find(name):
                 return _open(path, finders)
-    raise UserError(f"{source} holds none of {WHOLE}, {INDEX}, {PICKLED}: put the model's weights there")
+    raise UserError(f"{source} holds none of {', '.join(NAMES)}: put the model's weights there")
 
 
 def _open(path, finders):
-    if path.name == WHOLE:
+    if path.name in (WHOLE, DIFFUSERS):
         return _safetensors(path)
     if path.name == PICKLED:
         return _torch_tensors(path)
@@ -109,5 +111,5 @@ def _from_hub(repo, name):
     except OSError as error:
         raise UserError(
             f"{repo} is not in the cache, and the hub cannot be reached: on a machine with network download {WHOLE} of "
-            f"{repo}, put it in a folder here, and name that folder instead of the hub id"
+            f"{repo}, put it in a folder here, and name that folder instead of the hub id (a VAE's file is {DIFFUSERS})"
         ) from error

@@ -33,11 +33,13 @@ ROWS = Layout(lambda shape: shape[1:], lambda array: array[None])  # without the
 @dataclasses.dataclass(frozen=True)
 class Table:
     """`leaves`: our path -> (layout, names...). `prefix` is left off the file's names where it is there; those that
-    then start with one of `ignored` are not ours: heads, text towers, mask tokens, and the final norm's affine part."""
+    then start with one of `ignored` are not ours: heads, text towers, mask tokens, and the final norm's affine part.
+    `old_names`: (old, new) parts of names, where files of another age have the old one."""
 
     leaves: dict
     ignored: tuple
     prefix: str = ""
+    old_names: tuple = ()
 
 
 def _linear(ours, *theirs, layout=LINEAR):
