@@ -1,6 +1,6 @@
 """A tiny and the published VAE with made-up weights, and what diffusers' AutoencoderKL makes of them.
 
-Shared by test_sd_vae.py and make_sd_vae_goldens.py; the weights are those of encoder_cases.py.
+Shared by test_sd_vae.py and make_sd_vae_goldens.py; the weights are made as those of encoder_cases.py.
 """
 
 import functools
@@ -44,9 +44,14 @@ def load(config):
     return {part: build.load(config, part, "", one_device()) for part in ("encoder", "decoder")}
 
 
-def write(folder, shapes):
-    """A checkpoint with made-up weights."""
-    save_file(weights(shapes), folder / FILE, metadata={"format": "pt"})
+def made_up(shapes):
+    """{name: array} for {name: shape}. What the first norms see is small, so that a wrong epsilon shows."""
+    return {name: array * (0.005 if ".conv_in." in name else 1.0) for name, array in weights(shapes).items()}
+
+
+def write(folder, arrays):
+    """A checkpoint of these arrays."""
+    save_file(arrays, folder / FILE, metadata={"format": "pt"})
 
 
 def inputs(values, height, width):
@@ -79,7 +84,7 @@ def torch_model(values, folder):
         norm_num_groups=32,
     ).save_pretrained(folder)
     shapes = {name: array.shape for name, array in load_file(folder / FILE).items()}
-    write(folder, shapes)
+    write(folder, made_up(shapes))
     return diffusers.AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval(), shapes
 
 

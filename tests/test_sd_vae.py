@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from encoder_cases import TINY as VITS
 from encoder_cases import config_of as vit_config
-from encoder_cases import difference, shapes_of, weights
+from encoder_cases import difference, shapes_of
 from encoder_cases import load as load_vit
 from encoder_cases import write as write_vit
 from etils import epath
-from safetensors.numpy import save_file
 from sd_vae_cases import (
     FILE,
     SIZE,
@@ -25,6 +24,7 @@ from sd_vae_cases import (
     goldens,
     inputs,
     load,
+    made_up,
     one_device,
     ours,
     theirs,
@@ -47,7 +47,7 @@ def checkpoint(tmp_path):
     """A folder with the tiny VAE's file."""
     folder = tmp_path / "vae"
     folder.mkdir()
-    write(folder, tiny_shapes())
+    write(folder, made_up(tiny_shapes()))
     return folder
 
 
@@ -103,14 +103,14 @@ def test_the_published_config_is_the_published_model():
 def test_names_of_old_files_are_known(checkpoint):
     config = config_of(TINY, checkpoint)
     new = load(config)
-    arrays = weights(tiny_shapes())
+    arrays = made_up(tiny_shapes())
     renamed = {}
     for name, array in arrays.items():
         for today, old in OLD_NAMES.items():
             name = name.replace(f".{today}.", f".{old}.")
         renamed[name] = array
     assert len(arrays.keys() - renamed.keys()) == 16
-    save_file(renamed, checkpoint / FILE)
+    write(checkpoint, renamed)
     jax.tree.map(np.testing.assert_array_equal, load(config), new)
 
 
@@ -131,12 +131,12 @@ _ATTENTION = "decoder.mid_block.attentions.0"
     ],
 )
 def test_wrong_tensors_are_named(checkpoint, change, message):
-    arrays = weights(tiny_shapes())
+    arrays = made_up(tiny_shapes())
     for name, shape in change.items():
         arrays.pop(name, None)
         if shape is not None:
             arrays[name] = np.zeros(shape, np.float32)
-    save_file(arrays, checkpoint / FILE)
+    write(checkpoint, arrays)
     with pytest.raises(UserError, match=message):
         load(config_of(TINY, checkpoint))
 
