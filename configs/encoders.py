@@ -49,6 +49,26 @@ def siglip2(size):
     }
 
 
+def dino():
+    """DINO ViT-S/8, on whose tokens the paper's discriminator judges images of 224 px.
+
+    The tanh approximation of its GELU is what that discriminator uses. The weights are the file that was released with
+    the method; facebook/dino-vits8 on the hub is the same model.
+    """
+    return {
+        "family": "dino",
+        "weights": "nyu-visionx/RAE-collections:discs/dino_vit_small_patch8_224.pth",
+        **_SIZES["small"],
+        "mlp": "gelu_tanh",
+        "mlp_ratio": 4.0,
+        "patch_size": 8,
+        "input_size": 224,
+        "position_size": 224,
+        "num_registers": 0,
+        **_IMAGENET,
+    }
+
+
 def mae(size):
     """The encoder of a masked autoencoder, 'base' or 'large', at 256 px: its 224 px positions are resized."""
     return {

@@ -18,6 +18,7 @@ def get_config():
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20
     c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
+    c.remat = False  # compute blocks again in the backward pass: less memory, a third more work
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that the others leave
     c.checkpoint = ConfigDict({"every": 500, "keep": 2})
@@ -53,7 +54,7 @@ def _data():
 def _encoder():
     return ConfigDict(
         {
-            "family": "small",  # or 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': published, see configs/encoders.py
+            "family": "small",  # 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': see configs/encoders.py
             "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
             "width": 64,
             "depth": 6,
@@ -84,7 +85,7 @@ def _encoder_train():
 def _judge():
     return ConfigDict(
         {
-            "weights": "small",
+            "weights": "small",  # '': no judge, and none of its metrics
             "widths": (32, 64, 128),
             "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
         }
@@ -98,7 +99,16 @@ def _decoder():
     train.adversarial_start = 3_750  # step from which the decoder tries to fool it
     train.adversarial_weight = 0.75
     return ConfigDict(
-        {"weights": "small", "width": 96, "depth": 4, "num_heads": 3, "hidden": 384, "patch_size": 4, "train": train}
+        {
+            "weights": "small",  # if the stage is not run: 'small', a folder, a published file, a hub id, or none
+            "width": 96,
+            "depth": 4,
+            "num_heads": 3,
+            "hidden": 384,
+            "patch_size": 4,
+            "grid_size": 0,  # tokens a side, to which latents of another size are resized; 0: as the latents are
+            "train": train,
+        }
     )
 
 
@@ -114,8 +124,11 @@ def _dit():
             "depth": 4,
             "num_heads": 3,
             "head_width": 128,
-            "head_depth": 2,
+            "head_depth": 2,  # 0: a plain DiT, without the wide head
             "head_num_heads": 4,
+            "patch_size": 1,  # of the latent, a side; 2 makes 256 tokens of 32x32 VAE latents
+            "qk_norm": False,  # normalise queries and keys
+            "class_conditional": True,  # False: every label is the null one
             "train": train,
         }
     )

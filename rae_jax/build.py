@@ -7,8 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rae_jax import checkpoint, sharding, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
-from rae_jax.config import encoder_input_size
+from rae_jax import (
+    checkpoint,
+    published,
+    sharding,
+    stage_decoder,
+    stage_dit,
+    stage_encoder,
+    stage_judge,
+    stage_statistics,
+)
+from rae_jax.config import encoder_input_size, latent_shape
 from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
@@ -17,13 +26,13 @@ from rae_jax.models import sd_vae
 from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
+from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
 from rae_jax.rae import Autoencoder, SdVae
 from rae_jax.train import Stage
-from rae_jax.weights import engine, store, tables
-from rae_jax.weights import sd_vae as sd_vae_tables
+from rae_jax.weights import store
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
@@ -40,8 +49,8 @@ def autoencoder(config):
         num_heads=d.num_heads,
         hidden=d.hidden,
         patch_size=d.patch_size,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
+        grid_size=d.grid_size or None,
+        **_computation(config),
     )
     return Autoencoder(
         module,
@@ -61,6 +70,8 @@ def encoder(config):
     match e.family:
         case "small":
             fixed = {}
+        case "dino":
+            fixed = {"layer_scale": False}
         case "dinov2":
             # transformers antialiases the resized positions in its class with registers, and only there.
             fixed = {"antialias": e.num_registers > 0}
@@ -82,10 +93,14 @@ def encoder(config):
         patch_size=e.patch_size,
         position_size=e.position_size or encoder_input_size(config),
         num_registers=e.num_registers,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
+        **_computation(config),
         **fixed,
     )
+
+
+def _computation(config):
+    """The fields of a model that say how it computes, not what."""
+    return {"dtype": jnp.dtype(config.dtype), "unroll": config.unroll, "remat": config.remat}
 
 
 def _mlp(name, hidden):
@@ -101,30 +116,25 @@ def _mlp(name, hidden):
 
 
 def dit(config):
-    """The diffusion transformer."""
+    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks."""
     c = config.dit
-    return DiTDH(
-        width=c.width,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        head_width=c.head_width,
-        head_depth=c.head_depth,
-        head_num_heads=c.head_num_heads,
-        num_classes=config.data.num_classes,
-        dtype=jnp.dtype(config.dtype),
-        unroll=config.unroll,
-    )
+    trunk = {
+        "width": c.width,
+        "depth": c.depth,
+        "num_heads": c.num_heads,
+        "num_classes": config.data.num_classes if c.class_conditional else 0,
+        "patch_size": c.patch_size,
+        "qk_norm": c.qk_norm,
+        **_computation(config),
+    }
+    if c.head_depth == 0:
+        return DiT(**trunk)
+    return DiTDH(head_width=c.head_width, head_depth=c.head_depth, head_num_heads=c.head_num_heads, **trunk)
 
 
 def judge(config):
     """The classifier that judges generated images."""
     return ConvNet(tuple(config.judge.widths), config.data.num_classes)
-
-
-def latent_shape(config):
-    """(h, w, D) of one image's latent."""
-    side = encoder_input_size(config) // config.encoder.patch_size
-    return side, side, config.encoder.width
 
 
 def source(config, split):
@@ -223,7 +233,8 @@ def _init_and_step(config, name):
 def load(config, name, workdir, mesh, step=None):
     """Weights of one part, on the devices: trained in `workdir` if its stage belongs to the run, else config's.
 
-    `step` picks a checkpoint of the last stage of the run. Raises UserError where there are none.
+    Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
+    picks a checkpoint of the last stage of the run. Raises UserError where there are none.
     """
     folder = epath.Path(workdir) / "checkpoints" / name
     if name in config.stages and _has_checkpoints(config, workdir):
@@ -231,42 +242,24 @@ def load(config, name, workdir, mesh, step=None):
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
-    weights, family = config[name].weights, config.encoder.family
-    if (name == "encoder" and family != "small") or (name == "decoder" and family == "sd_vae"):
-        return _published(config, name, mesh)
+    weights = config[name].weights
     if name == "statistics" and weights == "none":
         return None
+    if not weights:
+        raise UserError(f"config.{name}.weights is empty: train that part first, or name weights that are there")
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
-    return jax.device_put(store.read(path, shapes), sharding.shardings(shapes, mesh))
-
-
-def _published(config, name, mesh):
-    match config.encoder.family:
-        case "dinov2":
-            table = tables.DINOV2
-        case "siglip2":
-            table = tables.SIGLIP2
-        case "mae":
-            table = tables.MAE
-        case "dinov3":
-            table = tables.DINOV3
-        case "sd_vae":
-            table = sd_vae_tables.table(name, levels=len(config.encoder.widths), depth=config.encoder.depth)
-        case other:
-            raise ValueError(f"unknown encoder family {other!r}")
-    size = encoder_input_size(config)
-    modules = autoencoder(config)
-    module, shape = {
-        "encoder": (modules.encoder, (size, size, 3)),
-        "decoder": (modules.decoder, latent_shape(config)),
-    }[name]
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
-    return engine.load(config[name].weights, table, shapes, sharding.shardings(shapes, mesh))
+    placed = sharding.shardings(shapes, mesh)
+    if path.exists() or not published.tables_of(config, name):
+        return jax.device_put(store.read(path, shapes), placed)
+    return published.load(config, name, shapes, placed)
 
 
 def part_shapes(config, name):
     """Shapes of a part's weights as they are exported."""
+    if name == "encoder":
+        size = encoder_input_size(config)
+        return jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
     return jax.eval_shape(_part(name), _state_shapes(config, name))
 
 

@@ -15,12 +15,15 @@ STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
-FREE_KEYS = ("name", "log_every", "unroll", "mesh", "checkpoint", "sampler", "guidance", "evaluate", "data.num_threads")
+FREE_KEYS = (
+    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
+    *("sampler", "guidance", "evaluate", "data.num_threads"),
+)
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.source": ("shapes", "image_folder"),
-    "encoder.family": ("small", "dinov2", "siglip2", "mae", "dinov3", "sd_vae"),
+    "encoder.family": ("small", "dino", "dinov2", "siglip2", "mae", "dinov3", "sd_vae"),
     "encoder.mlp": ("gelu", "gelu_tanh", "swiglu"),
     "sampler.method": ("euler",),
     "guidance.method": ("none", "cfg"),
@@ -28,6 +31,7 @@ _CHOICES = {
 _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
+    *("decoder.patch_size", "dit.patch_size"),
     *("sampler.num_steps", "evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
 )
 
@@ -81,6 +85,12 @@ def encoder_input_size(config):
     return config.encoder.input_size or config.data.image_size
 
 
+def latent_shape(config):
+    """(h, w, D) of one image's latent."""
+    side = encoder_input_size(config) // config.encoder.patch_size
+    return side, side, config.encoder.width
+
+
 def flatten(tree, prefix=""):
     """Nested dicts -> {'a.b': value}."""
     flat = {}
@@ -112,19 +122,24 @@ def _check_shapes(config):
     multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
     _require(_get(config, key) > 0 and _get(config, key) % patch == 0, config, key, multiple)
     grid = _get(config, key) // patch
-    _require(size % grid == 0, config, "data.image_size", f"it must be a multiple of the latent grid's {grid}")
+    tokens = config.decoder.grid_size or grid
+    _require(size % tokens == 0, config, "data.image_size", f"it must be a multiple of the decoder's {tokens} tokens")
     _require(
-        config.decoder.patch_size * grid == size,
+        config.decoder.patch_size * tokens == size,
         config,
         "decoder.patch_size",
-        f"{size // grid} makes {size} px images from the {grid}x{grid} latent grid",
+        f"{size // tokens} makes {size} px images from {tokens}x{tokens} tokens",
     )
-    for section, width, heads, multiple in (
+    _require(grid % config.dit.patch_size == 0, config, "dit.patch_size", f"it must divide the latent grid's {grid}")
+    _require(config.dit.head_depth >= 0, config, "dit.head_depth", "it must be 0 for a plain DiT, or positive")
+    widths = [
         ("encoder", "width", "num_heads", 1),
         ("decoder", "width", "num_heads", 1),
         ("dit", "width", "num_heads", 4),  # rotary embedding turns pairs along two axes
-        ("dit", "head_width", "head_num_heads", 4),
-    ):
+    ]
+    if config.dit.head_depth:
+        widths.append(("dit", "head_width", "head_num_heads", 4))
+    for section, width, heads, multiple in widths:
         fits = config[section][width] % (multiple * config[section][heads]) == 0
         mend = f"it must be a multiple of {multiple} times config.{section}.{heads}={config[section][heads]}"
         _require(fits, config, f"{section}.{width}", mend)
@@ -139,6 +154,8 @@ def _check_shapes(config):
     if "encoder" in config.stages:
         _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
     guidance = config.guidance
+    labelled = config.dit.class_conditional or guidance.method == "none"
+    _require(labelled, config, "guidance.method", "set it to none where config.dit.class_conditional is False")
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
 

@@ -1,51 +1,106 @@
-"""Weights out of a workdir: one safetensors file for each part (encoder, judge, decoder, statistics, dit).
+"""Weights in and out: a run's, or those that a config names, for this project or for others.
 
     python -m rae_jax.convert --workdir=runs/small --output=weights
+    python -m rae_jax.convert --config=configs/dit_xl.py --parts=decoder,statistics,dit --output=weights
+    python -m rae_jax.convert --workdir=runs/dit_xl --format=released_pt --output=theirs
 
-A config uses such a folder by `--config.decoder.weights=weights`, and so on for the other parts.
+The first writes what a run has trained, the second what a config's `weights` name (a released file, here or on the
+hub: --config.dit.weights=stage2_model.pt), one safetensors file a part. A config uses such a folder by
+`--config.decoder.weights=weights`, and so on for the other parts. --format=released writes PART/model.safetensors with
+the names and shapes of the files that the method's authors released, released_pt the same as torch files, and
+diffusers a folder for AutoencoderRAE or AutoencoderKL. With --config and --workdir, the config says how the run's
+weights are read.
 """
 
 import json
-import sys
 
 import jax
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, sharding
+from rae_jax import build, command, published, sharding
+from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+_ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
+FORMATS = ("rae_jax", "released", "released_pt", "diffusers")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; by default that of --workdir.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
+_PARTS = flags.DEFINE_list("parts", None, "Which parts; by default those whose stages the config has.")
+_FORMAT = flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
 
 
-def export(workdir, output):
-    """Write the averaged weights of every stage that was run in `workdir`; returns the files' sizes in bytes.
+def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
+    """Write weights as one of FORMATS; returns {path: size in bytes}.
 
-    Raises UserError where the workdir holds no run, or an unfinished one.
+    `workdir`: of a finished run, or None for the weights that `config` names. Raises UserError where there is no run,
+    or an unfinished one, and for weights that do not fit the config.
     """
-    workdir, output = epath.Path(workdir), epath.Path(output)
-    if not (workdir / "config.json").exists():
+    config = config or _config_of(workdir)
+    parts = _parts(config, parts, form)
+    if workdir is None:
+        config = ConfigDict({**config, "stages": ()})
+    mesh = sharding.make_mesh(_ALL_DEVICES)
+    trees = {part: jax.device_get(build.load(config, part, workdir or "", mesh)) for part in parts}
+    try:
+        return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --output={output} ({error.strerror}): choose a folder you may write to"
+        ) from error
+
+
+def _config_of(workdir):
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
         raise UserError(f"--workdir={workdir} holds no config.json: name the folder of a run")
-    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    parts = {name: jax.device_get(build.load(config, name, workdir, mesh)) for name in config.stages}
-    for name, tree in parts.items():
-        store.write(output / f"{name}.safetensors", tree)
-    return {name: (output / f"{name}.safetensors").stat().length for name in parts}
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def _write(config, trees, output, form):
+    match form:
+        case "rae_jax":
+            for part, tree in trees.items():
+                store.write(output / f"{part}.safetensors", tree)
+            return [output / f"{part}.safetensors" for part in trees]
+        case "released" | "released_pt":
+            return published.write_released(config, trees, output, pickled=form == "released_pt")
+        case "diffusers":
+            return published.write_diffusers(config, trees, output)
+        case other:
+            raise ValueError(f"unknown format {other!r}")
 
 
 def _main(argv):
     logging.set_verbosity(logging.ERROR)
     try:
-        for name, size in export(_WORKDIR.value, _OUTPUT.value).items():
-            print(f"{_OUTPUT.value}/{name}.safetensors  {size / 1e6:.2f} MB")
+        config, workdir = _CONFIG.value, _WORKDIR.value
+        if config is None and workdir is None:
+            raise UserError("there is nothing to convert: name a run by --workdir, or weights by --config")
+        if config is not None:
+            config_lib.check(config, sharding.make_mesh(_ALL_DEVICES))
+        written = export(workdir, _OUTPUT.value, config=config, parts=_PARTS.value, form=_FORMAT.value)
+        for path, size in written.items():
+            print(f"{path}  {size / 1e6:.2f} MB")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command.fail(str(error))
+
+
+def _parts(config, named, form):
+    """The parts that are asked for, or that the format always has."""
+    together = ("encoder", "decoder", "statistics")
+    if form == "diffusers" and named:
+        raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
+    parts = together if form == "diffusers" else named or config.stages
+    for part in parts:
+        if part not in config_lib.STAGES:
+            raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_lib.STAGES)}")
+    return parts
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    app.run(_main, flags_parser=command.parser(_CONFIG))

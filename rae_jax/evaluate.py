@@ -16,12 +16,14 @@ def evaluate(config, parts, mesh):
     """Returns ({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
 
     Reconstruction: psnr, ssim. Generation: fd against one half of the held-out images, beside fd_real of the other
-    half against it; agreement of the judge with the requested labels, beside judge_accuracy on real images.
+    half against it; with a judge among the parts, its agreement with the requested labels, beside judge_accuracy on
+    real images.
     """
     one_pass = _Pass(config, parts, mesh)
     held_out = one_pass.run(build.source(config, "heldout"))
     results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim")}
-    results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
+    if "judge" in parts:
+        results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
     if config.evaluate.probe:
         results.update(_probes(config, parts, mesh, held_out))
 
@@ -36,7 +38,8 @@ def evaluate(config, parts, mesh):
     real = held_out["features"]
     results["fd"] = metrics.frechet_distance(generated["features"], real[one])
     results["fd_real"] = metrics.frechet_distance(real[other], real[one])
-    results["agreement"] = float((generated["judged"] == labels).mean())
+    if "judge" in parts:
+        results["agreement"] = float((generated["judged"] == labels).mean())
     return results, _pictures(config, held_out, images, labels)
 
 
@@ -74,13 +77,16 @@ class _Pass:
             images = rae.to_float(batch["image"])
             latents = autoencoder.encode(parts["encoder"], images)
             decoded = rae.to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
+            judged = {}
+            if "judge" in parts:
+                judged["judged"] = judge.apply({"params": parts["judge"]}, images).argmax(-1)
             return {
                 "image": batch["image"],
                 "decoded": decoded,
                 "psnr": metrics.psnr(rae.to_float(decoded), images),
                 "ssim": metrics.ssim(rae.to_float(decoded), images),
                 "features": latents.mean((1, 2)),
-                "judged": judge.apply({"params": parts["judge"]}, images).argmax(-1),
+                **judged,
                 "label": batch["label"],
                 "mask": batch["mask"],
             }

@@ -9,8 +9,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from rae_jax import command, modes, sharding
 from rae_jax import config as config_lib
-from rae_jax import modes, sharding
 from rae_jax.errors import UserError
 from rae_jax.train import InterruptedRun
 
@@ -32,7 +32,7 @@ def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
     if len(argv) > 1:
-        _fail(f"unknown argument {argv[1]!r}: flags look like --name=value")
+        command.fail(f"unknown argument {argv[1]!r}: flags look like --name=value")
     try:
         config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
         mesh = sharding.make_mesh(config.mesh)
@@ -42,7 +42,7 @@ def run(argv):
     except UserError as error:
         if flags.FLAGS.debug:
             raise
-        _fail(str(error))
+        command.fail(str(error))
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -51,32 +51,5 @@ def run(argv):
         sys.exit(INTERRUPTED)
 
 
-def _parse(argv):
-    """absl's parser, with ml_collections' complaints about a config key as one line."""
-    try:
-        arguments = flags.FLAGS(argv)
-        _CONFIG.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
-        return arguments
-    except flags.Error as error:
-        _fail(_one_line(error))
-    except OSError:
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        _fail(f"cannot load --config={path}: name a file such as configs/small.py")
-    except (AttributeError, KeyError) as error:
-        _fail(f"unknown config key {_one_line(error)}")
-    except (TypeError, ValueError) as error:
-        _fail(f"in a --config flag: {_one_line(error)}")
-
-
-def _one_line(error):
-    text = str(error.args[0] if error.args else error)
-    return " ".join(text.replace("\\n", " ").replace("\\", "").strip("'\"").split())
-
-
-def _fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(run, flags_parser=_parse)
+    app.run(run, flags_parser=command.parser(_CONFIG))

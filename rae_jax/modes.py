@@ -28,7 +28,7 @@ def train(config, workdir, mesh, flags):
         _write_results(workdir, name, results)
     for stage_name in config.stages:
         _run_stage(config, stage_name, workdir, mesh)
-    parts = {part: build.load(config, part, workdir, mesh) for part in build.FROZEN}
+    parts = _parts(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
     trained = _measure(config, parts, mesh, workdir, prefix)
     results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
@@ -39,7 +39,7 @@ def train(config, workdir, mesh, flags):
 
 def evaluate(config, workdir, mesh, flags):
     """Metrics of the newest checkpoint, or of --step, printed and written to eval/."""
-    parts = {part: build.load(config, part, workdir, mesh, step=flags.step) for part in build.FROZEN}
+    parts = _parts(config, workdir, mesh, step=flags.step)
     results = _measure(config, parts, mesh, workdir, "")
     suffix = "" if flags.step is None else f"_{flags.step}"
     _write_results(workdir, f"{config.name}{suffix}.json", results)
@@ -102,7 +102,13 @@ def _shipped(config, mesh):
     with config.unlocked():
         untrained = config.copy_and_resolve_references()
     untrained.stages = ()
-    return {part: build.load(untrained, part, "", mesh) for part in build.FROZEN}
+    return _parts(untrained, "", mesh)
+
+
+def _parts(config, workdir, mesh, step=None):
+    """What an evaluation needs; the judge may be missing."""
+    names = [name for name in build.FROZEN if name != "judge" or name in config.stages or config.judge.weights]
+    return {name: build.load(config, name, workdir, mesh, step=step) for name in names}
 
 
 def _measure(config, parts, mesh, workdir, name):

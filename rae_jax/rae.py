@@ -97,15 +97,15 @@ class Autoencoder:
 
     def decode(self, params, latents):
         """Latents -> images around [0, 1], not clipped; `params` are the decoder's."""
-        return self.pixels(params, self.features(params, latents), latents.shape[1:3])
+        return self.pixels(params, self.features(params, latents))
 
     def features(self, params, latents):
         """What the decoder's last linear layer sees."""
         return self.decoder.apply({"params": params}, latents, method="features")
 
-    def pixels(self, params, features, grid):
+    def pixels(self, params, features):
         """The decoder's last linear layer, back in [0, 1]."""
-        pixels = self.decoder.apply({"params": params}, features, grid, method="pixels")
+        pixels = self.decoder.apply({"params": params}, features, method="pixels")
         return pixels * jnp.asarray(self.std) + jnp.asarray(self.mean)
 
 

@@ -1,6 +1,7 @@
-"""Bicubic resizing, to torch's last bits: what the encoders saw in training, and how their positions stretch.
+"""Resizing as torch does it: bicubic to its last bits, for what the encoders saw in training and how their positions
+stretch; bilinear for tokens.
 
-jax.image.resize is another function: its kernel has a = -0.5, and it always antialiases when it shrinks.
+The bicubic of jax.image.resize is another function: its kernel has a = -0.5.
 """
 
 import functools
@@ -20,6 +21,11 @@ def bicubic(x, height, width, *, antialias=False):
     )
     x = jnp.einsum("ih,...hwc->...iwc", rows, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("jw,...iwc->...ijc", columns, x, precision=jax.lax.Precision.HIGHEST)
+
+
+def bilinear(x, height, width):
+    """[B, H, W, C] -> [B, height, width, C]; as torch's interpolate with align_corners=False, without antialiasing."""
+    return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear", antialias=False)
 
 
 @functools.cache

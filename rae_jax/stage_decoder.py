@@ -72,7 +72,7 @@ class _Game:
         params, train = state["params"], self.train
         disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
         features, pull_features = jax.vjp(lambda p: self.autoencoder.features(p, latents), params)
-        decoded, pull_pixels = jax.vjp(lambda p, f: self.autoencoder.pixels(p, f, latents.shape[1:3]), params, features)
+        decoded, pull_pixels = jax.vjp(self.autoencoder.pixels, params, features)
 
         def reconstruction(decoded):
             return jnp.abs(decoded - images).mean()

@@ -70,7 +70,7 @@ def test_another_family_s_file_is_refused(tmp_path):
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
     _spoil(tmp_path, "mae", _put("embeddings.cls_token", 1, 1, 16))
-    with pytest.raises(UserError, match="'embeddings.cls_token' under two names"):
+    with pytest.raises(UserError, match="'embeddings.cls_token' twice"):
         load(config_of(TINY["mae"], tmp_path))
 
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax import resize
 from rae_jax.models.layers import Attention, Mlp, dense, scan_blocks, sincos_2d, unpatchify
 
 _INIT = nn.initializers.normal(0.02)
@@ -26,37 +27,46 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, h, w, D] -> features and pixels; the pixels still lack the encoder's std and mean."""
+    """Latents [B, h, w, D] -> features and pixels; the pixels still lack the encoder's std and mean.
+
+    With `grid_size` the decoder works on that many tokens a side, and latents of another size are resized.
+    """
 
     width: int
     depth: int
     num_heads: int
     hidden: int
     patch_size: int
+    grid_size: int | None = None
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
+    remat: bool = False
 
     def setup(self):
         self.embed = dense(self.width, dtype=self.dtype, kernel_init=_INIT)
         self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width))
-        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=0)
+        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=0)
         self.blocks = blocks(self.num_heads, self.hidden, self.dtype)
         self.norm = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32)
         self.pred = dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
 
     def __call__(self, latents):
         """Pixels [B, h * p, w * p, 3]."""
-        return self.pixels(self.features(latents), latents.shape[1:3])
+        return self.pixels(self.features(latents))
 
     def features(self, latents):
-        """The input of the last linear layer, [B, h * w, width]."""
+        """The input of the last linear layer, [B, h, w, width]."""
+        if self.grid_size:
+            latents = resize.bilinear(latents, self.grid_size, self.grid_size)
         batch, height, width, _ = latents.shape
         x = self.embed(latents.reshape(batch, height * width, -1).astype(self.dtype))
         x = x + sincos_2d(height, width, self.width).astype(self.dtype)
         cls = jnp.broadcast_to(self.cls_token, (batch, 1, self.width)).astype(self.dtype)
         x, _ = self.blocks(jnp.concatenate([cls, x], axis=1))
-        return self.norm(x)[:, 1:].astype(self.dtype)
+        return self.norm(x)[:, 1:].astype(self.dtype).reshape(batch, height, width, self.width)
 
-    def pixels(self, features, grid):
-        """The last linear layer, its patches laid on the grid (h, w)."""
-        return unpatchify(self.pred(features).astype(jnp.float32), *grid, self.patch_size)
+    def pixels(self, features):
+        """The last linear layer, each token's patch in its place."""
+        batch, height, width, _ = features.shape
+        patches = self.pred(features).astype(jnp.float32).reshape(batch, height * width, -1)
+        return unpatchify(patches, height, width, self.patch_size)

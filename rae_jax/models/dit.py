@@ -1,13 +1,26 @@
-"""The parts of a diffusion transformer: embeddings of time and label, adaLN blocks, final layer.
+"""The plain diffusion transformer, and its parts: embeddings of time and label, adaLN blocks, final layer.
 
 Conditions are [B, 1, C] (one for all tokens) or [B, N, C] (one a token).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models.layers import Attention, SwiGlu, dense, rms_norm
+from rae_jax.models.layers import (
+    Attention,
+    SwiGlu,
+    dense,
+    patchify,
+    rms_norm,
+    rope_2d,
+    scan_blocks,
+    sincos_2d,
+    unpatchify,
+    xavier_linear,
+)
 
 NUM_FREQUENCIES = 256
 _SMALL = nn.initializers.normal(0.02)
@@ -18,6 +31,7 @@ class TimeEmbedding(nn.Module):
     """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in float32."""
 
     width: int
+    linear: Callable  # how the biases start
 
     @nn.compact
     def __call__(self, t):
@@ -25,12 +39,15 @@ class TimeEmbedding(nn.Module):
         frequencies = self.param("frequencies", nn.initializers.normal(1.0), (NUM_FREQUENCIES,))
         angles = 2.0 * jnp.pi * t[:, None] * jax.lax.stop_gradient(frequencies)
         x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-        x = nn.silu(nn.Dense(self.width, kernel_init=_SMALL, name="fc1")(x))
-        return nn.Dense(self.width, kernel_init=_SMALL, name="fc2")(x)
+
+        def layer(x, name):
+            return self.linear(self.width, x.shape[-1], dtype=jnp.float32, name=name, kernel_init=_SMALL)(x)
+
+        return layer(nn.silu(layer(x, "fc1")), "fc2")
 
 
 class LabelEmbedding(nn.Module):
-    """Labels [B] -> [B, width]; the row after the last class stands for no label."""
+    """Labels [B] -> [B, width]; the row after the last class stands for no label. Without classes, all mean that."""
 
     num_classes: int
     width: int
@@ -38,7 +55,7 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels):
         table = self.param("table", _SMALL, (self.num_classes + 1, self.width))
-        return table[labels]
+        return table[labels if self.num_classes else jnp.zeros_like(labels)]
 
 
 class Modulation(nn.Module):
@@ -61,6 +78,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: float
     qk_norm: bool
+    linear: Callable
     dtype: jnp.dtype
 
     @nn.compact
@@ -68,10 +86,11 @@ class Block(nn.Module):
         modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = modulate(rms_norm("norm1")(x), shift1, scale1).astype(self.dtype)
-        attention = Attention(self.num_heads, self.qk_norm, self.dtype, torch_init=True, name="attention")
+        attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.linear, name="attention")
         x = x + gate1 * attention(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
-        x = x + gate2 * SwiGlu(int(2 / 3 * self.mlp_ratio * x.shape[-1]), self.dtype, name="mlp")(y)
+        hidden = int(2 / 3 * self.mlp_ratio * x.shape[-1])
+        x = x + gate2 * SwiGlu(hidden, self.dtype, self.linear, name="mlp")(y)
         return x, None
 
 
@@ -89,10 +108,45 @@ class FinalLayer(nn.Module):
 
 
 def patch_embedding(width, *, dtype, name):
-    """Linear embedding of latent tokens (patch 1)."""
+    """Linear embedding of patches of the latent."""
     return dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):
     """x (1 + scale) + shift."""
     return x * (1.0 + scale) + shift
+
+
+def blocks(module, *, depth, num_heads, linear, name):
+    """`depth` blocks of a diffusion transformer, scanned, with what they share taken from the module's fields."""
+    scanned = scan_blocks(Block, depth=depth, unroll=module.unroll, remat=module.remat, broadcast=2)
+    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, name=name)
+
+
+class DiT(nn.Module):
+    """Velocity of noisy latents x_t [B, h, w, D] at times t [B] for labels [B], by a plain transformer."""
+
+    width: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    patch_size: int = 1
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+    unroll: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, t, labels):
+        grid = tuple(size // self.patch_size for size in x.shape[1:3])
+        condition = TimeEmbedding(self.width, xavier_linear, name="time_embed")(t)
+        condition = (condition + LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels))[:, None]
+
+        tokens = patchify(x.astype(self.dtype), self.patch_size)
+        y = patch_embedding(self.width, dtype=self.dtype, name="embed")(tokens)
+        y = y + sincos_2d(*grid, self.width).astype(self.dtype)
+        trunk = blocks(self, depth=self.depth, num_heads=self.num_heads, linear=xavier_linear, name="blocks")
+        y, _ = trunk(y, condition, rope_2d(*grid, self.width // self.num_heads))
+        y = FinalLayer(tokens.shape[-1], self.dtype, name="final_layer")(y, condition)
+        return unpatchify(y, *grid, self.patch_size).astype(jnp.float32)

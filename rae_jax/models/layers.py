@@ -1,7 +1,10 @@
 """Layers that the encoders, the decoder and the diffusion transformers share.
 
+A `linear` argument says how a block's linear layers start: `torch_linear`, `xavier_linear` or `lecun_linear`.
 Parameters are float32; matrix products run in `dtype`; norms, softmax and angles in float32.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +32,27 @@ def _token_product(x, kernel, dimension_numbers, **options):
     return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=as_it_is)
 
 
-def torch_linear(features, fan_in, *, dtype, name=None):
-    """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
+    """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+
+    `kernel_init` is for a weight that starts otherwise.
+    """
     bound = fan_in**-0.5
 
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return dense(features, dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+    return dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
+
+
+def xavier_linear(features, fan_in, *, dtype, name=None, kernel_init=nn.initializers.xavier_uniform()):  # noqa: B008
+    """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
+    return dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+
+
+def lecun_linear(features, fan_in, *, dtype, name=None):
+    """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
+    return dense(features, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -48,13 +64,13 @@ class Attention(nn.Module):
     num_heads: int
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
-    torch_init: bool = False
+    linear: Callable = lecun_linear
     rotate_halves: bool = False
 
     @nn.compact
     def __call__(self, x, rope=None):
         width = x.shape[-1]
-        qkv = _dense(self, 3 * width, width, "qkv")(x)  # [B, N, 3D]
+        qkv = self.linear(3 * width, width, dtype=self.dtype, name="qkv")(x)  # [B, N, 3D]
         q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in jnp.split(qkv, 3, -1))  # each [B, N, H, K]
         if self.qk_norm:
             q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
@@ -62,7 +78,7 @@ class Attention(nn.Module):
             q, k = (rotate(a, rope, halves=self.rotate_halves) for a in (q, k))
         q, k, v = (a.astype(self.dtype) for a in (q, k, v))
         x = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return _dense(self, width, width, "proj")(x)
+        return self.linear(width, width, dtype=self.dtype, name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -84,23 +100,18 @@ class SwiGlu(nn.Module):
 
     hidden: int
     dtype: jnp.dtype = jnp.float32
+    linear: Callable = torch_linear
 
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        gate, value = jnp.split(torch_linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
-        return torch_linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
+        gate, value = jnp.split(self.linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        return self.linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
 def rms_norm(name):
     """x / rms(x) with a learned scale, in float32."""
     return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
-
-
-def _dense(module, features, fan_in, name):
-    if module.torch_init:
-        return torch_linear(features, fan_in, dtype=module.dtype, name=name)
-    return dense(features, dtype=module.dtype, name=name)
 
 
 def rope_2d(height, width, head_dim):
@@ -156,12 +167,15 @@ def sincos_2d(height, width, dim):
     return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
 
 
-def scan_blocks(block, *, depth, unroll, broadcast):
+def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. Unrolled or not, the parameters are the same.
+    The outputs come back stacked. With `remat` a backward pass computes each block again instead of keeping what is
+    inside it. Unrolled, rematerialised or not, the parameters are the same.
     """
+    if remat:
+        block = nn.remat(block, prevent_cse=unroll)  # a loop keeps XLA from undoing it; unrolled, a barrier must
     return nn.scan(
         block,
         variable_axes={"params": 0},

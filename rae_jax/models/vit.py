@@ -1,4 +1,4 @@
-"""Vision transformer encoders: the small one, DINOv2, SigLIP2, MAE and DINOv3 are one module with other fields."""
+"""Vision transformers: the small encoder, DINO, DINOv2, SigLIP2, MAE and DINOv3 are one module with other fields."""
 
 from collections.abc import Callable
 
@@ -63,6 +63,7 @@ class ViT(nn.Module):
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images, layers=None):
@@ -77,7 +78,7 @@ class ViT(nn.Module):
             rope = rope_centred(*grid, self.width // self.num_heads)
             rope = jnp.pad(rope, ((num_prefix, 0), (0, 0)))  # class token and registers stay as they are
 
-        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, broadcast=1)
+        blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=1)
         blocks = blocks(self.num_heads, self.mlp, self.layer_scale, self.norm_eps, self.dtype, name="blocks")
         x, outputs = blocks(x, rope)
         chosen = x[None] if layers == (self.depth - 1,) else outputs[jnp.asarray(layers)]

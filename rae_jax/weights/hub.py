@@ -12,10 +12,12 @@ from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from rae_jax.errors import UserError
+from rae_jax.weights import store
 
-WHOLE, DIFFUSERS = "model.safetensors", "diffusion_pytorch_model.safetensors"
-INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
-NAMES = (WHOLE, DIFFUSERS, INDEX, PICKLED)  # in order of choice
+# What a folder or a repository may hold, in order of choice.
+WHOLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class Tensor(NamedTuple):
@@ -26,26 +28,44 @@ class Tensor(NamedTuple):
 
 
 def open_checkpoint(source):
-    """{name: Tensor} of a checkpoint. `source`: a folder, or a hub id, whose files the hub's library caches.
+    """{name: Tensor} of a checkpoint. `source`: a file, a folder, or a hub id, alone or as 'ID:PATH' of one file in it.
 
-    Raises UserError where there is none, where a file is damaged, or where two files hold the same tensor.
+    The hub's library caches what it fetches. Raises UserError where there is none, where a file is damaged, or where
+    two files hold the same tensor.
     """
-    folder = Path(source).expanduser()
-    finders = [lambda name: _in_folder(folder, name)]
-    if not folder.is_dir():
+    path = Path(source).expanduser()
+    repo, _, file = source.partition(":")
+    names = (file,) if file else (WHOLE, INDEX, PICKLED, DIFFUSERS)
+    if path.is_file():
+        folder, names = path.parent, (path.name,)
+        finders = [lambda name: _in_folder(folder, name)]
+    elif path.is_dir():
+        finders = [lambda name: _in_folder(path, name)]
+    elif path.suffix and not file and path.suffix in SUFFIXES:
+        raise UserError(f"there is no file {source}: name one that is there, a folder, or a hub id")
+    else:
         # All of the cache before any of the network: what is there needs no connection.
-        finders = [lambda name: _in_cache(source, name), lambda name: _from_hub(source, name)]
+        finders = [lambda name: _in_cache(repo, name), lambda name: _from_hub(repo, name, file)]
     for find in finders:
-        for name in NAMES:
-            if path := find(name):
-                return _open(path, finders)
-    raise UserError(f"{source} holds none of {', '.join(NAMES)}: put the model's weights there")
+        for name in names:
+            if found := find(name):
+                return _open(found, finders)
+    raise UserError(f"{repo} holds none of {', '.join(names)}: put the model's weights there, or name another file")
+
+
+def write(path, tensors, *, pickled):
+    """Write {name: array} as safetensors, or as a torch file. Raises UserError where that takes torch."""
+    if not pickled:
+        return store.write(path, tensors)
+    torch = _torch(f"writing {path}", "write safetensors instead")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: None if a is None else torch.from_numpy(a.copy()) for name, a in tensors.items()}, path)
 
 
 def _open(path, finders):
-    if path.name in (WHOLE, DIFFUSERS):
+    if path.suffix == ".safetensors":
         return _safetensors(path)
-    if path.name == PICKLED:
+    if path.suffix != ".json":
         return _torch_tensors(path)
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
@@ -75,15 +95,25 @@ def _safetensors(path):
 
 
 def _torch_tensors(path):
+    torch = _torch(f"reading {path}", f"put {WHOLE} beside it")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("ema", state)  # of a training checkpoint, what is evaluated
+        return {
+            name: Tensor(tuple(tensor.shape), functools.partial(np.asarray, tensor.float()))
+            for name, tensor in state.items()
+            if tensor is not None
+        }
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
+
+
+def _torch(doing, instead):
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading {path} takes torch: install it, or put {WHOLE} beside it") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: Tensor(tuple(t.shape), functools.partial(np.asarray, t.float())) for name, t in state.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
+        raise UserError(f"{doing} takes torch: install it, or {instead}") from error
+    return torch
 
 
 def _in_folder(folder, name):
@@ -95,11 +125,14 @@ def _in_cache(repo, name):
     try:
         path = huggingface_hub.try_to_load_from_cache(repo, name)
     except errors.HFValidationError as error:
-        raise UserError(f"{repo!r} is neither a folder here nor a hub id such as facebook/dinov2-base") from error
+        raise UserError(
+            f"{repo!r} is neither a folder here nor a hub id such as facebook/dinov2-base: name the folder that holds "
+            f"the weights, a file, or a hub id"
+        ) from error
     return Path(path) if isinstance(path, str) else None
 
 
-def _from_hub(repo, name):
+def _from_hub(repo, name, file):
     try:
         return Path(huggingface_hub.hf_hub_download(repo, name))
     except errors.RemoteEntryNotFoundError:
@@ -110,6 +143,7 @@ def _from_hub(repo, name):
         raise UserError(f"the hub has no {repo!r}: name another, or a folder here") from error
     except OSError as error:
         raise UserError(
-            f"{repo} is not in the cache, and the hub cannot be reached: on a machine with network download {WHOLE} of "
-            f"{repo}, put it in a folder here, and name that folder instead of the hub id (a VAE's file is {DIFFUSERS})"
+            f"{repo} is not in the cache, and the hub cannot be reached: on a machine with network download "
+            f"{file or WHOLE} of {repo}, put it in a folder here, and name that {'file' if file else 'folder'} instead "
+            f"of the hub id"
         ) from error

@@ -2,14 +2,19 @@
 
 from rae_jax.weights.tables import LINEAR, SAME, Layout, Table
 
-CONV = Layout(lambda shape: (*shape[:1:-1], *shape[:2]), lambda array: array.transpose(2, 3, 1, 0))  # [out, in, h, w]
+CONV = Layout(  # [out, in, h, w]
+    lambda shape: (*shape[:1:-1], *shape[:2]),
+    lambda array: array.transpose(2, 3, 1, 0),
+    lambda array: array.transpose(3, 2, 0, 1),
+)
 
 # What the attentions' layers are called in files that older versions of diffusers wrote.
-_OLD_NAMES = ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0."))
+_OLD_NAMES = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
 
 
-def table(part, *, levels, depth):
-    """Table of 'encoder' or 'decoder', at each of whose levels the encoder has `depth` residual blocks."""
+def tables(part, *, levels, depth):
+    """Tables of 'encoder' or 'decoder', at each of whose levels the encoder has `depth` residual blocks: for today's
+    files, and for old ones."""
     match part:
         case "encoder":
             quant, side, resample = "quant", "down_blocks", "downsamplers"
@@ -36,7 +41,8 @@ def table(part, *, levels, depth):
         leaves |= _layer(f"level{level}_resample", f"{part}.{side}.{level}.{resample}.0.conv")
         for block in range(depth):
             leaves |= _block(f"level{level}_block{block}", f"{part}.{side}.{level}.resnets.{block}")
-    return Table(leaves, ignored, old_names=_OLD_NAMES)
+    today = Table(leaves, ignored)
+    return today, today.renamed(_OLD_NAMES)
 
 
 def _block(ours, theirs):

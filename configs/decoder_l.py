@@ -1,0 +1,15 @@
+"""The ViT-L decoder on DINOv2-B with registers, 256 px. rFID 0.50 by the paper.
+
+python -m rae_jax.main --config=configs/decoder_l.py --workdir=runs/decoder_l --config.data.path=IMAGENET/train
+"""
+
+from configs import decoder_b
+from configs.dit_b import DECODERS
+
+
+def get_config():
+    """decoder_b with a larger decoder."""
+    c = decoder_b.get_config()
+    c.name = "decoder_l"
+    c.decoder.update(DECODERS["l"])
+    return c

@@ -1,0 +1,67 @@
+"""DiT^DH-B on DINOv2-B with registers, ImageNet at 256 px: the paper's recipe, and the base of the full-size configs.
+
+    python -m rae_jax.main --config=configs/dit_b.py --workdir=runs/dit_b --config.data.path=IMAGENET/train
+
+Trains the DiT^DH alone, on the released decoder and statistics: 800 epochs at batch 1024. Expect gFID 3.38 after 80
+epochs, unguided (the paper's number; nobody has run this here yet).
+"""
+
+from configs import encoders, small
+
+RELEASED = "nyu-visionx/RAE-collections"
+IMAGENET = 1_281_167  # training images
+CHANNELS = 768  # of DINOv2-B's latent
+
+
+def get_config():
+    """The whole recipe; others change sizes and stages."""
+    c = small.get_config()
+    c.name = "dit_b"
+    c.stages = ("dit",)
+    c.log_every = 100
+    c.unroll = False
+    c.checkpoint.every = 10 * epoch(1024)
+    c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "flip": True, "num_threads": 16})
+    c.encoder.update(encoders.dinov2("base"))
+    c.decoder.update({"weights": f"{RELEASED}:decoders/dinov2/wReg_base/ViTXL_n08/model.pt", **DECODERS["xl"]})
+    c.decoder.patch_size = 16
+    c.discriminator.layers = (11, 2, 5, 8, 11)
+    c.statistics.weights = f"{RELEASED}:stats/dinov2/wReg_base/imagenet1k/stat.pt"
+    c.dit.update({"weights": "", **DITS["b"], "head_width": 2048, "head_depth": 2, "head_num_heads": 16})
+    c.judge.weights = ""  # none: there is no judge of 1000 classes
+    _decoder_recipe(c.decoder.train, epoch(512))
+    _dit_recipe(c.dit.train, epoch(1024))
+    c.sampler.num_steps = 50
+    c.guidance.update({"method": "none", "scale": 1.0})
+    c.evaluate.update({"num_images": 50_000, "probe": False})
+    return c
+
+
+DECODERS = {
+    "b": {"width": 768, "depth": 12, "num_heads": 12, "hidden": 3072},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16, "hidden": 4096},
+    "xl": {"width": 1152, "depth": 28, "num_heads": 16, "hidden": 4096},
+}
+DITS = {
+    "s": {"width": 384, "depth": 12, "num_heads": 6},
+    "b": {"width": 768, "depth": 12, "num_heads": 12},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"width": 1152, "depth": 28, "num_heads": 16},
+}
+
+
+def epoch(batch_size):
+    """Steps in which ImageNet is seen once."""
+    return IMAGENET // batch_size
+
+
+def _decoder_recipe(train, epoch):
+    train.update({"num_steps": 16 * epoch, "batch_size": 512, "learning_rate": 2e-4, "final_learning_rate": 2e-5})
+    train.update({"warmup_steps": epoch, "decay": "cosine", "ema_decay": 0.9978, "noise_tau": 0.8})
+    train.update({"discriminator_start": 6 * epoch, "adversarial_start": 8 * epoch, "adversarial_weight": 0.75})
+
+
+def _dit_recipe(train, epoch):
+    train.update({"num_steps": 800 * epoch, "batch_size": 1024, "learning_rate": 2e-4, "final_learning_rate": 2e-5})
+    train.update({"warmup_steps": 0, "decay_start": 40 * epoch, "decay": "linear", "clip_norm": 1.0})
+    train.update({"ema_decay": 0.9995, "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1})

@@ -1,0 +1,39 @@
+"""What the commands share: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+
+def parser(config_flag):
+    """absl's parser for a command whose --config is `config_flag`, with ml_collections' complaints as one line."""
+
+    def parse(argv):
+        try:
+            arguments = flags.FLAGS(argv)
+            if config_flag.value is not None:
+                config_flag.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
+            return arguments
+        except flags.Error as error:
+            fail(_one_line(error))
+        except OSError:
+            path = config_flags.get_config_filename(flags.FLAGS["config"])
+            fail(f"cannot load --config={path}: name a file such as configs/small.py")
+        except (AttributeError, KeyError) as error:
+            fail(f"unknown config key {_one_line(error)}")
+        except (TypeError, ValueError) as error:
+            fail(f"in a --config flag: {_one_line(error)}")
+
+    return parse
+
+
+def fail(message):
+    """End the command."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _one_line(error):
+    text = str(error.args[0] if error.args else error)
+    return " ".join(text.replace("\\n", " ").replace("\\", "").strip("'\"").split())

@@ -1,0 +1,186 @@
+"""Weights as others publish them: which tables read and write each part, and what their files hold besides."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from rae_jax.config import encoder_input_size, latent_shape
+from rae_jax.errors import UserError
+from rae_jax.models.layers import rope_2d, sincos_2d
+from rae_jax.weights import engine, hub, sd_vae, store, tables
+
+
+def tables_of(config, part):
+    """The tables that may describe a file of this part, the one that we write first; none if it is never published."""
+    match part:
+        case "encoder" | "decoder" if config.encoder.family == "sd_vae":
+            return sd_vae.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
+        case "encoder":
+            return _encoder_tables(config.encoder.family)
+        case "decoder":
+            fixed = {"decoder_pos_embed": _decoder_positions(config)}
+            return tuple(dataclasses.replace(t, fixed=fixed) for t in (tables.DECODER, tables.DIFFUSERS_DECODER))
+        case "statistics":
+            return tables.STATISTICS, tables.DIFFUSERS_STATISTICS
+        case "dit":
+            return (_dit_table(config),)
+        case _:
+            return ()
+
+
+def load(config, part, shapes, shardings):
+    """Parameters of these shapes and shardings from what config.PART.weights names: a file, a folder or a hub id.
+
+    Raises UserError for whatever is not as the config's model needs it.
+    """
+    source = config[part].weights
+    tensors = hub.open_checkpoint(source)
+    if part == "statistics":
+        tensors = _spread(tensors, shapes)
+    return engine.load(source, tensors, tables_of(config, part), shapes, shardings)
+
+
+def tensors_of(config, part, params):
+    """{name: array} of a part under the names that its authors released it with. Raises UserError where none did."""
+    known = tables_of(config, part)
+    if not known:
+        raise UserError(f"nobody else has a format for {part!r}: leave it out of --parts, or take --format=rae_jax")
+    tensors = engine.unload(params, known[0])
+    if part == "statistics" and not tensors["mean"].any():
+        del tensors["mean"]  # as in the released file
+    return tensors
+
+
+def write_released(config, parts, folder, *, pickled):
+    """Write {part: parameters} to FOLDER/PART/model.safetensors, or model.pt; returns the paths."""
+    paths = []
+    for part, params in parts.items():
+        tensors = tensors_of(config, part, params)
+        if pickled and part == "statistics":
+            tensors.setdefault("mean", None)
+        paths.append(folder / part / ("model.pt" if pickled else hub.WHOLE))
+        hub.write(paths[-1], tensors, pickled=pickled)
+    return paths
+
+
+def write_diffusers(config, parts, folder):
+    """Write encoder, decoder and statistics as one folder that diffusers' AutoencoderRAE loads, or AutoencoderKL where
+    the family is sd_vae; returns the paths. Raises UserError for an encoder that it does not have.
+    """
+    if config.encoder.family == "sd_vae":
+        tensors = tensors_of(config, "encoder", parts["encoder"]) | tensors_of(config, "decoder", parts["decoder"])
+        return _write_folder(folder, tensors, _autoencoder_kl(config))
+    kinds = {"dinov2": tables.DINOV2, "mae": tables.MAE}
+    e = config.encoder
+    if e.family not in kinds or (e.family == "dinov2" and e.num_registers == 0):
+        raise UserError(
+            f"config.encoder.family={e.family!r} cannot be written for diffusers: choose dinov2 with registers, or mae"
+        )
+    encoder = engine.unload(parts["encoder"], tables.diffusers_encoder(kinds[e.family])[0])
+    if e.family == "dinov2":
+        encoder["embeddings.mask_token"] = np.zeros((1, e.width), np.float32)  # demanded, never used
+    decoder = engine.unload(parts["decoder"], tables.DIFFUSERS_DECODER)
+    latents = engine.unload(parts["statistics"], tables.DIFFUSERS_STATISTICS)
+    latents = {name: array.ravel()[:1] if (array == array.flat[0]).all() else array for name, array in latents.items()}
+    tensors = {
+        **{f"encoder.{name}": array for name, array in encoder.items()},
+        **{f"decoder.{name}": array for name, array in decoder.items()},
+        **{f"encoder_{name}": np.asarray(e[name], np.float32).reshape(1, 3, 1, 1) for name in ("mean", "std")},
+        **latents,
+    }
+    return _write_folder(folder, tensors, _autoencoder_rae(config, {k: v.tolist() for k, v in latents.items()}))
+
+
+def _write_folder(folder, tensors, description):
+    store.write(folder / hub.DIFFUSERS, tensors)
+    (folder / "config.json").write_text(json.dumps(description) + "\n")
+    return [folder / hub.DIFFUSERS, folder / "config.json"]
+
+
+def _autoencoder_kl(config):
+    e = config.encoder
+    return {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": ["DownEncoderBlock2D"] * len(e.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(e.widths),
+        "block_out_channels": list(e.widths),
+        "layers_per_block": e.depth,
+        "latent_channels": e.width,
+        "norm_num_groups": 32,
+        "sample_size": config.data.image_size,
+    }
+
+
+def _autoencoder_rae(config, latents):
+    e, d = config.encoder, config.decoder
+    return {
+        "_class_name": "AutoencoderRAE",
+        "encoder_type": e.family,
+        "encoder_hidden_size": e.width,
+        "encoder_patch_size": e.patch_size,
+        "encoder_num_hidden_layers": e.depth,
+        "encoder_input_size": encoder_input_size(config),
+        "encoder_norm_mean": list(e.mean),
+        "encoder_norm_std": list(e.std),
+        "decoder_hidden_size": d.width,
+        "decoder_num_hidden_layers": d.depth,
+        "decoder_num_attention_heads": d.num_heads,
+        "decoder_intermediate_size": d.hidden,
+        "patch_size": d.patch_size,
+        "latents_mean": latents["_latents_mean"],
+        "latents_std": latents["_latents_std"],
+    }
+
+
+def _encoder_tables(family):
+    match family:
+        case "small":
+            return ()
+        case "dino":
+            return tables.DINO_TIMM, tables.DINO
+        case "dinov2":
+            return tables.DINOV2, *tables.diffusers_encoder(tables.DINOV2)
+        case "siglip2":
+            return tables.SIGLIP2, *tables.diffusers_encoder(tables.SIGLIP2)
+        case "mae":
+            return tables.MAE, *tables.diffusers_encoder(tables.MAE)
+        case "dinov3":
+            return (tables.DINOV3,)
+        case other:
+            raise ValueError(f"unknown encoder family {other!r}")
+
+
+def _dit_table(config):
+    c, (height, width, channels) = config.dit, latent_shape(config)
+    grid = height // c.patch_size, width // c.patch_size
+    fixed = {"pos_embed": sincos_2d(*grid, c.width)[None]}
+    if c.head_depth == 0:
+        fixed.update(_rotations("feat_rope", grid, c.width // c.num_heads))
+        return dataclasses.replace(tables.dit(channels), fixed=fixed)
+    fixed.update(_rotations("enc_feat_rope", grid, c.width // c.num_heads))
+    fixed.update(_rotations("dec_feat_rope", grid, c.head_width // c.head_num_heads))
+    return dataclasses.replace(tables.dit_dh(channels, c.depth), fixed=fixed)
+
+
+def _rotations(name, grid, head_dim):
+    angles = rope_2d(*grid, head_dim)
+    return {f"{name}.freqs_cos": np.cos(angles), f"{name}.freqs_sin": np.sin(angles)}
+
+
+def _decoder_positions(config):
+    """What is added to the decoder's tokens, the class token's zeros in front."""
+    side = config.data.image_size // config.decoder.patch_size
+    return np.pad(sincos_2d(side, side, config.decoder.width), ((1, 0), (0, 0)))[None]
+
+
+def _spread(tensors, shapes):
+    """Statistics without a mean have one of zeros; one number stands for all elements of the latent."""
+    height, width, channels = shapes["var"].shape
+    if "var" in tensors and "mean" not in tensors:
+        tensors = {**tensors, "mean": hub.Tensor((1,), lambda: np.zeros(1))}
+
+    def spread(tensor):
+        return hub.Tensor((channels, height, width), lambda: np.broadcast_to(tensor.read(), (channels, height, width)))
+
+    return {name: spread(tensor) if tensor.shape == (1,) else tensor for name, tensor in tensors.items()}
