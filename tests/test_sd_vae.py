@@ -6,33 +6,13 @@ The goldens (tests/sd_vae.npz, by make_sd_vae_goldens.py) stand in for torch whe
 import json
 import types
 
+import encoder_cases
 import jax
 import numpy as np
 import pytest
-from encoder_cases import TINY as VITS
-from encoder_cases import config_of as vit_config
-from encoder_cases import difference, shapes_of
-from encoder_cases import load as load_vit
-from encoder_cases import write as write_vit
+import sd_vae_cases as cases
 from etils import epath
 from safetensors.numpy import load_file
-from sd_vae_cases import (
-    FILE,
-    SIZE,
-    TINY,
-    TOLERANCE,
-    config_of,
-    goldens,
-    inputs,
-    load,
-    made_up,
-    one_device,
-    ours,
-    theirs,
-    tiny_shapes,
-    torch_model,
-    write,
-)
 
 from configs import encoders, sdvae_dit_xl
 from rae_jax import build, convert, generate, logs, modes, pictures, rae, sharding
@@ -48,47 +28,49 @@ def checkpoint(tmp_path):
     """A folder with the tiny VAE's file."""
     folder = tmp_path / "vae"
     folder.mkdir()
-    write(folder, made_up(tiny_shapes()))
+    cases.write(folder, cases.made_up(cases.tiny_shapes()))
     return folder
 
 
 def test_latents_and_images_are_the_goldens(checkpoint):
-    outputs = ours(config_of(TINY, checkpoint), *inputs(TINY, *SIZE))
+    outputs = cases.ours(cases.config_of(cases.TINY, checkpoint), *cases.inputs(cases.TINY, *cases.SIZE))
     for name, array in outputs.items():
-        assert difference(array, goldens()[name]) <= TOLERANCE, name
+        assert encoder_cases.difference(array, cases.goldens()[name]) <= cases.TOLERANCE, name
 
 
 def test_bfloat16_stays_close(checkpoint):
-    outputs = ours(config_of(TINY, checkpoint, dtype="bfloat16"), *inputs(TINY, *SIZE))
+    outputs = cases.ours(
+        cases.config_of(cases.TINY, checkpoint, dtype="bfloat16"), *cases.inputs(cases.TINY, *cases.SIZE)
+    )
     for name, array in outputs.items():
         assert array.dtype == np.float32
-        golden = goldens()[name]
+        golden = cases.goldens()[name]
         assert 1e-4 < np.linalg.norm(array - golden) / np.linalg.norm(golden) < 0.05, name
 
 
 def test_latents_and_images_are_diffusers_own(tmp_path):
     """Also: the goldens are what diffusers makes today."""
     pytest.importorskip("diffusers")
-    model, shapes = torch_model(TINY, tmp_path)
-    assert {key: list(shape) for key, shape in shapes.items()} == tiny_shapes()
-    given = tuple(inputs(TINY, *SIZE))
-    outputs = ours(config_of(TINY, tmp_path), *given)
-    for name, array in theirs(model, *given).items():
-        assert difference(array, goldens()[name]) <= TOLERANCE
-        assert difference(array, outputs[name]) <= TOLERANCE
+    model, shapes = cases.torch_model(cases.TINY, tmp_path)
+    assert {key: list(shape) for key, shape in shapes.items()} == cases.tiny_shapes()
+    given = tuple(cases.inputs(cases.TINY, *cases.SIZE))
+    outputs = cases.ours(cases.config_of(cases.TINY, tmp_path), *given)
+    for name, array in cases.theirs(model, *given).items():
+        assert encoder_cases.difference(array, cases.goldens()[name]) <= cases.TOLERANCE
+        assert encoder_cases.difference(array, outputs[name]) <= cases.TOLERANCE
 
 
 @pytest.mark.slow
 def test_full_size_is_diffusers_own(tmp_path):
     pytest.importorskip("diffusers")
     values = encoders.sd_vae()
-    model, _ = torch_model(values, tmp_path)
-    given = tuple(inputs(values, 256, 256))
-    outputs = ours(config_of(values, tmp_path), *given)
-    for name, array in theirs(model, *given).items():
-        apart = difference(array, outputs[name])
+    model, _ = cases.torch_model(values, tmp_path)
+    given = tuple(cases.inputs(values, 256, 256))
+    outputs = cases.ours(cases.config_of(values, tmp_path), *given)
+    for name, array in cases.theirs(model, *given).items():
+        apart = encoder_cases.difference(array, outputs[name])
         print(f"{name} {array.shape}, std {array.std():.2f}: {apart:.1e}")
-        assert apart <= TOLERANCE
+        assert apart <= cases.TOLERANCE
 
 
 def test_the_published_config_is_the_published_model():
@@ -102,23 +84,23 @@ def test_the_published_config_is_the_published_model():
 
 
 def test_names_of_old_files_are_known(checkpoint):
-    config = config_of(TINY, checkpoint)
-    new = load(config)
-    arrays = made_up(tiny_shapes())
+    config = cases.config_of(cases.TINY, checkpoint)
+    new = cases.load(config)
+    arrays = cases.made_up(cases.tiny_shapes())
     renamed = {}
     for name, array in arrays.items():
         for today, old in OLD_NAMES.items():
             name = name.replace(f".{today}.", f".{old}.")
         renamed[name] = array
     assert len(arrays.keys() - renamed.keys()) == 16
-    write(checkpoint, renamed)
-    jax.tree.map(np.testing.assert_array_equal, load(config), new)
+    cases.write(checkpoint, renamed)
+    jax.tree.map(np.testing.assert_array_equal, cases.load(config), new)
 
 
 def test_written_for_diffusers_it_is_the_same_file(checkpoint, tmp_path):
-    config = config_of(TINY, checkpoint)
+    config = cases.config_of(cases.TINY, checkpoint)
     convert.export(None, tmp_path / "out", config=config, form="diffusers")
-    arrays, written = (load_file(folder / FILE) for folder in (checkpoint, tmp_path / "out"))
+    arrays, written = (load_file(folder / cases.FILE) for folder in (checkpoint, tmp_path / "out"))
     assert arrays.keys() == written.keys()
     jax.tree.map(np.testing.assert_array_equal, written, arrays)
     diffusers = pytest.importorskip("diffusers")
@@ -144,26 +126,26 @@ _ATTENTION = "decoder.mid_block.attentions.0"
     ],
 )
 def test_wrong_tensors_are_named(checkpoint, change, message):
-    arrays = made_up(tiny_shapes())
+    arrays = cases.made_up(cases.tiny_shapes())
     for name, shape in change.items():
         arrays.pop(name, None)
         if shape is not None:
             arrays[name] = np.zeros(shape, np.float32)
-    write(checkpoint, arrays)
+    cases.write(checkpoint, arrays)
     with pytest.raises(UserError, match=message):
-        load(config_of(TINY, checkpoint))
+        cases.load(cases.config_of(cases.TINY, checkpoint))
 
 
 def test_other_models_files_and_damaged_ones_are_refused(checkpoint, tmp_path):
-    write_vit(tmp_path, shapes_of("mae"))
+    encoder_cases.write(tmp_path, encoder_cases.shapes_of("mae"))
     with pytest.raises(UserError, match="tensor '.*made for another model"):
-        load(config_of(TINY, tmp_path))
+        cases.load(cases.config_of(cases.TINY, tmp_path))
     with pytest.raises(UserError, match="tensor '.*made for another model"):
-        load_vit(vit_config(VITS["mae"], checkpoint))
-    file = checkpoint / FILE
+        encoder_cases.load(encoder_cases.config_of(encoder_cases.TINY["mae"], checkpoint))
+    file = checkpoint / cases.FILE
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{FILE} is not a whole safetensors file"):
-        load(config_of(TINY, checkpoint))
+    with pytest.raises(UserError, match=f"{cases.FILE} is not a whole safetensors file"):
+        cases.load(cases.config_of(cases.TINY, checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +163,7 @@ def test_other_models_files_and_damaged_ones_are_refused(checkpoint, tmp_path):
     ],
 )
 def test_impossible_values_are_named(key, value):
-    config = config_of(TINY, "a/folder")
+    config = cases.config_of(cases.TINY, "a/folder")
     config_lib.check(config, sharding.make_mesh(config.mesh))
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config.{key}"):
@@ -189,26 +171,26 @@ def test_impossible_values_are_named(key, value):
 
 
 def test_the_encoder_is_not_trained():
-    config = config_of(TINY, "a/folder", stages=("encoder", "dit"))
+    config = cases.config_of(cases.TINY, "a/folder", stages=("encoder", "dit"))
     with pytest.raises(UserError, match="config.encoder.family='sd_vae'"):
         config_lib.check(config, sharding.make_mesh(config.mesh))
 
 
 def _dit_job(folder):
     """A config whose job is two steps of the DiT on the VAE's latents."""
-    config = config_of(TINY, folder, stages=("dit",))
+    config = cases.config_of(cases.TINY, folder, stages=("dit",))
     config.data.num_train = 16
     config.dit.train.update({"num_steps": 2, "batch_size": 8})
     config.evaluate.batch_size = 8
-    config_lib.check(config, one_device())
+    config_lib.check(config, cases.one_device())
     return config
 
 
 def test_files_are_reconstructed(checkpoint, tmp_path):
-    image, _ = inputs(TINY, 32, 32)
+    image, _ = cases.inputs(cases.TINY, 32, 32)
     pictures.save(epath.Path(tmp_path / "image.png"), np.asarray(rae.to_uint8(image[0])))
     workdir, flags = epath.Path(tmp_path), types.SimpleNamespace(images=str(tmp_path / "image.png"))
-    modes.reconstruct(_dit_job(checkpoint), workdir, one_device(), flags)
+    modes.reconstruct(_dit_job(checkpoint), workdir, cases.one_device(), flags)
     results = json.loads((workdir / "eval" / "reconstruct.json").read_text())
     assert results["num_images"] == 1 and 5 < results["psnr"] < 20  # with made-up weights
 
@@ -216,13 +198,13 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
 def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     """Shapes alone: nothing is compiled."""
     config = _dit_job(checkpoint)
-    stage = build.stage(config, "dit", tmp_path, one_device())
+    stage = build.stage(config, "dit", tmp_path, cases.one_device())
     assert stage.frozen["statistics"] is None
     key, batch = jax.random.key(0), next(iter(stage.batches))
     state = jax.eval_shape(stage.init, key)
     after, metrics = jax.eval_shape(stage.step, state, stage.frozen, batch, key)
     assert after == state and metrics["loss"].shape == ()
-    parts = {"decoder": load(config)["decoder"], "statistics": None, "dit": state["params"]}
+    parts = {"decoder": cases.load(config)["decoder"], "statistics": None, "dit": state["params"]}
     indices = np.arange(8, dtype=np.uint32)
     images = jax.eval_shape(generate.make_sampler(config), parts, key, indices, batch["label"])
     assert (images.shape, images.dtype) == ((8, 32, 32, 3), np.uint8)
@@ -230,7 +212,7 @@ def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_the_job_on_its_latents(checkpoint, tmp_path):
-    config, mesh, workdir = _dit_job(checkpoint), one_device(), epath.Path(tmp_path / "run")
+    config, mesh, workdir = _dit_job(checkpoint), cases.one_device(), epath.Path(tmp_path / "run")
     run = {"log_every": 1, "checkpoint_every": 2, "keep": 1}
     fit(build.stage(config, "dit", workdir, mesh), workdir=workdir, mesh=mesh, key=jax.random.key(0), **run)
     losses = [row["loss"] for row in logs.read(workdir / "metrics" / "dit.jsonl")]
