@@ -92,13 +92,15 @@ def _main(argv):
 
 def _parts(config, named, form):
     """The parts that are asked for, or that the format always has."""
-    together = ("encoder", "decoder", "statistics")
+    together = ("encoder", "decoder") if config.encoder.family == "sd_vae" else ("encoder", "decoder", "statistics")
     if form == "diffusers" and named:
         raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
     parts = together if form == "diffusers" else named or config.stages
     for part in parts:
         if part not in config_lib.STAGES:
             raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_lib.STAGES)}")
+    if "statistics" in parts and "statistics" not in config.stages and config.statistics.weights == "none":
+        raise UserError("config.statistics.weights='none' leaves no statistics to write: name other --parts")
     return parts
 
 

@@ -17,7 +17,7 @@ def tables_of(config, part):
         case "encoder" | "decoder" if config.encoder.family == "sd_vae":
             return sd_vae.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
         case "encoder":
-            return _encoder_tables(config.encoder.family)
+            return _encoder_tables(config)
         case "decoder":
             fixed = {"decoder_pos_embed": _decoder_positions(config)}
             return tuple(dataclasses.replace(t, fixed=fixed) for t in (tables.DECODER, tables.DIFFUSERS_DECODER))
@@ -66,20 +66,20 @@ def write_released(config, parts, folder, *, pickled):
 
 def write_diffusers(config, parts, folder):
     """Write encoder, decoder and statistics as one folder that diffusers' AutoencoderRAE loads, or AutoencoderKL where
-    the family is sd_vae; returns the paths. Raises UserError for an encoder that it does not have.
+    the family is sd_vae; returns the paths.
+
+    The decoder of AutoencoderRAE computes the same on 16x16 tokens only: on other grids it stretches the positions to
+    16 a side. Raises UserError for an encoder that it does not have.
     """
     if config.encoder.family == "sd_vae":
         tensors = tensors_of(config, "encoder", parts["encoder"]) | tensors_of(config, "decoder", parts["decoder"])
         return _write_folder(folder, tensors, _autoencoder_kl(config))
-    kinds = {"dinov2": tables.DINOV2, "mae": tables.MAE}
     e = config.encoder
-    if e.family not in kinds or (e.family == "dinov2" and e.num_registers == 0):
+    if e.family not in ("dinov2", "mae") or (e.family == "dinov2" and e.num_registers == 0):
         raise UserError(
             f"config.encoder.family={e.family!r} cannot be written for diffusers: choose dinov2 with registers, or mae"
         )
-    encoder = engine.unload(parts["encoder"], tables.diffusers_encoder(kinds[e.family])[0])
-    if e.family == "dinov2":
-        encoder["embeddings.mask_token"] = np.zeros((1, e.width), np.float32)  # demanded, never used
+    encoder = engine.unload(parts["encoder"], tables_of(config, "encoder")[1])
     decoder = engine.unload(parts["decoder"], tables.DIFFUSERS_DECODER)
     latents = engine.unload(parts["statistics"], tables.DIFFUSERS_STATISTICS)
     latents = {name: array.ravel()[:1] if (array == array.flat[0]).all() else array for name, array in latents.items()}
@@ -133,14 +133,19 @@ def _autoencoder_rae(config, latents):
     }
 
 
-def _encoder_tables(family):
-    match family:
+def _encoder_tables(config):
+    """What the files demand although nobody uses it (a last norm, mask tokens) is written, and ignored when read."""
+    width = config.encoder.width
+    match config.encoder.family:
         case "small":
             return ()
         case "dino":
-            return tables.DINO_TIMM, tables.DINO
+            norm = {"norm.weight": np.ones(width), "norm.bias": np.zeros(width)}
+            return dataclasses.replace(tables.DINO_TIMM, fixed=norm), tables.DINO
         case "dinov2":
-            return tables.DINOV2, *tables.diffusers_encoder(tables.DINOV2)
+            mask = {"embeddings.mask_token": np.zeros((1, width))}
+            whole = dataclasses.replace(tables.DINOV2, fixed=mask)
+            return whole, *tables.diffusers_encoder(whole)
         case "siglip2":
             return tables.SIGLIP2, *tables.diffusers_encoder(tables.SIGLIP2)
         case "mae":

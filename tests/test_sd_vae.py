@@ -100,6 +100,8 @@ def test_names_of_old_files_are_known(checkpoint):
 def test_written_for_diffusers_it_is_the_same_file(checkpoint, tmp_path):
     config = cases.config_of(cases.TINY, checkpoint)
     convert.export(None, tmp_path / "out", config=config, form="diffusers")
+    with pytest.raises(UserError, match="config.statistics.weights='none'"):
+        convert.export(None, tmp_path / "out", config=config, parts=["encoder", "statistics"])
     arrays, written = (load_file(folder / cases.FILE) for folder in (checkpoint, tmp_path / "out"))
     assert arrays.keys() == written.keys()
     jax.tree.map(np.testing.assert_array_equal, written, arrays)

@@ -221,7 +221,8 @@ _NEW_MLP = ((".intermediate.dense.", ".mlp.fc1."), (".output.dense.", ".mlp.fc2.
 def diffusers_encoder(table):
     """The tables of an encoder in AutoencoderRAE: of today's transformers, then of those before version 5."""
     inside = {"prefix": "encoder.", "ignored": (*table.ignored, *_RAE[1:], "decoder.")}
-    renames = _NEW_ATTENTION if table is DINOV2 else _NEW_ATTENTION + _NEW_MLP
+    is_dinov2 = table.leaves is DINOV2.leaves
+    renames = _NEW_ATTENTION if is_dinov2 else _NEW_ATTENTION + _NEW_MLP
     return table.renamed(renames, **inside), dataclasses.replace(table, **inside)
 
 
