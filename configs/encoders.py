@@ -110,7 +110,7 @@ def sd_vae():
     """
     return {
         "family": "sd_vae",
-        "weights": "stabilityai/sd-vae-ft-ema",
+        "weights": "stabilityai/sd-vae-ft-ema:diffusion_pytorch_model.safetensors",
         "widths": (128, 256, 512, 512),
         "width": 4,  # of the latent
         "depth": 2,  # residual blocks of a level
