@@ -100,3 +100,25 @@ def dinov3(size):
         "num_registers": 4,
         **_IMAGENET,
     }
+
+
+def sd_vae():
+    """Stable Diffusion's VAE. The same file holds its decoder, and its latents are not normalised; so a config also has
+
+    c.decoder.update({"weights": c.encoder.weights, "patch_size": 8})
+    c.statistics.weights = "none"
+    """
+    return {
+        "family": "sd_vae",
+        "weights": "stabilityai/sd-vae-ft-ema:diffusion_pytorch_model.safetensors",
+        "widths": (128, 256, 512, 512),
+        "width": 4,  # of the latent
+        "depth": 2,  # residual blocks of a level
+        "num_heads": 1,
+        "patch_size": 8,
+        "input_size": 0,
+        "position_size": 0,
+        "num_registers": 0,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }

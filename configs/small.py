@@ -27,7 +27,7 @@ def get_config():
     c.judge = _judge()
     c.decoder = _decoder()
     c.discriminator = ConfigDict({"layers": (1, 3)})  # blocks of the encoder whose tokens are judged
-    c.statistics = ConfigDict({"weights": "small", "batch_size": 256})
+    c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
     c.guidance = ConfigDict({"method": "cfg", "scale": 4.0, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
@@ -54,7 +54,7 @@ def _data():
 def _encoder():
     return ConfigDict(
         {
-            "family": "small",  # or 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3': published, see configs/encoders.py
+            "family": "small",  # 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': see configs/encoders.py
             "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
             "width": 64,
             "depth": 6,
@@ -66,6 +66,7 @@ def _encoder():
             "position_size": 0,  # the image size that the table of positions is for; 0: the encoder's input
             "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; none: the last
             "num_registers": 4,
+            "widths": (),  # sd_vae: channels of its levels, the finest first
             "mean": (0.5, 0.5, 0.5),  # of the encoder's input
             "std": (0.25, 0.25, 0.25),
             "train": _encoder_train(),

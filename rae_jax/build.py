@@ -22,6 +22,7 @@ from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
+from rae_jax.models import sd_vae
 from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
@@ -29,7 +30,7 @@ from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
-from rae_jax.rae import Autoencoder
+from rae_jax.rae import Autoencoder, SdVae
 from rae_jax.train import Stage
 from rae_jax.weights import store
 
@@ -40,6 +41,8 @@ def autoencoder(config):
     """The frozen encoder and the decoder as one pair of functions."""
     e, d = config.encoder, config.decoder
     module = encoder(config)
+    if e.family == "sd_vae":
+        return SdVae(module, sd_vae.Decoder(tuple(e.widths), e.depth, jnp.dtype(config.dtype)))
     decoder = Decoder(
         width=d.width,
         depth=d.depth,
@@ -78,6 +81,8 @@ def encoder(config):
             fixed = {"layer_scale": False, "norm_eps": 1e-12}
         case "dinov3":
             fixed = {"rope": True, "norm_eps": 1e-5}
+        case "sd_vae":
+            return sd_vae.Encoder(tuple(e.widths), e.depth, latent_width=e.width, dtype=jnp.dtype(config.dtype))
         case other:
             raise ValueError(f"unknown encoder family {other!r}")
     return ViT(
@@ -238,6 +243,8 @@ def load(config, name, workdir, mesh, step=None):
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
     weights = config[name].weights
+    if name == "statistics" and weights == "none":
+        return None
     if not weights:
         raise UserError(f"config.{name}.weights is empty: train that part first, or name weights that are there")
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"

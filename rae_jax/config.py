@@ -23,7 +23,7 @@ FREE_KEYS = (
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.source": ("shapes", "image_folder"),
-    "encoder.family": ("small", "dino", "dinov2", "siglip2", "mae", "dinov3"),
+    "encoder.family": ("small", "dino", "dinov2", "siglip2", "mae", "dinov3", "sd_vae"),
     "encoder.mlp": ("gelu", "gelu_tanh", "swiglu"),
     "sampler.method": ("euler",),
     "guidance.method": ("none", "cfg"),
@@ -117,6 +117,8 @@ def _check_training(config, section, mesh):
 
 
 def _check_shapes(config):
+    if config.encoder.family == "sd_vae":
+        _check_sd_vae(config)
     size, patch = config.data.image_size, config.encoder.patch_size
     key = "encoder.input_size" if config.encoder.input_size else "data.image_size"
     multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
@@ -145,7 +147,8 @@ def _check_shapes(config):
         _require(fits, config, f"{section}.{width}", mend)
     for key in ("decoder.width", "dit.width"):
         _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
-    for key in ("discriminator.layers", "encoder.layers"):
+    chosen = ("discriminator.layers", "encoder.layers") if "decoder" in config.stages else ("encoder.layers",)
+    for key in chosen:
         inside = all(0 <= layer < config.encoder.depth for layer in _get(config, key))
         _require(inside, config, key, "they are encoder blocks, from 0")
     position = config.encoder.position_size
@@ -157,6 +160,21 @@ def _check_shapes(config):
     _require(labelled, config, "guidance.method", "set it to none where config.dit.class_conditional is False")
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
+
+
+def _check_sd_vae(config):
+    e = config.encoder
+    fits = len(e.widths) > 0 and all(width > 0 and width % 32 == 0 for width in e.widths)
+    _require(fits, config, "encoder.widths", "each level's must be a multiple of the 32 groups of its norms")
+    smaller = 2 ** (len(e.widths) - 1)
+    mend = f"latents are {smaller} times smaller after {len(e.widths)} levels"
+    _require(e.patch_size == smaller, config, "encoder.patch_size", mend)
+    _require(e.depth > 0, config, "encoder.depth", "it must be positive")
+    _require(not e.input_size, config, "encoder.input_size", "the VAE sees images as they are: set it to 0")
+    _require(not e.layers, config, "encoder.layers", "the VAE has one latent alone: set it to ()")
+    _require("decoder" not in config.stages, config, "stages", "the VAE's decoder is not trained: leave 'decoder' out")
+    named = config.decoder.weights != "small"
+    _require(named, config, "decoder.weights", "name the VAE's hub id or folder, as in config.encoder.weights")
 
 
 def _require(condition, config, key, mend):

@@ -8,7 +8,8 @@ The first writes what a run has trained, the second what a config's `weights` na
 hub: --config.dit.weights=stage2_model.pt), one safetensors file a part. A config uses such a folder by
 `--config.decoder.weights=weights`, and so on for the other parts. --format=released writes PART/model.safetensors with
 the names and shapes of the files that the method's authors released, released_pt the same as torch files, and
-diffusers a folder for AutoencoderRAE. With --config and --workdir, the config says how the run's weights are read.
+diffusers a folder for AutoencoderRAE or AutoencoderKL. With --config and --workdir, the config says how the run's
+weights are read.
 """
 
 import json
@@ -91,13 +92,15 @@ def _main(argv):
 
 def _parts(config, named, form):
     """The parts that are asked for, or that the format always has."""
-    together = ("encoder", "decoder", "statistics")
+    together = ("encoder", "decoder") if config.encoder.family == "sd_vae" else ("encoder", "decoder", "statistics")
     if form == "diffusers" and named:
         raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
     parts = together if form == "diffusers" else named or config.stages
     for part in parts:
         if part not in config_lib.STAGES:
             raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_lib.STAGES)}")
+    if "statistics" in parts and "statistics" not in config.stages and config.statistics.weights == "none":
+        raise UserError("config.statistics.weights='none' leaves no statistics to write: name other --parts")
     return parts
 
 

@@ -8,12 +8,14 @@ import numpy as np
 from rae_jax.config import encoder_input_size, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
-from rae_jax.weights import engine, hub, store, tables
+from rae_jax.weights import engine, hub, sd_vae, store, tables
 
 
 def tables_of(config, part):
     """The tables that may describe a file of this part, the one that we write first; none if it is never published."""
     match part:
+        case "encoder" | "decoder" if config.encoder.family == "sd_vae":
+            return sd_vae.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
         case "encoder":
             return _encoder_tables(config)
         case "decoder":
@@ -63,11 +65,15 @@ def write_released(config, parts, folder, *, pickled):
 
 
 def write_diffusers(config, parts, folder):
-    """Write encoder, decoder and statistics as one folder that diffusers' AutoencoderRAE loads; returns the paths.
+    """Write encoder, decoder and statistics as one folder that diffusers' AutoencoderRAE loads, or AutoencoderKL where
+    the family is sd_vae; returns the paths.
 
-    Its decoder computes the same on 16x16 tokens only: on other grids it stretches the positions to 16 a side. Raises
-    UserError for an encoder that it does not have.
+    The decoder of AutoencoderRAE computes the same on 16x16 tokens only: on other grids it stretches the positions to
+    16 a side. Raises UserError for an encoder that it does not have.
     """
+    if config.encoder.family == "sd_vae":
+        tensors = tensors_of(config, "encoder", parts["encoder"]) | tensors_of(config, "decoder", parts["decoder"])
+        return _write_folder(folder, tensors, _autoencoder_kl(config))
     e = config.encoder
     if e.family not in ("dinov2", "mae") or (e.family == "dinov2" and e.num_registers == 0):
         raise UserError(
@@ -83,13 +89,30 @@ def write_diffusers(config, parts, folder):
         **{f"encoder_{name}": np.asarray(e[name], np.float32).reshape(1, 3, 1, 1) for name in ("mean", "std")},
         **latents,
     }
+    return _write_folder(folder, tensors, _autoencoder_rae(config, {k: v.tolist() for k, v in latents.items()}))
+
+
+def _write_folder(folder, tensors, description):
     store.write(folder / hub.DIFFUSERS, tensors)
-    description = _diffusers_config(config, {name: array.tolist() for name, array in latents.items()})
     (folder / "config.json").write_text(json.dumps(description) + "\n")
     return [folder / hub.DIFFUSERS, folder / "config.json"]
 
 
-def _diffusers_config(config, latents):
+def _autoencoder_kl(config):
+    e = config.encoder
+    return {
+        "_class_name": "AutoencoderKL",
+        "down_block_types": ["DownEncoderBlock2D"] * len(e.widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(e.widths),
+        "block_out_channels": list(e.widths),
+        "layers_per_block": e.depth,
+        "latent_channels": e.width,
+        "norm_num_groups": 32,
+        "sample_size": config.data.image_size,
+    }
+
+
+def _autoencoder_rae(config, latents):
     e, d = config.encoder, config.decoder
     return {
         "_class_name": "AutoencoderRAE",

@@ -1,4 +1,4 @@
-"""The representation autoencoder as pure functions of images and latents.
+"""The representation autoencoder, and the VAE it is compared with, as pure functions of images and latents.
 
 Images are [B, H, W, 3] in [0, 1]; latents are [B, h, w, D] in float32. Modules come in from outside,
 so that nothing here knows which encoder or decoder is meant.
@@ -50,12 +50,16 @@ def add_noise(latents, key, tau):
 
 
 def normalise(latents, statistics):
-    """(z - mean) / sqrt(var + 1e-5) per element; statistics hold 'mean' and 'var', [h, w, D]."""
+    """(z - mean) / sqrt(var + 1e-5) per element; statistics hold 'mean' and 'var', [h, w, D]. None: as they are."""
+    if statistics is None:
+        return latents
     return (latents - statistics["mean"]) * jax.lax.rsqrt(statistics["var"] + STATISTICS_EPS)
 
 
 def denormalise(latents, statistics):
     """`normalise` undone."""
+    if statistics is None:
+        return latents
     return latents * jnp.sqrt(statistics["var"] + STATISTICS_EPS) + statistics["mean"]
 
 
@@ -103,3 +107,25 @@ class Autoencoder:
         """The decoder's last linear layer, back in [0, 1]."""
         pixels = self.decoder.apply({"params": params}, features, method="pixels")
         return pixels * jnp.asarray(self.std) + jnp.asarray(self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class SdVae:
+    """Stable Diffusion's VAE behind the same encode and decode; there is no way to train it."""
+
+    encoder: object  # module: images in [-1, 1] -> mean and log-variance of the latents
+    decoder: object  # module: latents -> images in [-1, 1]
+    scale: float = 0.18215  # published with it; brings the latents to a variance of about one
+
+    def encode(self, params, images):
+        """Images [B, H, W, 3] in [0, 1] -> latents [B, h, w, D]: the posterior's mean, not a sample of it, scaled."""
+        moments = self.encoder.apply({"params": params}, self.encoder_input(images))
+        return self.scale * jnp.split(moments, 2, -1)[0]
+
+    def encoder_input(self, images):
+        """Images in [0, 1] as the encoder wants them."""
+        return 2.0 * images - 1.0
+
+    def decode(self, params, latents):
+        """Latents -> images around [0, 1], not clipped; `params` are the decoder's."""
+        return (self.decoder.apply({"params": params}, latents / self.scale) + 1.0) / 2.0
