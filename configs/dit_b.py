@@ -62,6 +62,7 @@ def _decoder_recipe(train, epoch):
 
 
 def _dit_recipe(train, epoch):
+    train.optimizer = "adamw"
     train.update({"num_steps": 800 * epoch, "batch_size": 1024, "learning_rate": 2e-4, "final_learning_rate": 2e-5})
     train.update({"warmup_steps": 0, "decay_start": 40 * epoch, "decay": "linear", "clip_norm": 1.0})
     train.update({"ema_decay": 0.9995, "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1})
