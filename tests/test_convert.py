@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
-from configs import encoders
+from configs import dit_b, encoders
 from rae_jax import build, convert, published, sharding
 from rae_jax.errors import UserError
 
@@ -213,6 +213,19 @@ def test_of_a_training_checkpoint_the_average_is_taken(tmp_path):
     torch.save(arrays, tmp_path / "raw.pt")
     written = [_convert("decoder", tmp_path / f"{n}.pt", tmp_path / n).read_bytes() for n in ("0", "1", "raw")]
     assert written[0] == written[1] == written[2]
+
+
+def test_the_released_statistics():
+    path = Path(__file__).parents[2] / "shared/data/reference/dinov2_wreg_base_stat.pt"
+    if not path.exists():
+        pytest.skip("../shared/data/reference is not here")
+    torch = pytest.importorskip("torch")
+    config = dit_b.get_config()
+    config.statistics.weights = str(path)
+    (statistics,) = autoencoder_cases.load(config, "statistics")
+    variance = torch.load(path, weights_only=True)["var"].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(statistics["var"], variance)
+    assert statistics["mean"].shape == (16, 16, 768) and not statistics["mean"].any()
 
 
 def _first(arrays):
