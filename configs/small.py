@@ -112,7 +112,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=19_000, batch_size=16, learning_rate=2e-3, clip_norm=1.0)
+    train = _train(num_steps=20_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
     train.time_mean = 0.5  # logit-normal distribution of training times
     train.time_std = 1.0
     train.label_dropout = 0.1
@@ -133,7 +133,7 @@ def _dit():
     )
 
 
-def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, **extra):
+def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, optimizer="adamw", **extra):
     return ConfigDict(
         {
             "num_steps": num_steps,
@@ -141,6 +141,7 @@ def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.9
             "learning_rate": learning_rate,
             "final_learning_rate": learning_rate / 100,
             "warmup_steps": 200,
+            "optimizer": optimizer,  # or 'muon': the blocks' kernels by Muon, the rest by AdamW
             "decay_start": 0,  # constant between the warm-up and this step
             "decay": "cosine",  # or 'linear', down to the last step
             "b1": 0.9,

@@ -1,5 +1,6 @@
 """What the commands share: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
 
+import re
 import sys
 
 from absl import flags
@@ -37,5 +38,6 @@ def fail(message):
 
 
 def _one_line(error):
-    text = str(error.args[0] if error.args else error)
-    return " ".join(text.replace("\\n", " ").replace("\\", "").strip("'\"").split())
+    text = str(error.args[0] if error.args else error).replace("\\n", "\n")
+    text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may come unpaired
+    return ": ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())

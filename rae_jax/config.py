@@ -28,6 +28,7 @@ _CHOICES = {
     "sampler.method": ("euler",),
     "guidance.method": ("none", "cfg"),
 }
+_TRAIN_CHOICES = {"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")}  # of every stage's `train`
 _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
@@ -110,7 +111,8 @@ def _check_training(config, section, mesh):
     for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
         _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
     _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", "it must be at least 0 and below 1")
-    _require(train.decay in ("cosine", "linear"), config, f"{section}.decay", "choose cosine or linear")
+    for key, choices in _TRAIN_CHOICES.items():
+        _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     sharding.check_batch(train.batch_size, mesh, f"config.{section}.batch_size")
 
 

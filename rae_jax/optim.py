@@ -2,6 +2,7 @@
 
 import jax
 import optax
+import optax.contrib
 
 
 def schedule(train):
@@ -20,10 +21,39 @@ def schedule(train):
     return optax.join_schedules([warmup, optax.constant_schedule(peak), decay], boundaries)
 
 
-def adamw(train):
-    """AdamW as a stage's `train` section says; a clip_norm of 0 means no clipping."""
+def make(train):
+    """The optimiser that a stage's `train` section names; a clip_norm of 0 means no clipping."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(clip, optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay))
+    return optax.chain(clip, _descent(train))
+
+
+def _descent(train):
+    match train.optimizer:
+        case "adamw":
+            return optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
+        case "muon":
+            # The updates' size is that of AdamW (arXiv 2502.16982), so that either takes the same learning rates.
+            return optax.contrib.muon(
+                schedule(train),
+                weight_decay=train.weight_decay,
+                adam_b1=train.b1,
+                adam_b2=train.b2,
+                adam_weight_decay=train.weight_decay,
+                muon_weight_dimension_numbers=_block_kernels,
+                consistent_rms=0.2,
+            )
+        case other:
+            raise ValueError(f"unknown optimizer {other!r}")
+
+
+def _block_kernels(params):
+    """Muon's share: the kernels of the blocks, [depth, in, out]. Embeddings, outputs, norms and biases are AdamW's."""
+
+    def axes(path, param):
+        kernel = path[-1].key == "kernel" and param.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def ema(average, params, decay):

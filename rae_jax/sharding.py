@@ -16,7 +16,7 @@ BATCH = P(("data", "fsdp"))  # every batch is split over these axes
 # Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match one.
 # 'fsdp' splits the largest axis that divides evenly; 'replicate' keeps a copy on every device.
 RULES = (
-    (r"(^|/)(step|count)$", "replicate"),
+    (r"(^|/)(step|count|ns_coeffs)$", "replicate"),
     (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", "replicate"),
     (r"(^|/)(u|v)$", "replicate"),
     (r"(^|/)(kernel|table)$", "fsdp"),

@@ -21,7 +21,7 @@ def make(*, autoencoder, heads, layers, latent_shape, train):
 
     `heads` judges the tokens of the blocks `layers` of a frozen backbone, which shares the encoder's architecture.
     """
-    game = _Game(autoencoder, heads, layers, latent_shape, train, optim.adamw(train))
+    game = _Game(autoencoder, heads, layers, latent_shape, train, optim.make(train))
     return game.init, game.step
 
 

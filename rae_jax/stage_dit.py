@@ -8,7 +8,7 @@ from rae_jax import flow, optim, rae
 
 def make(*, autoencoder, dit, num_classes, latent_shape, train):
     """Returns (init, step) of this stage; `train` is the config section dit.train."""
-    optimiser = optim.adamw(train)
+    optimiser = optim.make(train)
     factor = flow.shift_factor(latent_shape)
 
     def init(key):

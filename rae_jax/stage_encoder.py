@@ -19,7 +19,7 @@ from rae_jax.models.layers import dense, patchify
 
 def make(*, autoencoder, patch_size, num_classes, image_size, train):
     """Returns (init, step) of this stage; `train` is the config section encoder.train."""
-    optimiser = optim.adamw(train)
+    optimiser = optim.make(train)
     pixel_head = dense(3 * patch_size**2)
     class_head = nn.Dense(num_classes)
 

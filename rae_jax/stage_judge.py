@@ -9,7 +9,7 @@ from rae_jax import optim, rae
 
 def make(*, judge, image_size, train):
     """Returns (init, step) of this stage; `train` is the config section judge.train."""
-    optimiser = optim.adamw(train)
+    optimiser = optim.make(train)
 
     def init(key):
         params = judge.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]

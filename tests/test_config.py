@@ -78,6 +78,7 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("dit.train.batch_size", 12),
         ("dit.train.ema_decay", 1.0),
         ("dit.train.decay", "exponential"),
+        ("dit.train.optimizer", "sgd"),
         ("discriminator.layers", (6,)),
         ("sampler.method", "midpoint"),
         ("guidance.t_min", 2.0),
@@ -107,7 +108,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.dit.train.num_step=3"], "num_step"),
+        (["--config.dit.train.num_step=3"], 'unknown config key num_step: Did you mean "num_steps"'),
         (["--config.dit.train.num_steps=many"], "num_steps"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--mode=dream"], "--mode=dream"),

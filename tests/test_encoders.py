@@ -3,81 +3,67 @@
 The goldens (tests/encoders.npz, by make_encoder_goldens.py) stand in for torch where it is absent.
 """
 
+import encoder_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny
-from encoder_cases import (
-    TINY,
-    TOLERANCE,
-    Case,
-    config_of,
-    difference,
-    goldens,
-    images,
-    load,
-    shapes_of,
-    tokens_of,
-    torch_model,
-    torch_tokens,
-    write,
-)
 
 from configs import encoders
 from rae_jax import build, sharding
 from rae_jax import config as config_lib
 
-EXPECTED = [name for name in goldens() if not name.endswith("/shapes")]
+EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
 
 
 def _inputs(expected):
     """Images and chosen layers of a golden."""
     name, kind = expected.split("/")
-    case = TINY[name]
+    case = cases.TINY[name]
     if kind == "layers":
-        return images(*case.sizes[-1]), case.layers
-    return images(*map(int, kind.split("x"))), ()
+        return cases.images(*case.sizes[-1]), case.layers
+    return cases.images(*map(int, kind.split("x"))), ()
 
 
 def _ours(expected, folder, **changes):
     """Our tokens for one golden, with the weights in `folder`."""
-    config = config_of(TINY[expected.split("/")[0]], folder, **changes)
+    config = cases.config_of(cases.TINY[expected.split("/")[0]], folder, **changes)
     pixels, config.encoder.layers = _inputs(expected)
-    return tokens_of(config, load(config), pixels)
+    return cases.tokens_of(config, cases.load(config), pixels)
 
 
 @pytest.mark.parametrize("expected", EXPECTED)
 def test_tokens_are_the_goldens(tmp_path, expected):
-    write(tmp_path, shapes_of(expected.split("/")[0]))
-    assert difference(_ours(expected, tmp_path), goldens()[expected]) <= TOLERANCE
+    cases.write(tmp_path, cases.shapes_of(expected.split("/")[0]))
+    assert cases.difference(_ours(expected, tmp_path), cases.goldens()[expected]) <= cases.TOLERANCE
 
 
 @pytest.mark.parametrize("expected", [name for name in EXPECTED if "16x28" in name])
 def test_bfloat16_stays_close(tmp_path, expected):
-    write(tmp_path, shapes_of(expected.split("/")[0]))
-    golden = goldens()[expected]
+    cases.write(tmp_path, cases.shapes_of(expected.split("/")[0]))
+    golden = cases.goldens()[expected]
     assert 1e-4 < np.linalg.norm(_ours(expected, tmp_path, dtype="bfloat16") - golden) / np.linalg.norm(golden) < 0.02
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", cases.TINY)
 def test_tokens_are_transformers_own(tmp_path, name):
     """Also: the goldens are what transformers makes today."""
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    model, shapes = torch_model(TINY[name], tmp_path)
-    assert {key: list(shape) for key, shape in shapes.items()} == shapes_of(name)
+    model, shapes = cases.torch_model(cases.TINY[name], tmp_path)
+    assert {key: list(shape) for key, shape in shapes.items()} == cases.shapes_of(name)
     for expected in (e for e in EXPECTED if e.startswith(f"{name}/")):
-        theirs = torch_tokens(TINY[name], model, *_inputs(expected))
-        assert difference(theirs, goldens()[expected]) <= TOLERANCE
-        assert difference(theirs, _ours(expected, tmp_path)) <= TOLERANCE
+        theirs = cases.torch_tokens(cases.TINY[name], model, *_inputs(expected))
+        assert cases.difference(theirs, cases.goldens()[expected]) <= cases.TOLERANCE
+        assert cases.difference(theirs, _ours(expected, tmp_path)) <= cases.TOLERANCE
 
 
 _REGISTERS = {"patch_size": 14, "image_size": 518}
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 FULL = {
-    "dinov2_b": Case(
+    "dinov2_b": cases.Case(
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersConfig",
         {**_BASE, **_REGISTERS},
@@ -85,7 +71,7 @@ FULL = {
         sizes=((224, 224), (448, 448)),
         layers=(5, 8, 11),
     ),
-    "siglip2_b": Case(
+    "siglip2_b": cases.Case(
         "SiglipVisionModel",
         "SiglipVisionConfig",
         {**_BASE, "intermediate_size": 3072, "patch_size": 16, "image_size": 256},
@@ -93,7 +79,7 @@ FULL = {
         norm="post_layernorm",
         sizes=((256, 256),),
     ),
-    "mae_b": Case(
+    "mae_b": cases.Case(
         "ViTMAEForPreTraining",
         "ViTMAEConfig",
         {**_BASE, "mask_ratio": 0.0},
@@ -102,7 +88,7 @@ FULL = {
         sizes=((256, 256),),
         call={"interpolate_pos_encoding": True},
     ),
-    "dinov3_l": Case(
+    "dinov3_l": cases.Case(
         "DINOv3ViTModel",
         "DINOv3ViTConfig",
         {**_LARGE, "patch_size": 16, "num_register_tokens": 4},
@@ -120,41 +106,42 @@ def test_full_size_tokens_are_transformers_own(tmp_path, name):
     pytest.importorskip("transformers")
     pytest.importorskip("torch")
     case = FULL[name]
-    model, _ = torch_model(case, tmp_path)
-    config = config_of(case, tmp_path)
-    params = load(config)
+    model, _ = cases.torch_model(case, tmp_path)
+    config = cases.config_of(case, tmp_path)
+    params = cases.load(config)
     config.encoder.input_size = 0  # the images as they are
     for size in case.sizes:
         for layers in {(), case.layers}:
             config.encoder.layers = layers
-            pixels = images(*size)
-            apart = difference(tokens_of(config, params, pixels), torch_tokens(case, model, pixels, layers))
+            pixels = cases.images(*size)
+            theirs = cases.torch_tokens(case, model, pixels, layers)
+            apart = cases.difference(cases.tokens_of(config, params, pixels), theirs)
             print(f"{name} {size} layers {layers}: {apart:.1e}")
-            assert apart <= TOLERANCE
+            assert apart <= cases.TOLERANCE
 
 
 def test_images_are_resized_to_the_encoder_s_input(tmp_path):
-    write(tmp_path, shapes_of("dinov2"))
-    config = config_of(TINY["dinov2"], tmp_path)
-    params = load(config)
+    cases.write(tmp_path, cases.shapes_of("dinov2"))
+    config = cases.config_of(cases.TINY["dinov2"], tmp_path)
+    params = cases.load(config)
     config.encoder.input_size = 24
-    latents = jax.jit(build.autoencoder(config).encode)(params, images(32, 32))
+    latents = jax.jit(build.autoencoder(config).encode)(params, cases.images(32, 32))
     assert latents.shape == (2, *build.latent_shape(config)) == (2, 6, 6, 16)
 
 
 def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
-    write(tmp_path, shapes_of("dinov3"))
-    config = config_of(TINY["dinov3"], tmp_path)
-    single = tokens_of(config, load(config), images(16, 28, batch=8))
+    cases.write(tmp_path, cases.shapes_of("dinov3"))
+    config = cases.config_of(cases.TINY["dinov3"], tmp_path)
+    single = cases.tokens_of(config, cases.load(config), cases.images(16, 28, batch=8))
     config.mesh.update({"data": 2, "fsdp": 4})
     mesh = sharding.make_mesh(config.mesh)
     params = build.load(config, "encoder", "", mesh)
     kernel = params["blocks"]["attention"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
-    batch = sharding.put_batch(images(16, 28, batch=8), mesh)
+    batch = sharding.put_batch(cases.images(16, 28, batch=8), mesh)
     latents = jax.jit(build.autoencoder(config).encode)(params, batch)
     assert latents.sharding.shard_shape(latents.shape)[0] == 1
-    assert difference(np.asarray(latents).reshape(single.shape), single) <= 1e-5
+    assert cases.difference(np.asarray(latents).reshape(single.shape), single) <= 1e-5
 
 
 def test_published_configs_are_right():

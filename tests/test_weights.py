@@ -3,21 +3,9 @@
 import builtins
 import json
 
+import encoder_cases as cases
 import numpy as np
 import pytest
-from encoder_cases import (
-    TINY,
-    TOLERANCE,
-    config_of,
-    difference,
-    goldens,
-    images,
-    load,
-    shapes_of,
-    tokens_of,
-    weights,
-    write,
-)
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
@@ -25,7 +13,7 @@ from rae_jax.errors import UserError
 
 
 def _spoil(folder, name, change):
-    arrays = weights(shapes_of(name))
+    arrays = cases.weights(cases.shapes_of(name))
     change(arrays)
     save_file(arrays, folder / "model.safetensors")
 
@@ -50,36 +38,36 @@ def _put(key, *shape):
 def test_wrong_tensors_are_named(tmp_path, change, message):
     _spoil(tmp_path, "dinov2_registers", change)
     with pytest.raises(UserError, match=message):
-        load(config_of(TINY["dinov2_registers"], tmp_path))
+        cases.load(cases.config_of(cases.TINY["dinov2_registers"], tmp_path))
 
 
 def test_a_parameter_that_the_family_never_has_is_named(tmp_path):
-    write(tmp_path, shapes_of("dinov3"))
-    config = config_of(TINY["dinov3"], tmp_path)
+    cases.write(tmp_path, cases.shapes_of("dinov3"))
+    config = cases.config_of(cases.TINY["dinov3"], tmp_path)
     config.encoder.mlp = "swiglu"
     with pytest.raises(UserError, match="config.encoder.family has 'blocks/mlp/w"):
-        load(config)
+        cases.load(config)
 
 
 def test_another_family_s_file_is_refused(tmp_path):
-    write(tmp_path, shapes_of("mae"))
+    cases.write(tmp_path, cases.shapes_of("mae"))
     for name in ("dinov2", "siglip2", "dinov3"):
         with pytest.raises(UserError, match="tensor '.*made for another model"):
-            load(config_of(TINY[name], tmp_path))
+            cases.load(cases.config_of(cases.TINY[name], tmp_path))
 
 
 def test_a_tensor_under_two_names_is_refused(tmp_path):
     _spoil(tmp_path, "mae", _put("embeddings.cls_token", 1, 1, 16))
     with pytest.raises(UserError, match="'embeddings.cls_token' twice"):
-        load(config_of(TINY["mae"], tmp_path))
+        cases.load(cases.config_of(cases.TINY["mae"], tmp_path))
 
 
 def test_a_truncated_file_is_refused(tmp_path):
-    write(tmp_path, shapes_of("dinov2"))
+    cases.write(tmp_path, cases.shapes_of("dinov2"))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        load(config_of(TINY["dinov2"], tmp_path))
+        cases.load(cases.config_of(cases.TINY["dinov2"], tmp_path))
 
 
 def _write_shards(folder, *shards):
@@ -91,22 +79,22 @@ def _write_shards(folder, *shards):
 
 
 def test_a_checkpoint_in_several_files(tmp_path):
-    arrays = weights(shapes_of("dinov2"))
+    arrays = cases.weights(cases.shapes_of("dinov2"))
     keys = sorted(arrays)
     halves = [{key: arrays[key] for key in part} for part in (keys[:9], keys[9:])]
     _write_shards(tmp_path, *halves)
-    config = config_of(TINY["dinov2"], tmp_path)
-    tokens = tokens_of(config, load(config), images(24, 24))
-    assert difference(tokens, goldens()["dinov2/24x24"]) <= TOLERANCE
+    config = cases.config_of(cases.TINY["dinov2"], tmp_path)
+    tokens = cases.tokens_of(config, cases.load(config), cases.images(24, 24))
+    assert cases.difference(tokens, cases.goldens()["dinov2/24x24"]) <= cases.TOLERANCE
     _write_shards(tmp_path, *halves, {keys[0]: arrays[keys[0]]})
     with pytest.raises(UserError, match=f"{keys[0]!r}, which another file"):
-        load(config)
+        cases.load(config)
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(UserError, match="names model-1.safetensors, which is not there"):
-        load(config)
+        cases.load(config)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a')
     with pytest.raises(UserError, match="not a whole index"):
-        load(config)
+        cases.load(config)
 
 
 def test_pickled_weights_take_torch(tmp_path, monkeypatch):
@@ -120,14 +108,15 @@ def test_pickled_weights_take_torch(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_torch)
         with pytest.raises(UserError, match="takes torch: install it"):
-            load(config_of(TINY["mae"], tmp_path))
+            cases.load(cases.config_of(cases.TINY["mae"], tmp_path))
     torch = pytest.importorskip("torch")
     with pytest.raises(UserError, match="not a whole file"):
-        load(config_of(TINY["mae"], tmp_path))
-    arrays = weights(shapes_of("mae"))
+        cases.load(cases.config_of(cases.TINY["mae"], tmp_path))
+    arrays = cases.weights(cases.shapes_of("mae"))
     torch.save({key: torch.from_numpy(value) for key, value in arrays.items()}, tmp_path / "pytorch_model.bin")
-    config = config_of(TINY["mae"], tmp_path)
-    assert difference(tokens_of(config, load(config), images(16, 28)), goldens()["mae/16x28"]) <= TOLERANCE
+    config = cases.config_of(cases.TINY["mae"], tmp_path)
+    tokens = cases.tokens_of(config, cases.load(config), cases.images(16, 28))
+    assert cases.difference(tokens, cases.goldens()["mae/16x28"]) <= cases.TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -141,9 +130,9 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch, weights, message):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=message):
-        load(config_of(TINY["dinov2"], weights))
+        cases.load(cases.config_of(cases.TINY["dinov2"], weights))
 
 
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="holds none of model.safetensors"):
-        load(config_of(TINY["dinov2"], tmp_path))
+        cases.load(cases.config_of(cases.TINY["dinov2"], tmp_path))

@@ -1,0 +1,56 @@
+"""Optimisers against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import tiny
+
+from rae_jax import optim
+
+RATE = 1e-2
+
+
+def _first_update(name, params, grads):
+    train = tiny().dit.train
+    train.update({"optimizer": name, "learning_rate": RATE, "warmup_steps": 0, "clip_norm": 0.0})
+    optimiser = optim.make(train)
+    return optimiser.update(grads, optimiser.init(params), params)[0]
+
+
+def test_muon_turns_the_blocks_kernels_by_the_gradients_singular_vectors():
+    grads = {"blocks": {"kernel": jax.random.normal(jax.random.key(0), (3, 8, 12))}}
+    updates = _first_update("muon", jax.tree.map(jnp.zeros_like, grads), grads)
+    for grad, update in zip(grads["blocks"]["kernel"], updates["blocks"]["kernel"], strict=True):
+        u, _, vt = np.linalg.svd(grad, full_matrices=False)
+        values = -u.T @ update @ vt.T  # diagonal where the singular vectors are the same
+        assert np.abs(values - np.diag(np.diag(values))).max() < 1e-4 * RATE
+        # Five Newton-Schulz steps bring singular values near 1; 0.2 sqrt(12) gives the update AdamW's size.
+        np.testing.assert_allclose(np.diag(values) / (RATE * 0.2 * np.sqrt(12)), 1.0, atol=0.35)
+
+
+def test_muon_leaves_the_rest_to_adamw():
+    shapes = {"embed": {"kernel": (4, 8)}, "blocks": {"bias": (3, 8)}, "norm": {"scale": (8,)}}
+    grads = jax.tree.map(lambda shape: jax.random.normal(jax.random.key(1), shape), shapes, is_leaf=_is_shape)
+    params = jax.tree.map(jnp.ones_like, grads)
+    adamw = optax.nadamw(RATE, b1=0.9, b2=0.95, weight_decay=0.0)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5),
+        _first_update("muon", params, grads),
+        adamw.update(grads, adamw.init(params), params)[0],
+    )
+
+
+def _is_shape(node):
+    return isinstance(node, tuple)
+
+
+@pytest.mark.parametrize("decay, middle", [("cosine", 0.5 * (1 + np.cos(np.pi / 2))), ("linear", 0.5)])
+def test_schedule_warms_up_stays_and_decays(decay, middle):
+    train = tiny().dit.train
+    changes = {"learning_rate": 1.0, "final_learning_rate": 0.1, "warmup_steps": 10, "decay_start": 20}
+    train.update({**changes, "num_steps": 40, "decay": decay})
+    rate = optim.schedule(train)
+    for step, expected in ((0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.1 + 0.9 * middle), (40, 0.1)):
+        assert float(rate(step)) == pytest.approx(expected), step
