@@ -15,7 +15,6 @@ def parser(config_flag):
             arguments = flags.FLAGS(argv)
             if config_flag.value is not None:
                 config_flag.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
-            return arguments
         except flags.Error as error:
             fail(_one_line(error))
         except OSError:
@@ -25,6 +24,9 @@ def parser(config_flag):
             fail(f"unknown config key {_one_line(error)}")
         except (TypeError, ValueError) as error:
             fail(f"in a --config flag: {_one_line(error)}")
+        if len(arguments) > 1:
+            fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
+        return arguments
 
     return parse
 

@@ -31,8 +31,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
-    if len(argv) > 1:
-        command.fail(f"unknown argument {argv[1]!r}: flags look like --name=value")
     try:
         config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
         mesh = sharding.make_mesh(config.mesh)

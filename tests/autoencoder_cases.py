@@ -1,6 +1,6 @@
 """Tiny autoencoders with made-up weights, and what diffusers' AutoencoderRAE makes of them.
 
-Shared by test_autoencoder.py, test_convert.py and make_autoencoder_goldens.py. The weights are a function of each
+Shared by test_autoencoder.py, published_cases.py and make_autoencoder_goldens.py. The weights are a function of each
 tensor's name and shape, so that a golden is its shapes and its outputs alone.
 """
 

@@ -1,6 +1,6 @@
 """Diffusion transformers with made-up weights, and a torch oracle of them written from the published equations.
 
-Shared by test_dit.py, test_convert.py and make_dit_goldens.py. The weights are a function of each tensor's name and
+Shared by test_dit.py, published_cases.py and make_dit_goldens.py. The weights are a function of each tensor's name and
 shape, so that a golden is its outputs alone.
 """
 

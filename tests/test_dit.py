@@ -32,17 +32,13 @@ def _ours(case, folder):
     x, noise = (jnp.moveaxis(a, 1, -1) for a in (x, noise))
     x_t = flow.interpolate(x, noise, t)
 
-    @jax.jit
-    def run(params):
-        def loss(params):
-            v = model.apply({"params": params}, x_t, t, labels)
-            return jnp.square(v - flow.velocity(x, noise)).mean(), v
+    def loss(params):
+        both = jnp.concatenate([labels, jnp.full_like(labels, case.num_classes)])
+        v, v_null = jnp.split(model.apply({"params": params}, jnp.tile(x_t, (2, 1, 1, 1)), jnp.tile(t, 2), both), 2)
+        value = jnp.square(v - flow.velocity(x, noise)).mean()
+        return value, {"v": v, "v_null": v_null, "loss": value}
 
-        (value, v), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        v_null = model.apply({"params": params}, x_t, t, jnp.full_like(labels, case.num_classes))
-        return {"v": v, "v_null": v_null, "loss": value}, grads
-
-    found, grads = run(params)
+    grads, found = jax.jit(jax.grad(loss, has_aux=True))(params)
     found = {name: np.moveaxis(a, -1, 1) if a.ndim == 4 else a for name, a in found.items()}
     return found | {f"grad/{name}": a for name, a in published.tensors_of(config, "dit", grads).items()}
 
