@@ -94,8 +94,9 @@ def _measure(args):
 def _ours(args):
     import jax
 
-    from rae_jax import build, sharding
+    from rae_jax import build, malloc, sharding
 
+    malloc.keep_freed_memory()
     config = small.get_config()
     config.stages, config.unroll, config.data.image_size = (), False, SIDE
     config.encoder.update({**encoders.dinov2(args.size), "weights": args.folder})

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import command, modes, sharding
+from rae_jax import command, malloc, modes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import InterruptedRun
@@ -33,6 +33,7 @@ def run(argv):
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
     try:
         config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+        malloc.keep_freed_memory()
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)
         config_lib.check_workdir(config, workdir)

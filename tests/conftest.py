@@ -10,7 +10,9 @@ import jax
 import pytest
 
 from configs import small
+from rae_jax import malloc
 
+malloc.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rae_jax_cache_"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
