@@ -2,8 +2,7 @@
 
     python -m rae_jax.main --config=configs/small.py --workdir=runs/small
 
-The weights that ship with the package were made by these stages, but for the DiT^DH, whose first 12,000 steps ran
-with time_mean 0 and a schedule of that length. Every other config starts from this one.
+The weights that ship with the package were made by this config. Every other config starts from this one.
 """
 
 from ml_collections import ConfigDict
