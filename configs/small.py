@@ -29,7 +29,7 @@ def get_config():
     c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
-    c.guidance = ConfigDict({"method": "cfg", "scale": 4.0, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
+    c.guidance = ConfigDict({"method": "cfg", "scale": 2.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
     c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 256, "probe": True, "shipped": False})
     return c
 
