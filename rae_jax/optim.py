@@ -32,7 +32,7 @@ def _descent(train):
         case "adamw":
             return optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
         case "muon":
-            # The updates' size is that of AdamW (arXiv 2502.16982), so that either takes the same learning rates.
+            # Updates of about AdamW's size (arXiv 2502.16982): learning rates of the same order do for both.
             return optax.contrib.muon(
                 schedule(train),
                 weight_decay=train.weight_decay,
