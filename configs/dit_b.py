@@ -21,16 +21,16 @@ def get_config():
     c.log_every = 100
     c.unroll = False
     c.checkpoint.every = 10 * epoch(1024)
-    c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "flip": True, "num_threads": 16})
+    c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "num_threads": 16})
     c.encoder.update(encoders.dinov2("base"))
     c.decoder.update({"weights": f"{RELEASED}:decoders/dinov2/wReg_base/ViTXL_n08/model.pt", **DECODERS["xl"]})
     c.decoder.patch_size = 16
-    c.discriminator.layers = (11, 2, 5, 8, 11)
+    c.discriminator.update({"backbone": encoders.dino(), "layers": (11, 2, 5, 8, 11)})
     c.statistics.weights = f"{RELEASED}:stats/dinov2/wReg_base/imagenet1k/stat.pt"
     c.dit.update({"weights": "", **DITS["b"], "head_width": 2048, "head_depth": 2, "head_num_heads": 16})
     c.judge.weights = ""  # none: there is no judge of 1000 classes
-    _decoder_recipe(c.decoder.train, epoch(512))
-    _dit_recipe(c.dit.train, epoch(1024))
+    _decoder_recipe(c.decoder.train)
+    _dit_recipe(c.dit.train)
     c.sampler.num_steps = 50
     c.guidance.update({"method": "none", "scale": 1.0})
     c.evaluate.update({"num_images": 50_000, "probe": False})
@@ -55,14 +55,17 @@ def epoch(batch_size):
     return IMAGENET // batch_size
 
 
-def _decoder_recipe(train, epoch):
-    train.update({"num_steps": 16 * epoch, "batch_size": 512, "learning_rate": 2e-4, "final_learning_rate": 2e-5})
-    train.update({"warmup_steps": epoch, "decay": "cosine", "ema_decay": 0.9978, "noise_tau": 0.8})
-    train.update({"discriminator_start": 6 * epoch, "adversarial_start": 8 * epoch, "adversarial_weight": 0.75})
+def _decoder_recipe(train):
+    train.update(
+        {"unit": "epoch", "num_steps": 16, "warmup_steps": 1, "discriminator_start": 6, "adversarial_start": 8}
+    )
+    train.update({"batch_size": 512, "learning_rate": 2e-4, "final_learning_rate": 2e-5, "decay": "cosine"})
+    train.update({"lpips_weight": 1.0, "adversarial_weight": 0.75, "noise_tau": 0.8, "ema_decay": 0.9978})
+    train.crop = "random"
 
 
-def _dit_recipe(train, epoch):
-    train.optimizer = "adamw"
-    train.update({"num_steps": 800 * epoch, "batch_size": 1024, "learning_rate": 2e-4, "final_learning_rate": 2e-5})
-    train.update({"warmup_steps": 0, "decay_start": 40 * epoch, "decay": "linear", "clip_norm": 1.0})
-    train.update({"ema_decay": 0.9995, "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1})
+def _dit_recipe(train):
+    train.update({"unit": "epoch", "num_steps": 800, "warmup_steps": 0, "decay_start": 40, "decay": "linear"})
+    train.update({"batch_size": 1024, "learning_rate": 2e-4, "final_learning_rate": 2e-5, "clip_norm": 1.0})
+    train.update({"optimizer": "adamw", "ema_decay": 0.9995, "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1})
+    train.flip = True

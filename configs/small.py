@@ -25,7 +25,7 @@ def get_config():
     c.encoder = _encoder()
     c.judge = _judge()
     c.decoder = _decoder()
-    c.discriminator = ConfigDict({"layers": (1, 3)})  # blocks of the encoder whose tokens are judged
+    c.discriminator = _discriminator()
     c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
@@ -44,31 +44,48 @@ def _data():
             "num_classes": 10,
             "num_train": 50_000,  # shapes: how many there are
             "num_heldout": 2_000,
-            "flip": False,  # random horizontal flips
             "num_threads": 2,
         }
     )
 
 
+_VIT = {
+    "family": "small",  # 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': see configs/encoders.py
+    "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
+    "width": 64,
+    "depth": 6,
+    "num_heads": 2,
+    "mlp": "gelu",  # or 'gelu_tanh', 'swiglu'
+    "mlp_ratio": 4.0,  # hidden size over width
+    "patch_size": 4,
+    "input_size": 0,  # images are resized to this before they are encoded; 0: as they are
+    "position_size": 0,  # the image size that the table of positions is for; 0: the encoder's input
+    "num_registers": 4,
+    "mean": (0.5, 0.5, 0.5),  # of the encoder's input
+    "std": (0.25, 0.25, 0.25),
+}
+
+
 def _encoder():
     return ConfigDict(
         {
-            "family": "small",  # 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': see configs/encoders.py
-            "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
-            "width": 64,
-            "depth": 6,
-            "num_heads": 2,
-            "mlp": "gelu",  # or 'gelu_tanh', 'swiglu'
-            "mlp_ratio": 4.0,  # hidden size over width
-            "patch_size": 4,
-            "input_size": 0,  # images are resized to this before they are encoded; 0: as they are
-            "position_size": 0,  # the image size that the table of positions is for; 0: the encoder's input
+            **_VIT,
             "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; none: the last
-            "num_registers": 4,
             "widths": (),  # sd_vae: channels of its levels, the finest first
-            "mean": (0.5, 0.5, 0.5),  # of the encoder's input
-            "std": (0.25, 0.25, 0.25),
             "train": _encoder_train(),
+        }
+    )
+
+
+def _discriminator():
+    return ConfigDict(
+        {
+            # The frozen transformer whose tokens are judged: 'encoder' is the encoder itself, and the other keys do not
+            # matter; or a published family with the encoder's keys.
+            "backbone": {**_VIT, "family": "encoder", "weights": ""},
+            "layers": (1, 3),  # the backbone's blocks whose tokens are judged, from 0; a head for each
+            "loss": "hinge",  # or 'vanilla'
+            "augment": {"prob": 1.0, "cutout": 0.0},  # probability of each kind; wiped-out square, as a part of a side
         }
     )
 
@@ -94,9 +111,10 @@ def _judge():
 def _decoder():
     train = _train(num_steps=5_000, batch_size=16, learning_rate=2e-3)
     train.noise_tau = 0.3
-    train.discriminator_start = 3_500  # step of the first discriminator update
-    train.adversarial_start = 3_750  # step from which the decoder tries to fool it
-    train.adversarial_weight = 0.75
+    train.lpips_weight = 0.0
+    train.discriminator_start = 3_500  # of the discriminator's updates
+    train.adversarial_start = 3_750  # from then on the decoder tries to fool it
+    train.adversarial_weight = 0.75  # 0: no discriminator, and no backbone is loaded
     return ConfigDict(
         {
             "weights": "small",  # if the stage is not run: 'small', a folder, a published file, a hub id, or none
@@ -136,19 +154,22 @@ def _dit():
 def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, optimizer="adamw", **extra):
     return ConfigDict(
         {
+            "unit": "step",  # of num_steps, warmup_steps and what ends in _start: 'step', or 'epoch' of the data set
             "num_steps": num_steps,
             "batch_size": batch_size,  # global
             "learning_rate": learning_rate,
             "final_learning_rate": learning_rate / 100,
             "warmup_steps": 200,
             "optimizer": optimizer,  # or 'muon': the blocks' kernels by Muon, the rest by AdamW
-            "decay_start": 0,  # constant between the warm-up and this step
+            "decay_start": 0,  # constant between the warm-up and then
             "decay": "cosine",  # or 'linear', down to the last step
             "b1": 0.9,
             "b2": 0.95,
             "weight_decay": 0.0,
             "clip_norm": clip_norm,  # 0: no clipping
             "ema_decay": ema_decay,
+            "crop": "centre",  # or 'random', after a resize to 1.5 times the size
+            "flip": False,  # random horizontal flips
             **extra,
         }
     )

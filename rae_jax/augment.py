@@ -1,4 +1,4 @@
-"""DiffAug: differentiable augmentations that a discriminator sees (Zhao et al. 2020)."""
+"""DiffAug: differentiable augmentations that a discriminator sees (Zhao et al. 2020, in StyleGAN-T's order)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,25 @@ import jax.numpy as jnp
 TRANSLATION = 0.125  # of the image's side
 
 
-def diff_augment(images, key):
-    """Colour and translation, one draw per image; images [B, H, W, C] in [-1, 1]."""
-    brightness, saturation, contrast, translation = jax.random.split(key, 4)
-    images = images + _uniform(brightness, images) - 0.5
-    grey = images.mean(-1, keepdims=True)
-    images = (images - grey) * (2.0 * _uniform(saturation, images)) + grey
-    mean = images.mean((1, 2, 3), keepdims=True)
-    images = (images - mean) * (_uniform(contrast, images) + 0.5) + mean
-    return translate(images, translation)
+def diff_augment(images, key, *, prob=1.0, cutout=0.0):
+    """Translation, colour and cutout; images [B, H, W, C] in [-1, 1], which colour may leave.
+
+    What is drawn, is drawn for each image alone; each of the three happens to it with probability `prob`. `cutout` is
+    the side of the square that is wiped out, as a part of the image's.
+    """
+    *draws, translation = jax.random.split(key, 4)
+
+    def sometimes(i, changed, images):
+        if prob >= 1.0:
+            return changed
+        chosen = jax.random.bernoulli(jax.random.fold_in(key, i), prob, (images.shape[0], 1, 1, 1))
+        return jnp.where(chosen, changed, images)
+
+    images = sometimes(0, translate(images, translation), images)
+    images = sometimes(1, colour(images, draws), images)
+    if cutout:
+        images = sometimes(2, cut_out(images, jax.random.fold_in(key, 3), cutout), images)
+    return images
 
 
 def translate(images, key):
@@ -31,5 +41,23 @@ def translate(images, key):
     return jax.vmap(crop)(padded, offsets)
 
 
-def _uniform(key, images):
-    return jax.random.uniform(key, (images.shape[0], 1, 1, 1))
+def colour(images, keys):
+    """Brightness by up to 0.5 either way, saturation from 0 to 2 times, contrast from 0.5 to 1.5 times."""
+    brightness, saturation, contrast = (jax.random.uniform(key, (images.shape[0], 1, 1, 1)) for key in keys)
+    images = images + brightness - 0.5
+    grey = images.mean(-1, keepdims=True)
+    images = (images - grey) * (2.0 * saturation) + grey
+    mean = images.mean((1, 2, 3), keepdims=True)
+    return (images - mean) * (contrast + 0.5) + mean
+
+
+def cut_out(images, key, ratio):
+    """Zeros in a square of `ratio` times the image's sides, whose centre is anywhere in the image."""
+    height, width = images.shape[1:3]
+    inside = []
+    for axis, (size, draw) in enumerate(zip((height, width), jax.random.split(key), strict=True), start=1):
+        side = round(size * ratio)
+        first = jax.random.randint(draw, (images.shape[0],), 0, size + 1 - side % 2) - side // 2
+        place = jnp.arange(size) - first[:, None]
+        inside.append(jnp.expand_dims((place >= 0) & (place < side), (3 - axis, 3)))
+    return jnp.where(inside[0] & inside[1], 0.0, images)

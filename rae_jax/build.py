@@ -9,7 +9,9 @@ from etils import epath
 
 from rae_jax import (
     checkpoint,
+    losses,
     published,
+    resize,
     sharding,
     stage_decoder,
     stage_dit,
@@ -17,7 +19,8 @@ from rae_jax import (
     stage_judge,
     stage_statistics,
 )
-from rae_jax.config import encoder_input_size, latent_shape
+from rae_jax.augment import diff_augment
+from rae_jax.config import in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
@@ -30,7 +33,7 @@ from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
-from rae_jax.rae import Autoencoder, SdVae
+from rae_jax.rae import Autoencoder, Backbone, SdVae
 from rae_jax.train import Stage
 from rae_jax.weights import store
 
@@ -40,7 +43,7 @@ SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 def autoencoder(config):
     """The frozen encoder and the decoder as one pair of functions."""
     e, d = config.encoder, config.decoder
-    module = encoder(config)
+    module = encoder(config, e)
     if e.family == "sd_vae":
         return SdVae(module, sd_vae.Decoder(tuple(e.widths), e.depth, jnp.dtype(config.dtype)))
     decoder = Decoder(
@@ -64,9 +67,8 @@ def autoencoder(config):
     )
 
 
-def encoder(config):
-    """The encoder's module: what its family fixes, and what the config chooses."""
-    e = config.encoder
+def encoder(config, e):
+    """The module of an encoder, or of a backbone, from its section: what its family fixes, and what is chosen."""
     match e.family:
         case "small":
             fixed = {}
@@ -91,7 +93,7 @@ def encoder(config):
         num_heads=e.num_heads,
         mlp=_mlp(e.mlp, round(e.mlp_ratio * e.width)),
         patch_size=e.patch_size,
-        position_size=e.position_size or encoder_input_size(config),
+        position_size=e.position_size or input_size(config, e),
         num_registers=e.num_registers,
         **_computation(config),
         **fixed,
@@ -113,6 +115,38 @@ def _mlp(name, hidden):
             return functools.partial(SwiGlu, hidden)
         case other:
             raise ValueError(f"unknown MLP {other!r}")
+
+
+def discriminator(config):
+    """What judges the decoder's images; None where the adversarial loss has no weight.
+
+    A backbone of its own sees images resized bilinearly, as the published one does; the encoder sees them as always.
+    """
+    d = config.discriminator
+    if not config.decoder.train.adversarial_weight:
+        return None
+    same = d.backbone.family == "encoder"
+    b = config.encoder if same else d.backbone
+    backbone = Backbone(
+        encoder(config, b),
+        tuple(b.mean),
+        tuple(b.std),
+        input_size=input_size(config, b),
+        resize=resize.bicubic if same else resize.bilinear,
+        layers=tuple(d.layers),
+    )
+    augment = functools.partial(diff_augment, prob=d.augment.prob, cutout=d.augment.cutout)
+    return stage_decoder.Discriminator(backbone, DiscriminatorHeads(), augment, _discriminator_loss(d.loss))
+
+
+def _discriminator_loss(name):
+    match name:
+        case "hinge":
+            return losses.hinge_discriminator
+        case "vanilla":
+            return losses.vanilla_discriminator
+        case other:
+            raise ValueError(f"unknown discriminator loss {other!r}")
 
 
 def dit(config):
@@ -156,30 +190,51 @@ def source(config, split):
 
 def stage(config, name, workdir, mesh):
     """Everything the loop needs to run stage `name`; weights of earlier stages are loaded here."""
-    init, step = _init_and_step(config, name)
     images = source(config, "train")
     if name == "statistics":
         batch_size = config.statistics.batch_size
         num_steps = pipeline.num_batches(images, batch_size)
         batches = pipeline.one_pass(images, batch_size=batch_size, num_threads=config.data.num_threads)
     else:
-        train = config[name].train
-        batch_size, num_steps = train.batch_size, train.num_steps
+        batch_size = config[name].train.batch_size
         if len(images) < batch_size:
             raise UserError(
                 f"config.{name}.train.batch_size={batch_size} is more than the {len(images)} training images: lower it"
             )
+        config = in_steps(config, name, len(images))
+        train = config[name].train
+        num_steps = train.num_steps
         batches = pipeline.training_batches(
             images,
             batch_size=batch_size,
             seed=stage_seed(config, name),
-            flip=config.data.flip,
+            random_crop=train.crop == "random",
+            flip=train.flip,
             num_threads=config.data.num_threads,
         )
     frozen = {part: load(config, part, workdir, mesh) for part in FROZEN[name]}
     if name == "decoder":
-        frozen["backbone"] = frozen["encoder"]
+        frozen.update(_opponents(config, frozen["encoder"], workdir, mesh))
+    init, step = _init_and_step(config, name)
     return Stage(name, init, step, frozen, batches, batch_size, num_steps)
+
+
+def _opponents(config, encoder_params, workdir, mesh):
+    """What is frozen of the decoder's losses that have a weight. Raises UserError that says how to do without."""
+    train, backbone = config.decoder.train, config.discriminator.backbone
+    if train.lpips_weight:
+        raise UserError(f"config.decoder.train.lpips_weight={train.lpips_weight}: there is no LPIPS yet, set it to 0")
+    if not train.adversarial_weight:
+        return {}
+    if backbone.family == "encoder":
+        return {"backbone": encoder_params}
+    try:
+        return {"backbone": load(config, "backbone", workdir, mesh)}
+    except UserError as error:
+        raise UserError(
+            f"config.discriminator.backbone.weights={backbone.weights!r}: {error}; or train without a discriminator: "
+            f"--config.decoder.train.adversarial_weight=0"
+        ) from error
 
 
 # What each stage needs of earlier ones.
@@ -215,8 +270,8 @@ def _init_and_step(config, name):
         case "decoder":
             return stage_decoder.make(
                 **parts,
-                heads=DiscriminatorHeads(),
-                layers=tuple(config.discriminator.layers),
+                discriminator=discriminator(config),
+                perceptual=None,
                 latent_shape=latent_shape(config),
                 train=config.decoder.train,
             )
@@ -242,7 +297,7 @@ def load(config, name, workdir, mesh, step=None):
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, name, folder, found, mesh)
-    weights = config[name].weights
+    weights = section(config, name).weights
     if name == "statistics" and weights == "none":
         return None
     if not weights:
@@ -252,14 +307,24 @@ def load(config, name, workdir, mesh, step=None):
     placed = sharding.shardings(shapes, mesh)
     if path.exists() or "://" in weights or not published.tables_of(config, name):
         return jax.device_put(store.read(path, shapes), placed)
-    return published.load(config, name, shapes, placed)
+    params = published.load(config, name, shapes, placed)
+    return _without_key_bias(params) if name == "backbone" else params
+
+
+def _without_key_bias(params):
+    """The published discriminator's backbone has none: it would move all logits of a query alike."""
+    attention = params["blocks"]["attention"]
+    query, key, value = jnp.split(attention["qkv"]["bias"], 3, -1)
+    attention["qkv"]["bias"] = jnp.concatenate([query, jnp.zeros_like(key), value], -1)
+    return params
 
 
 def part_shapes(config, name):
     """Shapes of a part's weights as they are exported."""
-    if name == "encoder":
-        size = encoder_input_size(config)
-        return jax.eval_shape(encoder(config).init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    if name in ("encoder", "backbone"):
+        e = section(config, name)
+        image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
+        return jax.eval_shape(encoder(config, e).init, jax.random.key(0), image)["params"]
     return jax.eval_shape(_part(name), _state_shapes(config, name))
 
 

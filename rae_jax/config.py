@@ -20,15 +20,24 @@ FREE_KEYS = (
     *("sampler", "guidance", "evaluate", "data.num_threads"),
 )
 
+_PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
+_MLPS = ("gelu", "gelu_tanh", "swiglu")
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.source": ("shapes", "image_folder"),
-    "encoder.family": ("small", "dino", "dinov2", "siglip2", "mae", "dinov3", "sd_vae"),
-    "encoder.mlp": ("gelu", "gelu_tanh", "swiglu"),
+    "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
+    "encoder.mlp": _MLPS,
+    "discriminator.backbone.family": ("encoder", *_PUBLISHED),
+    "discriminator.backbone.mlp": _MLPS,
+    "discriminator.loss": ("hinge", "vanilla"),
     "sampler.method": ("euler",),
     "guidance.method": ("none", "cfg"),
 }
-_TRAIN_CHOICES = {"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")}  # of every stage's `train`
+_TRAIN_CHOICES = {  # of every stage's `train`
+    **{"unit": ("step", "epoch"), "crop": ("centre", "random")},
+    **{"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")},
+}
+_COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # in `train.unit`s
 _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
@@ -81,9 +90,32 @@ def save(config, workdir):
         ) from error
 
 
+def section(config, part):
+    """The section that describes a part of the weights."""
+    return config.discriminator.backbone if part == "backbone" else config[part]
+
+
+def input_size(config, section):
+    """The size in pixels that images have when the encoder, or backbone, of this section sees them."""
+    return section.input_size or config.data.image_size
+
+
 def encoder_input_size(config):
     """The size in pixels that images have when the encoder sees them."""
-    return config.encoder.input_size or config.data.image_size
+    return input_size(config, config.encoder)
+
+
+def in_steps(config, stage, num_images):
+    """The config with the counts of that stage's training in steps.
+
+    An epoch has as many as there are whole batches in `num_images`.
+    """
+    config = config.copy_and_resolve_references()
+    train = config[stage].train
+    if train.unit == "epoch":
+        counts = {key: train[key] * (num_images // train.batch_size) for key in _COUNTS if key in train}
+        train.update({**counts, "unit": "step"})
+    return config
 
 
 def latent_shape(config):
@@ -113,6 +145,8 @@ def _check_training(config, section, mesh):
     _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", "it must be at least 0 and below 1")
     for key, choices in _TRAIN_CHOICES.items():
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
+    drawn = config.data.source == "shapes"
+    _require(not (drawn and train.crop == "random"), config, f"{section}.crop", "shapes are drawn at their size")
     sharding.check_batch(train.batch_size, mesh, f"config.{section}.batch_size")
 
 
@@ -147,10 +181,10 @@ def _check_shapes(config):
         _require(fits, config, f"{section}.{width}", mend)
     for key in ("decoder.width", "dit.width"):
         _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
-    chosen = ("discriminator.layers", "encoder.layers") if "decoder" in config.stages else ("encoder.layers",)
-    for key in chosen:
-        inside = all(0 <= layer < config.encoder.depth for layer in _get(config, key))
-        _require(inside, config, key, "they are encoder blocks, from 0")
+    inside = all(0 <= layer < config.encoder.depth for layer in config.encoder.layers)
+    _require(inside, config, "encoder.layers", "they are encoder blocks, from 0")
+    if "decoder" in config.stages:
+        _check_discriminator(config)
     position = config.encoder.position_size
     _require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
     if "encoder" in config.stages:
@@ -160,6 +194,26 @@ def _check_shapes(config):
     _require(labelled, config, "guidance.method", "set it to none where config.dit.class_conditional is False")
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
+
+
+def _check_discriminator(config):
+    train, d = config.decoder.train, config.discriminator
+    for key in ("adversarial_weight", "lpips_weight"):
+        _require(train[key] >= 0, config, f"decoder.train.{key}", "it must be positive, or 0 for no such loss")
+    for key in ("prob", "cutout"):
+        _require(0 <= d.augment[key] <= 1, config, f"discriminator.augment.{key}", "it must be between 0 and 1")
+    own = d.backbone.family != "encoder"
+    depth = d.backbone.depth if own else config.encoder.depth
+    inside = len(d.layers) > 0 and all(0 <= layer < depth for layer in d.layers)
+    _require(inside, config, "discriminator.layers", f"they are some of the backbone's {depth} blocks, from 0")
+    if not own:
+        return
+    for key, size in (("input_size", input_size(config, d.backbone)), ("position_size", d.backbone.position_size)):
+        mend = f"it must be a multiple of config.discriminator.backbone.patch_size={d.backbone.patch_size}"
+        _require(size >= 0 and size % d.backbone.patch_size == 0, config, f"discriminator.backbone.{key}", mend)
+    heads = d.backbone.num_heads
+    mend = f"it must be a multiple of config.discriminator.backbone.num_heads={heads}"
+    _require(d.backbone.width % heads == 0, config, "discriminator.backbone.width", mend)
 
 
 def _check_sd_vae(config):

@@ -9,8 +9,13 @@ def hinge_discriminator(real, fake):
     return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
 
 
+def vanilla_discriminator(real, fake):
+    """0.5 (softplus(-real) + softplus(fake)), averaged over logits: the original GAN's cross-entropy."""
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
+
+
 def generator(fake):
-    """-mean(fake)."""
+    """-mean(fake), whichever loss the discriminator has."""
     return -fake.mean()
 
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from rae_jax.config import encoder_input_size, latent_shape
+from rae_jax.config import encoder_input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
 from rae_jax.weights import engine, hub, sd_vae, store, tables
@@ -16,8 +16,8 @@ def tables_of(config, part):
     match part:
         case "encoder" | "decoder" if config.encoder.family == "sd_vae":
             return sd_vae.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
-        case "encoder":
-            return _encoder_tables(config)
+        case "encoder" | "backbone":
+            return _encoder_tables(section(config, part))
         case "decoder":
             fixed = {"decoder_pos_embed": _decoder_positions(config)}
             return tuple(dataclasses.replace(t, fixed=fixed) for t in (tables.DECODER, tables.DIFFUSERS_DECODER))
@@ -34,7 +34,7 @@ def load(config, part, shapes, shardings):
 
     Raises UserError for whatever is not as the config's model needs it.
     """
-    source = config[part].weights
+    source = section(config, part).weights
     tensors = hub.open_checkpoint(source)
     if part == "statistics":
         tensors = _spread(tensors, shapes)
@@ -133,10 +133,10 @@ def _autoencoder_rae(config, latents):
     }
 
 
-def _encoder_tables(config):
+def _encoder_tables(e):
     """What the files demand although nobody uses it (a last norm, mask tokens) is written, and ignored when read."""
-    width = config.encoder.width
-    match config.encoder.family:
+    width = e.width
+    match e.family:
         case "small":
             return ()
         case "dino":

@@ -5,6 +5,7 @@ so that nothing here knows which encoder or decoder is meant.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,16 +85,9 @@ class Autoencoder:
         height, width = (size // self.encoder.patch_size for size in images.shape[1:3])
         return latents.reshape(-1, height, width, latents.shape[-1])
 
-    def tokens(self, params, images, layers):
-        """Raw patch tokens [L, B, N, D] after the chosen encoder blocks."""
-        return self.encoder.apply({"params": params}, self.encoder_input(images), layers)
-
     def encoder_input(self, images):
         """Images in [0, 1] as the encoder wants them: at its size (bicubic, not clipped), normalised."""
-        size = self.input_size
-        if size is not None and images.shape[1:3] != (size, size):
-            images = resize.bicubic(images, size, size)
-        return normalise_image(images, self.mean, self.std)
+        return _prepare(images, self.input_size, resize.bicubic, self.mean, self.std)
 
     def decode(self, params, latents):
         """Latents -> images around [0, 1], not clipped; `params` are the decoder's."""
@@ -107,6 +101,34 @@ class Autoencoder:
         """The decoder's last linear layer, back in [0, 1]."""
         pixels = self.decoder.apply({"params": params}, features, method="pixels")
         return pixels * jnp.asarray(self.std) + jnp.asarray(self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A frozen vision transformer as a pure function of images, for what is between its blocks."""
+
+    encoder: object  # module: normalised images -> raw patch tokens [L, B, N, D]
+    mean: tuple  # of its input, per channel
+    std: tuple
+    input_size: int
+    resize: Callable  # to that size: resize.bicubic or resize.bilinear
+    layers: tuple  # the blocks, from 0, in the order that is wanted
+
+    def __call__(self, params, images):
+        """Images [B, H, W, 3] around [0, 1] -> raw patch tokens [L, B, N, D] after the chosen blocks."""
+        images = _prepare(images, self.input_size, self.resize, self.mean, self.std)
+        return self.encoder.apply({"params": params}, images, self.layers)
+
+    @property
+    def shape(self):
+        """(L, 1, N, D): the tokens of one image."""
+        return len(self.layers), 1, (self.input_size // self.encoder.patch_size) ** 2, self.encoder.width
+
+
+def _prepare(images, size, resized, mean, std):
+    if size is not None and images.shape[1:3] != (size, size):
+        images = resized(images, size, size)
+    return normalise_image(images, mean, std)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,24 +5,45 @@ inside the compiled step; the loop knows no phases.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rae_jax import losses, optim, rae
-from rae_jax.augment import diff_augment
 
 _DISC = ("disc_params", "disc_spectral", "disc_opt_state")  # the discriminator's entries of the state
+_DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "logits_fake")
 
 
-def make(*, autoencoder, heads, layers, latent_shape, train):
-    """Returns (init, step) of this stage; `train` is the config section decoder.train.
+def make(*, autoencoder, discriminator, perceptual, latent_shape, train):
+    """Returns (init, step) of this stage; `train` is the config section decoder.train, its counts in steps.
 
-    `heads` judges the tokens of the blocks `layers` of a frozen backbone, which shares the encoder's architecture.
+    `discriminator`: a Discriminator, whose frozen part is frozen['backbone'], or None for no adversarial loss.
+    `perceptual`: (frozen['lpips'], decoded, images) -> distances [B] of images in [0, 1], or None for no such loss.
     """
-    game = _Game(autoencoder, heads, layers, latent_shape, train, optim.make(train))
+    game = _Game(autoencoder, discriminator, perceptual, latent_shape, train, optim.make(train))
     return game.init, game.step
+
+
+@dataclasses.dataclass(frozen=True)
+class Discriminator:
+    """Trained heads on the tokens of a frozen backbone, and what its game is about."""
+
+    backbone: rae.Backbone
+    heads: object  # module: tokens [L, B, N, D] -> logits; its collection 'spectral' moves in training
+    augment: Callable  # (images in [-1, 1], key) -> images
+    loss: Callable  # (logits of real images, of fake ones) -> what it minimises
+
+    def init(self, key):
+        """{'params', 'spectral'} of the heads."""
+        return self.heads.init(key, jnp.zeros(self.backbone.shape))
+
+    def judge(self, frozen, variables, images, key, mutable=()):
+        """Logits of images around [0, 1], each augmented by itself, and what moved of the mutable collections."""
+        augmented = (self.augment(images * 2.0 - 1.0, key) + 1.0) / 2.0
+        return self.heads.apply(variables, self.backbone(frozen, augmented), mutable=mutable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +51,21 @@ class _Game:
     """The decoder against the discriminator: pure functions of state, frozen weights, batch and key."""
 
     autoencoder: object
-    heads: object
-    layers: tuple
+    discriminator: Discriminator | None
+    perceptual: Callable | None
     latent_shape: tuple
     train: object
-    optimiser: object  # of each player, who keeps a state of its own
+    optimiser: object  # of each player, who keeps a state of its own: a schedule starts with a player's first update
 
     def init(self, key):
         decoder_key, heads_key = jax.random.split(key)
-        height, width, channels = self.latent_shape
-        params = self.autoencoder.decoder.init(decoder_key, jnp.zeros((1, height, width, channels)))["params"]
-        disc = self.heads.init(heads_key, jnp.zeros((len(self.layers), 1, height * width, channels)))
-        return {
-            **optim.init_state(params, self.optimiser),
-            "disc_params": disc["params"],
-            "disc_spectral": disc["spectral"],
-            "disc_opt_state": self.optimiser.init(disc["params"]),
-        }
+        params = self.autoencoder.decoder.init(decoder_key, jnp.zeros((1, *self.latent_shape)))["params"]
+        state = optim.init_state(params, self.optimiser)
+        if self.discriminator is None:
+            return state
+        disc = self.discriminator.init(heads_key)
+        new = (disc["params"], disc["spectral"], self.optimiser.init(disc["params"]))
+        return {**state, **dict(zip(_DISC, new, strict=True))}
 
     def step(self, state, frozen, batch, key):
         noise_key, fool_key, disc_key = jax.random.split(key, 3)
@@ -56,10 +75,11 @@ class _Game:
         grads, metrics = self.decoder_gradients(state, frozen, noisy, images, fool_key)
         started = state["step"] >= self.train.discriminator_start
         state, metrics["grad_norm"] = optim.update(state, grads, self.optimiser, self.train.ema_decay)
+        if self.discriminator is None:
+            return state, metrics
 
         def wait(state):
-            zeros = dict.fromkeys(("discriminator", "logits_real", "logits_fake"), jnp.zeros(()))
-            return {name: state[name] for name in _DISC}, zeros
+            return {name: state[name] for name in _DISC}, dict.fromkeys(_DISC_METRICS, jnp.zeros(()))
 
         def learn(state):
             return self.update_discriminator(state, frozen, latents, images, disc_key)
@@ -68,33 +88,51 @@ class _Game:
         return {**state, **disc}, {**metrics, **disc_metrics}
 
     def decoder_gradients(self, state, frozen, latents, images, key):
-        """Gradients of L1 and, once it is active, the adversarial loss in its adaptive weight; and metrics."""
+        """Gradients of the reconstruction loss and, once active, the adversarial in its adaptive weight; and metrics.
+
+        One forward and one backward pass of the decoder: the losses meet at the image, where each one's cotangent goes
+        through the last layer alone for the two norms that the weight is made of.
+        """
         params, train = state["params"], self.train
-        disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
         features, pull_features = jax.vjp(lambda p: self.autoencoder.features(p, latents), params)
         decoded, pull_pixels = jax.vjp(self.autoencoder.pixels, params, features)
 
         def reconstruction(decoded):
-            return jnp.abs(decoded - images).mean()
+            terms = {"l1": jnp.abs(decoded - images).mean()}
+            loss = terms["l1"]
+            if self.perceptual is not None:
+                terms["lpips"] = self.perceptual(frozen["lpips"], decoded, images).mean()
+                loss = loss + train.lpips_weight * terms["lpips"]
+            return loss, terms
+
+        (loss, metrics), at_image = jax.value_and_grad(reconstruction, has_aux=True)(decoded)
+        if self.discriminator is not None:
+            active = state["step"] >= train.adversarial_start
+            fooled, fooled_at_image = self.fool(state, frozen, decoded, key, active)
+
+            def last_layer(cotangent):
+                return pull_pixels(cotangent)[0]["pred"]["kernel"]
+
+            weight = losses.adaptive_weight(last_layer(at_image), last_layer(fooled_at_image))
+            weight = jnp.where(active, train.adversarial_weight * weight, 0.0)
+            loss, at_image = loss + weight * fooled, at_image + weight * fooled_at_image
+            metrics = {**metrics, "adversarial": fooled, "adversarial_weight": weight}
+
+        pixel_grads, at_features = pull_pixels(at_image)
+        grads = jax.tree.map(jnp.add, pixel_grads, pull_features(at_features)[0])
+        return grads, {"loss": loss, **metrics}
+
+    def fool(self, state, frozen, decoded, key, active):
+        """The adversarial loss of decoded images and its gradient there; zeros while it is not active."""
+        disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
 
         def adversarial(decoded):
-            return losses.generator(self.discriminate(frozen, disc, decoded, key)[0])
+            return losses.generator(self.discriminator.judge(frozen["backbone"], disc, decoded, key)[0])
 
-        def last_layer(cotangent):
-            return pull_pixels(cotangent)[0]["pred"]["kernel"]
+        def nothing(decoded):
+            return jnp.zeros(()), jnp.zeros_like(decoded)
 
-        l1, at_image = jax.value_and_grad(reconstruction)(decoded)
-        active = state["step"] >= train.adversarial_start
-        off = lambda decoded: (jnp.zeros(()), jnp.zeros_like(decoded))  # noqa: E731
-        fooled, adversarial_at_image = jax.lax.cond(active, jax.value_and_grad(adversarial), off, decoded)
-        weight = losses.adaptive_weight(last_layer(at_image), last_layer(adversarial_at_image))
-        weight = jnp.where(active, train.adversarial_weight * weight, 0.0)
-
-        # Both losses meet at the image, so that one backward pass of the decoder serves them both.
-        pixel_grads, at_features = pull_pixels(at_image + weight * adversarial_at_image)
-        grads = jax.tree.map(jnp.add, pixel_grads, pull_features(at_features)[0])
-        loss = l1 + weight * fooled
-        return grads, {"loss": loss, "l1": l1, "adversarial": fooled, "adversarial_weight": weight}
+        return jax.lax.cond(active, jax.value_and_grad(adversarial), nothing, decoded)
 
     def update_discriminator(self, state, frozen, latents, images, key):
         """The discriminator's new entries of the state, and metrics."""
@@ -105,19 +143,12 @@ class _Game:
 
         def loss(disc_params):
             disc = {"params": disc_params, "spectral": state["disc_spectral"]}
-            logits, moved = self.discriminate(frozen, disc, both, key, mutable=["spectral"])
+            logits, moved = self.discriminator.judge(frozen["backbone"], disc, both, key, mutable=["spectral"])
             real, fake = jnp.split(logits, 2)
-            metrics = {"logits_real": real.mean(), "logits_fake": fake.mean()}
-            return losses.hinge_discriminator(real, fake), (metrics, moved["spectral"])
+            return self.discriminator.loss(real, fake), (moved["spectral"], real.mean(), fake.mean())
 
-        (value, (metrics, spectral)), grads = jax.value_and_grad(loss, has_aux=True)(state["disc_params"])
+        (value, (spectral, real, fake)), grads = jax.value_and_grad(loss, has_aux=True)(state["disc_params"])
         updates, opt_state = self.optimiser.update(grads, state["disc_opt_state"], state["disc_params"])
         new = (optax.apply_updates(state["disc_params"], updates), spectral, opt_state)
-        return dict(zip(_DISC, new, strict=True)), {"discriminator": value, **metrics}
-
-    def discriminate(self, frozen, disc, images, key, mutable=()):
-        """Logits of images in [0, 1], each augmented at random, and what moved of the mutable collections."""
-        augmented = (diff_augment(images * 2.0 - 1.0, key) + 1.0) / 2.0
-        return self.heads.apply(
-            disc, self.autoencoder.tokens(frozen["backbone"], augmented, self.layers), mutable=mutable
-        )
+        metrics = (value, optax.tree.norm(grads), real, fake)
+        return dict(zip(_DISC, new, strict=True)), dict(zip(_DISC_METRICS, metrics, strict=True))

@@ -45,7 +45,7 @@ def test_every_epoch_is_a_fresh_permutation():
         def __getitem__(self, i):
             return {"image": np.full((2, 2, 3), i, np.uint8), "label": np.int32(i)}
 
-    batches = pipeline.training_batches(Numbers(), batch_size=10, seed=0, flip=False, num_threads=2)
+    batches = pipeline.training_batches(Numbers(), batch_size=10, seed=0, random_crop=False, flip=False, num_threads=2)
     iterator = iter(batches)
     epochs = [np.concatenate([next(iterator)["label"] for _ in range(3)]) for _ in range(3)]
     for epoch in epochs:
@@ -54,13 +54,15 @@ def test_every_epoch_is_a_fresh_permutation():
 
 
 def test_an_iterator_goes_on_where_it_was():
-    batches = pipeline.training_batches(_shapes(), batch_size=8, seed=3, flip=True, num_threads=2)
+    batches = pipeline.training_batches(_shapes(), batch_size=8, seed=3, random_crop=False, flip=True, num_threads=2)
     iterator = iter(batches)
     for _ in range(5):
         next(iterator)
     state = iterator.get_state()
     expected = [next(iterator)["image"] for _ in range(20)]
-    again = iter(pipeline.training_batches(_shapes(), batch_size=8, seed=3, flip=True, num_threads=2))
+    again = iter(
+        pipeline.training_batches(_shapes(), batch_size=8, seed=3, random_crop=False, flip=True, num_threads=2)
+    )
     again.set_state(state)
     for batch in expected:
         np.testing.assert_array_equal(next(again)["image"], batch)

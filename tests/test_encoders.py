@@ -159,5 +159,5 @@ def test_published_configs_are_right():
         config.discriminator.layers = (2, 5, 8, 11)
         config_lib.check(config, sharding.make_mesh(config.mesh))
         blank = build.autoencoder(config).encoder_input(jnp.zeros((1, 256, 256, 3)))
-        jax.eval_shape(build.encoder(config).init, jax.random.key(0), blank)
+        jax.eval_shape(build.encoder(config, config.encoder).init, jax.random.key(0), blank)
         assert build.latent_shape(config) == (16, 16, config.encoder.width)

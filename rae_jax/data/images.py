@@ -1,5 +1,6 @@
 """Images from disk: decoding, cropping, and a folder of class folders as a random-access source."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from rae_jax.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
+ENLARGED = 1.5  # short side of an image over the side of its random crop
 HELDOUT_EVERY = 20  # of a folder without a held-out folder beside it, every so many-th image is held out
 
 
@@ -21,11 +23,24 @@ def centre_crop(image, size):
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-def read_image(path, size):
-    """Decode a JPEG or PNG file and crop it: uint8 [size, size, 3]. Raises UserError naming a bad file."""
+def random_crop(image, size, rng):
+    """A PIL image's short side resized to 1.5 times `size` (bicubic), then a square of `size` anywhere in it."""
+    scale = int(ENLARGED * size) / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (int(rng.integers(side - size + 1)) for side in image.size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_image(path, size, crop=centre_crop, *, at_least=None):
+    """Decode a JPEG or PNG file and crop it: uint8 [size, size, 3]. Raises UserError naming a bad file.
+
+    With `at_least`, a large JPEG file is decoded faster, at a fraction of its size with no side below that.
+    """
     try:
         with Image.open(path) as image:
-            return centre_crop(image.convert("RGB"), size)
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            return crop(image.convert("RGB"), size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}): mend or remove it") from error
 
@@ -63,3 +78,10 @@ class ImageFolder:
     def __getitem__(self, index):
         file, label = self._files[index]
         return {"image": read_image(file, self._size), "label": np.int32(label)}
+
+    def random_crop(self, index, rng):
+        """Like self[index], but a random crop; large JPEG files are decoded at a fraction of their size."""
+        file, label = self._files[index]
+        crop = functools.partial(random_crop, rng=rng)
+        image = read_image(file, self._size, crop, at_least=int(ENLARGED * self._size))
+        return {"image": image, "label": np.int32(label)}

@@ -9,9 +9,13 @@ import jax
 import numpy as np
 
 
-def training_batches(source, *, batch_size, seed, flip, num_threads):
-    """Endless shuffled batches: a fresh permutation each epoch; what is random depends on (seed, epoch, index)."""
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+def training_batches(source, *, batch_size, seed, random_crop, flip, num_threads):
+    """Endless shuffled batches: a fresh permutation each epoch; what is random depends on (seed, epoch, index).
+
+    `random_crop` takes the source's `random_crop(index, rng)` where otherwise source[index] is taken.
+    """
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    dataset = dataset.random_map(source.random_crop) if random_crop else dataset.map(source.__getitem__)
     if flip:
         dataset = dataset.random_map(_flip)
     dataset = dataset[jax.process_index() :: jax.process_count()]
