@@ -30,8 +30,20 @@ def get_config():
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
     c.guidance = ConfigDict({"method": "cfg", "scale": 2.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
-    c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 256, "probe": True, "shipped": False})
+    c.evaluate = _evaluate()
     return c
+
+
+def _evaluate():
+    return ConfigDict(
+        {
+            "every": 0,  # steps of the decoder's and the DiT's training between two evaluations; 0: only at the end
+            "num_images": 1000,  # how many are generated
+            "batch_size": 256,
+            "probe": True,  # linear probes of the encoder
+            "shipped": False,  # of the shipped weights as well
+        }
+    )
 
 
 def _data():

@@ -25,6 +25,11 @@ class Checkpoints:
         """Newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
+    @property
+    def latest_path(self):
+        """Folder of the newest one."""
+        return self._folder / str(self.latest)
+
     def save(self, step, state, iterator):
         """Write in the background; the state is copied first, the iterator's position is the one consumed."""
         parts = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}

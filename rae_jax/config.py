@@ -55,6 +55,7 @@ def check(config, mesh):
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
+    _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
     for stage in TRAINED:
         _check_training(config, f"{stage}.train", mesh)
     for key in ("statistics.batch_size", "evaluate.batch_size"):

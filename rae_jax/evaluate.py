@@ -15,9 +15,9 @@ SHOWN_PER_CLASS = 8
 def evaluate(config, parts, mesh):
     """Returns ({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
 
-    Reconstruction: psnr, ssim. Generation: fd against one half of the held-out images, beside fd_real of the other
-    half against it; with a judge among the parts, its agreement with the requested labels, beside judge_accuracy on
-    real images.
+    Reconstruction: psnr, ssim. Generation, with a dit among the parts: fd against one half of the held-out images,
+    beside fd_real of the other half against it; with a judge, its agreement with the requested labels, beside
+    judge_accuracy on real images.
     """
     one_pass = _Pass(config, parts, mesh)
     held_out = one_pass.run(build.source(config, "heldout"))
@@ -26,6 +26,9 @@ def evaluate(config, parts, mesh):
         results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
     if config.evaluate.probe:
         results.update(_probes(config, parts, mesh, held_out))
+    shown = {"reconstructions": _reconstructions(config, held_out)}
+    if "dit" not in parts:
+        return results, shown
 
     half = len(held_out["label"]) // 2
     num_images = min(config.evaluate.num_images, half)
@@ -40,7 +43,8 @@ def evaluate(config, parts, mesh):
     results["fd_real"] = metrics.frechet_distance(real[other], real[one])
     if "judge" in parts:
         results["agreement"] = float((generated["judged"] == labels).mean())
-    return results, _pictures(config, held_out, images, labels)
+    shown["samples"] = class_grid(images, labels, build.source(config, "heldout").class_names)
+    return results, shown
 
 
 def class_grid(images, labels, names, *, scale=3):
@@ -139,9 +143,8 @@ def _probes(config, parts, mesh, held_out):
     }
 
 
-def _pictures(config, held_out, images, labels):
+def _reconstructions(config, held_out):
     names = build.source(config, "heldout").class_names
     chosen = [np.flatnonzero(held_out["label"] == c)[0] for c in range(len(names))][:SHOWN]
     pairs = np.concatenate([held_out["image"][chosen], held_out["decoded"][chosen]])
-    reconstructions = pictures.with_captions(pictures.grid(pairs, len(chosen)), ("held-out", "decoded"), scale=3)
-    return {"reconstructions": reconstructions, "samples": class_grid(images, labels, names)}
+    return pictures.with_captions(pictures.grid(pairs, len(chosen)), ("held-out", "decoded"), scale=3)

@@ -12,10 +12,11 @@ from ml_collections import config_flags
 from rae_jax import command, malloc, modes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
-from rae_jax.train import InterruptedRun
+from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
-INTERRUPTED = 130  # exit status after a signal: everything is saved, the same command goes on
+DIVERGED = 1  # exit status after a loss that is not finite
+INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
@@ -42,6 +43,9 @@ def run(argv):
         if flags.FLAGS.debug:
             raise
         command.fail(str(error))
+    except DivergedRun as stop:
+        print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
+        sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -93,8 +93,35 @@ def _run_stage(config, name, workdir, mesh):
         log_every=config.log_every,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
+        evaluate=_evaluator(config, stage, workdir, mesh),
+        evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+
+_EVALUATED = {"decoder": ("encoder",), "dit": ("encoder", "judge", "decoder", "statistics")}  # with what, in training
+
+
+def _evaluator(config, stage, workdir, mesh):
+    """(state, step) -> metrics of the averaged weights, for the loop; pictures go to samples/STAGE/."""
+    config = config.copy_and_resolve_references()
+    config.evaluate.probe = False  # of the encoder, which stays as it is
+
+    def evaluate(state, step):
+        names = [name for name in _EVALUATED[stage.name] if _there(config, name)]
+        loaded = {name: build.load(config, name, workdir, mesh) for name in names if name not in stage.frozen}
+        parts = {**{name: stage.frozen[name] for name in names if name in stage.frozen}, **loaded}
+        results, shown = evaluation.evaluate(config, {**parts, stage.name: state["ema_params"]}, mesh)
+        for kind, picture in shown.items():
+            pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
+        return results
+
+    return evaluate
+
+
+def _there(config, name):
+    """Whether the run has, or will have, this part."""
+    return name in config.stages or bool(config[name].weights)
 
 
 def _shipped(config, mesh):
@@ -106,8 +133,9 @@ def _shipped(config, mesh):
 
 
 def _parts(config, workdir, mesh, step=None):
-    """What an evaluation needs; the judge may be missing."""
-    names = [name for name in build.FROZEN if name != "judge" or name in config.stages or config.judge.weights]
+    """What an evaluation needs. The judge may be missing; so may the DiT, and then nothing is generated."""
+    optional = ("judge", "dit") if _there(config, "dit") else ("judge", "dit", "statistics")
+    names = [name for name in build.FROZEN if name not in optional or _there(config, name)]
     return {name: build.load(config, name, workdir, mesh, step=step) for name in names}
 
 

@@ -20,7 +20,7 @@ RULES = (
     (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", "replicate"),
     (r"(^|/)(u|v)$", "replicate"),
     (r"(^|/)(kernel|table)$", "fsdp"),
-    (r"(^|/)(mean|squares|var)$", "replicate"),
+    (r"(^|/)(mean|squares|var)(_low)?$", "replicate"),
 )
 
 

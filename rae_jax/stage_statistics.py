@@ -9,32 +9,50 @@ from rae_jax import rae
 
 
 def make(*, autoencoder, latent_shape):
-    """Returns (init, step) of this stage. `squares` sums squared distances from the running mean (Chan et al.)."""
+    """Returns (init, step) of this stage. `squares` sums squared distances from the running mean (Chan et al.).
+
+    Both are sums of two float32 numbers, of which the second, in `mean_low` and `squares_low`, is what rounding took
+    from the first: thousands of small batches lose no digits.
+    """
 
     def init(key):
         zeros = jnp.zeros(latent_shape)
-        return {"step": jnp.zeros((), jnp.int32), "count": jnp.zeros(()), "mean": zeros, "squares": zeros}
+        moments = dict.fromkeys(("mean", "mean_low", "squares", "squares_low"), zeros)
+        return {"step": jnp.zeros((), jnp.int32), "count": jnp.zeros((), jnp.int32), **moments}
 
     def step(state, frozen, batch, key):
         latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
         weight = batch["mask"][:, None, None, None]
-        count = jnp.maximum(weight.sum(), 1.0)
-        mean = (weight * latents).sum(0) / count
-        squares = (weight * jnp.square(latents - mean)).sum(0)
+        new_count = jnp.round(batch["mask"].sum()).astype(jnp.int32)
+        total = state["count"] + new_count
+        share = new_count / total
 
-        total = state["count"] + count
-        delta = mean - state["mean"]
-        new = {
-            "step": state["step"] + 1,
-            "count": total,
-            "mean": state["mean"] + delta * (count / total),
-            "squares": state["squares"] + squares + jnp.square(delta) * (state["count"] * count / total),
-        }
-        return new, {"mean": new["mean"].mean(), "variance": (new["squares"] / total).mean()}
+        centred = latents - state["mean"]
+        shift = (weight * centred).sum(0) / jnp.maximum(new_count, 1)  # of the batch's mean from the running one
+        squares = (weight * jnp.square(centred - shift)).sum(0)
+        shift = shift - state["mean_low"]
+        between = jnp.square(shift) * (state["count"] * share)
+        mean, mean_low = _add(state["mean"], state["mean_low"], shift * share)
+        total_squares, squares_low = _add(state["squares"], state["squares_low"], squares + between)
+        moments = {"mean": mean, "mean_low": mean_low, "squares": total_squares, "squares_low": squares_low}
+        new = {"step": state["step"] + 1, "count": total, **moments}
+        return new, {"mean": mean.mean(), "variance": (total_squares / total).mean()}
 
     return init, step
 
 
 def statistics(state):
     """{'mean', 'var'} of shape [h, w, D] from the final state."""
-    return {"mean": state["mean"], "var": state["squares"] / state["count"]}
+    return {
+        "mean": state["mean"] + state["mean_low"],
+        "var": (state["squares"] + state["squares_low"]) / state["count"],
+    }
+
+
+def _add(high, low, x):
+    """(high + low) + x as such a pair again. Source: Knuth's exact sum of two numbers, then Dekker's."""
+    total = high + x
+    added = total - high
+    low = low + ((high - (total - added)) + (x - added))
+    high = total + low
+    return high, low - (high - total)

@@ -1,4 +1,4 @@
-"""The training loop, the same for every stage: restore, step, log, save. It knows no loss and no model."""
+"""The training loop, the same for every stage: restore, step, log, evaluate, save. It knows no loss and no model."""
 
 import dataclasses
 import signal
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from clu import parameter_overview
 
 from rae_jax import checkpoint, logs, sharding
@@ -32,11 +33,16 @@ class InterruptedRun(Exception):
     """A signal ended the run after a checkpoint was written."""
 
 
-def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep):
+class DivergedRun(Exception):
+    """A metric was not finite; no checkpoint of that was written."""
+
+
+def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluate=None, evaluate_every=0):
     """Bring `stage` to its last step, from its newest checkpoint if it has one.
 
-    The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Raises
-    InterruptedRun after a first SIGINT or SIGTERM; a second one stops at once.
+    The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
+    never) `evaluate(state, step)` gives more numbers by name to write. Raises InterruptedRun after a first SIGINT or
+    SIGTERM, a second one stops at once; and DivergedRun where what was to be logged or saved is not finite.
     """
     shapes = jax.eval_shape(stage.init, key)
     placed = sharding.shardings(shapes, mesh)
@@ -63,14 +69,21 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep):
                 batch = sharding.put_batch(clock.next_batch(iterator), mesh)
                 state, metrics = step_fn(state, frozen, batch, key)
                 clock.tick(metrics)
-                last = step == stage.num_steps
-                if step % log_every == 0 or last:
+                last, stopping = step == stage.num_steps, signals.received
+                log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
+                if log or save or stopping:  # only then does the host wait for this very step
                     metrics = jax.device_get(metrics)
+                    _check_finite(stage.name, step, metrics, checkpoints)
+                if log:
                     metrics_file.write(step, {**metrics, **clock.read()})
                     progress.update(step, _note(metrics))
-                if step % checkpoint_every == 0 or last or signals.received:
+                # Before the checkpoint: a run that is killed in between does it again, and no number is missing.
+                if evaluate_every and step % evaluate_every == 0:
+                    metrics_file.write(step, {f"eval/{name}": v for name, v in evaluate(state, step).items()})
+                    clock.read()  # its time is not the steps'
+                if save or stopping:
                     checkpoints.save(step, state, iterator)
-                if signals.received:
+                if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
 
 
@@ -79,6 +92,16 @@ def _compiled_step(stage, placed, mesh):
         return stage.step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
 
     return jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def _check_finite(name, step, metrics, checkpoints):
+    if all(np.isfinite(value) for value in metrics.values()):
+        return
+    values = ", ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
+    good = (
+        "there is no checkpoint" if checkpoints.latest is None else f"last good checkpoint: {checkpoints.latest_path}"
+    )
+    raise DivergedRun(f"stage {name!r} stopped at step {step}, where not all is finite: {values}; {good}")
 
 
 def _note(metrics):
