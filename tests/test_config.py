@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import tiny
 
 from configs import small
 from rae_jax import build, sharding
@@ -44,6 +45,35 @@ def test_full_size_latents_and_images_fit():
         assert jax.eval_shape(autoencoder.decode, build.part_shapes(config, "decoder"), encoded).shape == image.shape
 
 
+def test_epochs_become_steps_of_the_data_that_is_there():
+    """The paper's schedule on ImageNet: 2502 whole batches of 512 an epoch."""
+    config = importlib.import_module("configs.decoder_b").get_config()
+    train = config_lib.in_steps(config, "decoder", 1_281_167).decoder.train
+    counts = ("num_steps", "warmup_steps", "discriminator_start", "adversarial_start", "decay_start")
+    assert [train[key] for key in counts] == [16 * 2502, 2502, 6 * 2502, 8 * 2502, 0]
+    assert train.unit == "step" and config.decoder.train.num_steps == 16
+    assert config_lib.in_steps(config, "dit", 1_281_167).dit.train.num_steps == 800 * 1251
+    small_config = tiny()
+    assert config_lib.in_steps(small_config, "dit", 96) == small_config
+
+
+def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
+    tiny_config.stages = ("judge",)
+    tiny_config.judge.train.update({"unit": "epoch", "num_steps": 3, "warmup_steps": 1})
+    stage = build.stage(tiny_config, "judge", tmp_path, sharding.make_mesh(tiny_config.mesh))
+    assert stage.num_steps == 3 * (96 // 16)
+
+
+def test_the_full_size_discriminator_is_the_published_one():
+    config = importlib.import_module("configs.decoder_xl").get_config()
+    discriminator = build.discriminator(config)
+    shapes = build.part_shapes(config, "backbone")
+    image = jax.ShapeDtypeStruct((2, 256, 256, 3), "float32")
+    assert jax.eval_shape(discriminator.backbone, shapes, image).shape == (5, 2, 28 * 28, 384)
+    disc = jax.eval_shape(discriminator.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(disc["params"])) == 5 * (384 * 384 * 10 + 384 * (2 + 4 + 1) + 1)
+
+
 def test_a_decoder_of_larger_patches_or_on_another_grid():
     config = importlib.import_module("configs.decoder_b").get_config()
     config.data.image_size, config.decoder.patch_size = 512, 32  # from the same 256 tokens
@@ -79,7 +109,15 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("dit.train.ema_decay", 1.0),
         ("dit.train.decay", "exponential"),
         ("dit.train.optimizer", "sgd"),
+        ("dit.train.unit", "image"),
+        ("dit.train.crop", "random"),
+        ("evaluate.every", -1),
         ("discriminator.layers", (6,)),
+        ("discriminator.layers", ()),
+        ("discriminator.loss", "wasserstein"),
+        ("discriminator.augment.prob", 1.5),
+        ("discriminator.backbone.family", "small"),
+        ("decoder.train.lpips_weight", -1.0),
         ("sampler.method", "midpoint"),
         ("guidance.t_min", 2.0),
         ("guidance.scale", float("nan")),

@@ -8,7 +8,7 @@ from PIL import Image
 
 from rae_jax import metrics
 from rae_jax.data import pipeline
-from rae_jax.data.images import ImageFolder, centre_crop
+from rae_jax.data.images import ImageFolder, centre_crop, random_crop, read_image
 from rae_jax.data.shapes import CLASS_NAMES, Shapes
 from rae_jax.errors import UserError
 
@@ -124,3 +124,57 @@ def test_floats_and_bytes_round_trip():
 
     levels = np.arange(256, dtype=np.uint8)
     np.testing.assert_array_equal(rae.to_uint8(rae.to_float(jnp.asarray(levels)) + 1e-4), levels)
+
+
+def _photograph(folder, width=900, height=700):
+    (folder / "cat").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (7, 9, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    smooth.save(folder / "cat" / "a.jpg", quality=95)
+    smooth.save(folder / "cat" / "b.png")
+    return smooth
+
+
+def test_random_crops_are_squares_of_the_enlarged_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    large = np.asarray(image.resize((72, 48), Image.Resampling.BICUBIC))
+    places = set()
+    for seed in range(30):
+        crop = random_crop(image, 32, np.random.default_rng(seed))
+        hits = [(i, j) for i in range(17) for j in range(41) if np.array_equal(large[i : i + 32, j : j + 32], crop)]
+        assert len(hits) == 1
+        places.add(hits[0])
+    assert len(places) > 25
+    assert random_crop(image.resize((10, 200)), 32, np.random.default_rng(0)).shape == (32, 32, 3)
+
+
+def test_random_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
+    _photograph(tmp_path)
+    source = ImageFolder(path=str(tmp_path), heldout_path=str(tmp_path), split="train", image_size=32)
+
+    def epochs(seed, threads=2, skip=0):
+        options = {"random_crop": True, "flip": True, "num_threads": threads}
+        iterator = iter(pipeline.training_batches(source, batch_size=2, seed=seed, **options))
+        batches = [next(iterator)["image"] for _ in range(4)]
+        return np.stack([batch[np.argsort(batch.mean((1, 2, 3)))] for batch in batches])[skip:]
+
+    first = epochs(0)
+    np.testing.assert_array_equal(first, epochs(0, threads=0))
+    assert (first != epochs(1)).any() and all((first[i] != first[j]).any() for i in range(4) for j in range(i))
+
+
+def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path):
+    exact = _photograph(tmp_path)
+    sizes = []
+
+    def crop(image, size):
+        sizes.append(image.size)
+        return random_crop(image, size, np.random.default_rng(0))
+
+    crops = [read_image(tmp_path / "cat" / name, 64, crop, at_least=96) for name in ("a.jpg", "b.png")]
+    assert sizes == [(225, 175), (900, 700)]  # a quarter; an eighth would have a side below 96
+    assert np.abs(crops[0].astype(float) - crops[1]).mean() < 2.0
+    np.testing.assert_array_equal(crops[1], random_crop(exact, 64, np.random.default_rng(0)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import types
 
@@ -15,7 +16,7 @@ from PIL import Image
 from rae_jax import build, checkpoint, convert, logs, modes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
-from rae_jax.train import InterruptedRun, fit
+from rae_jax.train import DivergedRun, InterruptedRun, fit
 from rae_jax.weights import store
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -105,6 +106,46 @@ def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
         mesh = sharding.make_mesh(tiny().mesh)
         ours, theirs = (build.load(tiny(), name, w, mesh) for w in (workdir, run))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_evaluation_in_training_is_the_one_at_the_end(run, tmp_path):
+    """The same metrics by the same code, of the averaged weights; and training does not notice it."""
+    config = tiny()
+    config.stages, config.evaluate.every = ("decoder", "dit"), 3
+    workdir = epath.Path(tmp_path)
+    for part in ("encoder", "judge", "statistics"):
+        config[part].weights = str(tmp_path / "weights")
+    convert.export(run, tmp_path / "weights")
+    _train(config, workdir)
+    end = json.loads((workdir / "eval" / "tiny.json").read_text())
+    for stage, names in (("decoder", {"psnr", "ssim"}), ("dit", {"psnr", "ssim", "fd", "fd_real", "agreement"})):
+        rows = _rows(workdir, stage)
+        found = {row["step"]: row for row in rows if "eval/psnr" in row}
+        assert sorted(found) == [3, 6] and {f"eval/{name}" for name in names} <= found[6].keys()
+        for name in names:
+            assert found[6][f"eval/{name}"] == pytest.approx(end[name], rel=1e-4), name
+        assert found[3]["eval/psnr"] != found[6]["eval/psnr"] or stage == "dit"
+        assert len(list((workdir / "samples" / stage).glob("0000003_*.png"))) == (1 if stage == "decoder" else 2)
+    assert [row for row in _rows(workdir, "decoder") if "loss" in row] == _rows(run, "decoder")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """One line, not a bad checkpoint, and not a wait of the host for every step."""
+    config = tiny()
+    config.stages, config.log_every, config.checkpoint.every = ("judge",), 100, 2
+    config.judge.train.update({"learning_rate": 1e30, "num_steps": 20, "warmup_steps": 3, "final_learning_rate": 1e29})
+    with pytest.raises(DivergedRun) as stop:
+        _train(config, epath.Path(tmp_path))
+    said = str(stop.value)
+    assert (
+        re.match(r"stage 'judge' stopped at step \d+, where not all is finite: .*loss (nan|inf)", said)
+        and "\n" not in said
+    )
+    kept = checkpoint.latest_step(tmp_path / "checkpoints" / "judge")
+    expected = "there is no checkpoint" if kept is None else f"checkpoint: {tmp_path}/checkpoints/judge/{kept}"
+    assert said.endswith(expected)
+    for row in logs.read(tmp_path / "metrics" / "judge.jsonl"):
+        assert all(np.isfinite(value) for value in row.values())
 
 
 @pytest.mark.parametrize("stage", ["decoder", "dit"])

@@ -1,0 +1,253 @@
+"""One training step of the decoder: its gradients, its order, its cost, and the same on one device and on eight."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from rae_jax import build, rae, sharding, stage_decoder
+from rae_jax.augment import diff_augment
+
+LATENT = (8, 8, 16)
+BATCH = 16
+HIDDEN = 40  # of the decoder's MLP, and of nothing else
+DISC = ("disc_params", "disc_spectral", "disc_opt_state")
+
+
+def _perceptual(params, decoded, images):
+    """Distances by frozen random filters: differentiable, and no multiple of L1."""
+    a, b = (jnp.tanh(x.reshape(len(x), -1) @ params["kernel"]) for x in (decoded, images))
+    return jnp.square(a - b).sum(-1)
+
+
+def _config(**train):
+    """Step 0 has no discriminator, step 1 fools it, step 2 trains it as well."""
+    config = tiny()
+    config.decoder.hidden = HIDDEN
+    config.decoder.train.update({"warmup_steps": 0, "learning_rate": 2e-4, "lpips_weight": 0.5})
+    config.decoder.train.update({"adversarial_start": 1, "discriminator_start": 2, **train})
+    return config
+
+
+def _stage(config, **changes):
+    """(init, step) with a perceptual loss; `changes` of the discriminator."""
+    discriminator = build.discriminator(config)
+    if discriminator is not None:
+        discriminator = dataclasses.replace(discriminator, **changes)
+    return stage_decoder.make(
+        autoencoder=build.autoencoder(config),
+        discriminator=discriminator,
+        perceptual=_perceptual,
+        latent_shape=LATENT,
+        train=config.decoder.train,
+    )
+
+
+def _frozen():
+    config = _config()
+    shapes = build.part_shapes(config, "encoder")
+    keys = jax.random.split(jax.random.key(7), len(jax.tree.leaves(shapes)))
+    keys = jax.tree.unflatten(jax.tree.structure(shapes), keys)
+    encoder = jax.tree.map(lambda s, k: 0.3 * np.asarray(jax.random.normal(k, s.shape)), shapes, keys)
+    lpips = {"kernel": 0.05 * np.random.default_rng(8).standard_normal((32 * 32 * 3, 5), np.float32)}
+    return {"encoder": encoder, "backbone": encoder, "lpips": lpips}
+
+
+def _batch():
+    return {"image": np.random.default_rng(0).integers(0, 256, (BATCH, 32, 32, 3), np.uint8)}
+
+
+@pytest.fixture(scope="module")
+def game():
+    """The stage, compiled once, and its states after 0, 1, ... steps with their metrics."""
+    config, frozen = _config(), _frozen()
+    init, step = _stage(config)
+    run = jax.jit(step)
+    states, metrics = [jax.jit(init)(jax.random.key(0))], []
+    for i in range(4):
+        state, values = run(states[-1], frozen, _batch(), jax.random.key(i))
+        states.append(state)
+        metrics.append(values)
+    return types.SimpleNamespace(
+        config=config, frozen=frozen, init=init, step=step, run=run, states=states, metrics=metrics
+    )
+
+
+def _first_moments(opt_state):
+    """AdamW's average of gradients."""
+    return next(s.mu for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+
+
+def _losses(game, state, key):
+    """(L1 + perceptual, adversarial) as functions of the decoder's parameters, written out."""
+    autoencoder, disc, train = (
+        build.autoencoder(game.config),
+        build.discriminator(game.config),
+        game.config.decoder.train,
+    )
+    noise_key, fool_key, _ = jax.random.split(key, 3)
+    images = rae.to_float(jnp.asarray(_batch()["image"]))
+    encode = jax.jit(lambda x: rae.add_noise(autoencoder.encode(game.frozen["encoder"], x), noise_key, train.noise_tau))
+    latents = encode(images)
+    variables = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
+
+    def reconstruction(params):
+        decoded = autoencoder.decode(params, latents)
+        distances = _perceptual(game.frozen["lpips"], decoded, images)
+        return jnp.abs(decoded - images).mean() + train.lpips_weight * distances.mean()
+
+    def adversarial(params):
+        augmented = diff_augment(2.0 * autoencoder.decode(params, latents) - 1.0, fool_key)
+        return -disc.heads.apply(variables, disc.backbone(game.frozen["backbone"], (augmented + 1.0) / 2.0)).mean()
+
+    return reconstruction, adversarial
+
+
+def test_the_decoder_s_gradient_is_that_of_the_loss_as_it_is_defined(game):
+    state, new, metrics = game.states[3], game.states[4], game.metrics[3]
+    reconstruction, adversarial = _losses(game, state, jax.random.key(3))
+
+    @jax.jit
+    def both(params):
+        return [jax.value_and_grad(loss)(params) for loss in (reconstruction, adversarial)]
+
+    (one_loss, one), (other_loss, other) = both(state["params"])
+    # Two gradients at the last layer, each of a backward pass of its own (VQGAN's definition).
+    norms = [np.linalg.norm(np.asarray(grads["pred"]["kernel"], np.float64)) for grads in (one, other)]
+    weight = 0.75 * min(norms[0] / (norms[1] + 1e-6), 1e4)
+    assert float(metrics["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(one_loss + weight * other_loss), rel=1e-4)
+    expected = jax.tree.map(lambda a, b: np.asarray(a + weight * b), one, other)
+    before, after = (_first_moments(s["opt_state"]) for s in (state, new))
+    found = jax.tree.map(lambda a, b: np.asarray((b - 0.9 * a) / 0.1), before, after)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found, expected)
+
+
+def test_before_they_start_the_adversarial_parts_are_not_there(game):
+    alone = _config(adversarial_weight=0.0)
+    init, step = _stage(alone)
+    state, metrics = jax.jit(step)(jax.jit(init)(jax.random.key(0)), game.frozen, _batch(), jax.random.key(0))
+    assert not set(DISC) & set(state) and "adversarial" not in metrics
+    assert float(game.metrics[0]["adversarial_weight"]) == float(game.metrics[0]["adversarial"]) == 0.0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["params"], game.states[1]["params"])
+
+
+def test_fooling_leaves_the_discriminator_as_it_is(game):
+    """Its parameters, its singular vectors and its optimiser."""
+    assert float(game.metrics[1]["adversarial_weight"]) > 0.0
+    for name in DISC:
+        jax.tree.map(np.testing.assert_array_equal, game.states[2][name], game.states[1][name])
+        with pytest.raises(AssertionError):  # as the next step does not
+            jax.tree.map(np.testing.assert_array_equal, game.states[3][name], game.states[2][name])
+
+
+def test_the_discriminator_sees_clean_8_bit_images_of_the_updated_decoder(game):
+    seen = []
+
+    def look(images, key):
+        jax.debug.callback(lambda images: seen.append(np.asarray(images)), images)
+        return diff_augment(images, key)
+
+    _, step = _stage(_config(adversarial_start=10), augment=look)
+    state = game.states[2]
+    new, _ = jax.jit(step)(state, game.frozen, _batch(), jax.random.key(2))
+    jax.effects_barrier()
+    real, fake = np.split((seen[0] + 1.0) / 2.0 * 255.0, 2)
+    np.testing.assert_allclose(real, _batch()["image"], atol=1e-4)
+    np.testing.assert_allclose(fake, np.round(fake), atol=1e-4)
+    ours, before = (np.clip(_decode(game, s), 0, 1) * 255.0 for s in (new, state))
+    assert np.abs(fake - ours).max() <= 0.501 < np.abs(fake - before).max()
+
+
+def _decode(game, state):
+    """Reconstructions without noise."""
+    autoencoder = build.autoencoder(game.config)
+
+    @jax.jit
+    def decode(params, images):
+        return autoencoder.decode(params, autoencoder.encode(game.frozen["encoder"], images))
+
+    return np.asarray(decode(state["params"], rae.to_float(_batch()["image"])))
+
+
+@pytest.mark.parametrize("name", ["hinge", "vanilla"])
+def test_the_discriminator_minimises_its_loss(game, name):
+    """The losses by hand, on logits by the singular vectors after this forward pass's power iteration."""
+    run, key = game.run, jax.random.key(2)
+    if name == "vanilla":
+        config = _config()
+        config.discriminator.loss = name
+        run = jax.jit(_stage(config)[1])
+    new, metrics = run(game.states[2], game.frozen, _batch(), key)
+    fake = np.round(np.clip(_decode(game, new), 0, 1) * 255) / np.float32(255)
+    both = np.concatenate([_batch()["image"] / np.float32(255), fake])
+    disc = build.discriminator(game.config)
+
+    @jax.jit
+    def logits(variables, images):
+        augmented = (diff_augment(2 * images - 1, jax.random.split(key, 3)[2]) + 1) / 2
+        return disc.heads.apply(variables, disc.backbone(game.frozen["backbone"], augmented))
+
+    variables = {"params": game.states[2]["disc_params"], "spectral": new["disc_spectral"]}
+    real, fake = np.split(np.asarray(logits(variables, both)), 2)
+    if name == "hinge":
+        expected = 0.5 * (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean())
+    else:
+        expected = 0.5 * (np.log1p(np.exp(-real)).mean() + np.log1p(np.exp(fake)).mean())
+    assert float(metrics["discriminator"]) == pytest.approx(expected, rel=1e-4)
+    assert float(metrics["logits_fake"]) == pytest.approx(fake.mean(), rel=1e-3, abs=1e-5)
+
+
+def _count_products(module):
+    """Matrix products of the lowered program that have the decoder's hidden size, calls followed."""
+    functions = {op.attributes["sym_name"].value: op for op in module.body.operations}
+
+    def count(op):
+        name = op.operation.name
+        total = 0
+        if name == "stablehlo.dot_general":
+            shapes = [v.type.shape for v in (*op.operation.operands, *op.operation.results)]
+            total += any(HIDDEN in shape for shape in shapes)
+        if name in ("func.call", "call"):
+            total += count(functions[op.operation.attributes["callee"].value])
+        for region in op.operation.regions:
+            for block in region.blocks:
+                total += sum(count(inner) for inner in block.operations)
+        return total
+
+    return count(functions["main"])
+
+
+def test_the_decoder_runs_forward_twice_and_backward_once(game):
+    """Forward for its own update and for the discriminator's images; the adaptive weight costs it nothing."""
+    assert not game.config.remat and game.config.decoder.depth == 1
+    autoencoder, state = build.autoencoder(game.config), game.states[0]
+    latents = jnp.zeros((BATCH, *LATENT))
+
+    def products(function, *arguments):
+        return _count_products(jax.jit(function).lower(*arguments).compiler_ir("stablehlo"))
+
+    forward = products(autoencoder.decode, state["params"], latents)
+    both = products(jax.grad(lambda p: autoencoder.decode(p, latents).sum()), state["params"])
+    assert (forward, both) == (2, 6)  # two layers; each one's backward pass has two products
+    assert products(game.step, state, game.frozen, _batch(), jax.random.key(0)) == forward + both
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1)])
+def test_the_step_is_the_same_on_eight_devices_as_on_one(game, sizes):
+    """Generator and discriminator: losses, gradient norms, gradients in the optimisers, new parameters."""
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    place = sharding.shardings(jax.eval_shape(game.init, jax.random.key(0)), mesh)
+    run = jax.jit(game.step, out_shardings=(place, sharding.replicated(mesh)))
+    weights = jax.device_put(game.frozen, sharding.shardings(game.frozen, mesh))
+    start = jax.device_put(jax.device_get(game.states[3]), place)
+    state, metrics = run(start, weights, sharding.put_batch(_batch(), mesh), jax.random.key(3))
+    assert all(float(metrics[name]) != 0.0 for name in ("adversarial", "discriminator_grad_norm", "lpips"))
+    for name, value in game.metrics[3].items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state, game.states[4])
