@@ -35,9 +35,11 @@ CURVES = {
     "cross_entropy": "classification loss",
     "pixels": "mean absolute error of predicted pixels",
     "l1": "mean absolute error of reconstructed pixels",
+    "lpips": "perceptual distance of reconstructions",
     "adversarial": "how far the discriminator sees through: lower is better for the decoder",
     "adversarial_weight": "weight of the adversarial loss, 0 until it starts",
-    "discriminator": "the discriminator's hinge loss, 0 until it starts",
+    "discriminator": "the discriminator's loss, 0 until it starts",
+    "discriminator_grad_norm": "length of the discriminator's gradient before clipping",
     "logits_real": "the discriminator's verdict on real images",
     "logits_fake": "the discriminator's verdict on reconstructions",
     "grad_norm": "length of the gradient before clipping",
@@ -162,7 +164,7 @@ def _curve(name, points):
     if 0 < len(values) < len(points):
         facts += f"; {len(points) - len(values)} not finite"
     return (
-        f"<figure class=curve><figcaption><b>{_words(name.removeprefix('perf/'))}</b> {CURVES.get(name, '')}"
+        f"<figure class=curve><figcaption><b>{_words(name.removeprefix('perf/'))}</b> {CURVES.get(name) or RESULTS.get(name.removeprefix('eval/'), '')}"
         f"</figcaption><svg viewBox='0 0 350 170'></svg><div class=facts>{facts}</div></figure>"
     )
 
