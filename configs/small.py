@@ -25,12 +25,16 @@ def get_config():
     c.encoder = _encoder()
     c.judge = _judge()
     c.decoder = _decoder()
+    # LPIPS, for the decoder's loss and as a metric: weights of VGG16 and of its features; a file, a folder, a hub id or
+    # one file of it, 'ID:FILE'; '': none.
+    c.lpips = ConfigDict({"vgg": "", "linear": ""})
     c.discriminator = ConfigDict({"layers": (1, 3)})  # blocks of the encoder whose tokens are judged
     c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
     c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
     c.guidance = ConfigDict({"method": "cfg", "scale": 2.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
     c.evaluate = ConfigDict({"num_images": 1000, "batch_size": 256, "probe": True, "shipped": False})
+    c.evaluate.inception = ""  # FID's InceptionV3, named as LPIPS' weights are; '': no FID
     return c
 
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from rae_jax import (
     checkpoint,
+    perception,
     published,
     sharding,
     stage_decoder,
@@ -234,8 +235,11 @@ def load(config, name, workdir, mesh, step=None):
     """Weights of one part, on the devices: trained in `workdir` if its stage belongs to the run, else config's.
 
     Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
-    picks a checkpoint of the last stage of the run. Raises UserError where there are none.
+    picks a checkpoint of the last stage of the run. Raises UserError where there are none. The networks that judge
+    images (perception.PARTS) are always the published ones.
     """
+    if name in perception.PARTS:
+        return perception.load(config, name, mesh)
     folder = epath.Path(workdir) / "checkpoints" / name
     if name in config.stages and _has_checkpoints(config, workdir):
         found = checkpoint.latest_step(folder) if step is None or name != config.stages[-1] else step

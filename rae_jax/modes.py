@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, generate, logs, pictures, report
+from rae_jax import build, generate, logs, perception, pictures, report
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -20,6 +20,7 @@ def train(config, workdir, mesh, flags):
     """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
     for split in ("train", "heldout"):
         build.source(config, split)  # a mistake in the data shows before anything is written
+    perception.find(config)  # and so does a network that would be missed when all is trained
     config_lib.save(config, workdir)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
@@ -69,14 +70,17 @@ def sample(config, workdir, mesh, flags):
 
 
 def reconstruct(config, workdir, mesh, flags):
-    """Encode and decode images from files: pairs side by side, and metrics."""
+    """Encode and decode images from files: pairs as PNG, some of them side by side, and metrics."""
     if flags.images is None:
         raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
-    parts = {part: build.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
-    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images))
+    names = ("encoder", "decoder", *perception.named(config))
+    parts = {part: build.load(config, part, workdir, mesh) for part in names}
+    folder = workdir / "samples" / "reconstructed"
+    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
     pictures.save(workdir / "samples" / "reconstructed.png", picture)
     _write_results(workdir, "reconstruct.json", results)
     print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
+    print(f"images:  {folder}")
 
 
 def _run_stage(config, name, workdir, mesh):
@@ -106,9 +110,9 @@ def _shipped(config, mesh):
 
 
 def _parts(config, workdir, mesh, step=None):
-    """What an evaluation needs; the judge may be missing."""
+    """What an evaluation needs; the judge may be missing, and the published networks."""
     names = [name for name in build.FROZEN if name != "judge" or name in config.stages or config.judge.weights]
-    return {name: build.load(config, name, workdir, mesh, step=step) for name in names}
+    return {name: build.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
 
 
 def _measure(config, parts, mesh, workdir, name):
