@@ -18,8 +18,8 @@ def psnr(images, reference):
 def ssim(images, reference):
     """Structural similarity per image, [B]: Gaussian window 11, sigma 1.5, data range 1 (Wang et al. 2004).
 
-    The mean over all pixels, windows at the edge going on in the image's reflection: torchmetrics' definition, since
-    its version 1.0 at least, and not Wang's, who leaves out 5 pixels at each edge. Sides of 6 and more.
+    The mean over all pixels, windows at the edge going on in the image's reflection, as torchmetrics 1.9 has it; Wang,
+    and older versions of torchmetrics, leave out 5 pixels at each edge. Sides of 6 and more.
     """
     edge = ((0, 0), (5, 5), (5, 5), (0, 0))
     return dm_pix.ssim(*(jnp.pad(x, edge, mode="reflect") for x in (images, reference)))
