@@ -11,12 +11,14 @@ from rae_jax.models.inception import Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.weights import engine, hub, perceptual
 
-PARTS = ("lpips", "inception")
+# The config's keys of each part's files.
+_KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
+PARTS = tuple(_KEYS)
 
 
 def named(config):
     """Those of PARTS that the config names weights of."""
-    return tuple(part for part in PARTS if all(_sources(config, part).values()))
+    return tuple(part for part in PARTS if all(_source(config, key) for key in _KEYS[part]))
 
 
 def load(config, part, mesh):
@@ -27,38 +29,41 @@ def load(config, part, mesh):
     """
     if part not in named(config):
         return None
-    image = jnp.zeros((1, 32, 32, 3))
-    images = (image, image) if part == "lpips" else (image,)
-    shapes = jax.eval_shape(_module(part).init, jax.random.key(0), *images)["params"]
-    placed = sharding.shardings(shapes, mesh)
-    if part == "inception":
-        return _read(config, part, "evaluate.inception", shapes, placed)
-    return {name: _read(config, part, f"lpips.{name}", shapes[name], placed[name]) for name in shapes}
+    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    match part:
+        case "lpips":
+            shapes = jax.eval_shape(Lpips().init, key, image, image)["params"]
+            tables = {"vgg": perceptual.VGG16, "linear": perceptual.LPIPS}
+            return {name: _read(config, f"lpips.{name}", tables[name], shapes[name], mesh) for name in tables}
+        case "inception":
+            shapes = jax.eval_shape(Inception().init, key, image)["params"]
+            table = perceptual.inception(traverse_util.flatten_dict(shapes, sep="/"))
+            return _read(config, "evaluate.inception", table, shapes, mesh)
+        case other:
+            raise ValueError(f"unknown network {other!r}")
 
 
 def find(config):
     """Raise UserError where weights that the config names cannot be had; what the hub has is fetched to its cache."""
     for part in named(config):
-        for key, source in _sources(config, part).items():
-            _open(part, key, source)
+        for key in _KEYS[part]:
+            _open(config, key)
 
 
 def compare(parts, images, others):
-    """{'psnr', 'ssim', 'lpips' if it is among the parts: [B]} of images in [0, 1] [B, H, W, 3], pair by pair."""
+    """{'psnr', 'ssim', and 'lpips' if it is among the parts: [B]} of images in [0, 1], pair by pair."""
     scores = {"psnr": metrics.psnr(images, others), "ssim": metrics.ssim(images, others)}
-    if parts.get("lpips"):
+    if "lpips" in parts:
         # Metrics are not for saving time: float32 in earnest, on every kind of device.
         with jax.default_matmul_precision("highest"):
             scores["lpips"] = Lpips().apply({"params": parts["lpips"]}, images, others)
     return scores
 
 
-def features(parts, images):
-    """Inception's features of 8-bit images as floats in [0, 1], see `Inception`; {} where it is not among the parts."""
-    if not parts.get("inception"):
-        return {}
+def features(params, images):
+    """What `Inception` sees in 8-bit images, given as floats in [0, 1]; float32 in earnest."""
     with jax.default_matmul_precision("highest"):
-        return Inception().apply({"params": parts["inception"]}, images)
+        return Inception().apply({"params": params}, images)
 
 
 class PairMoments:
@@ -91,47 +96,19 @@ class PairMoments:
         return {"rfid": metrics.frechet_distance(self._given, self._decoded)}
 
 
-def _module(part):
-    match part:
-        case "lpips":
-            return Lpips()
-        case "inception":
-            return Inception()
-        case other:
-            raise ValueError(f"no network {other!r}")
+def _source(config, key):
+    section, name = key.split(".")
+    return config[section][name]
 
 
-def _sources(config, part):
-    """{key: weights} of a part's files."""
-    match part:
-        case "lpips":
-            return {f"lpips.{name}": config.lpips[name] for name in ("vgg", "linear")}
-        case "inception":
-            return {"evaluate.inception": config.evaluate.inception}
-        case other:
-            raise ValueError(f"no network {other!r}")
-
-
-def _read(config, part, key, shapes, placed):
-    source = _sources(config, part)[key]
-    match key:
-        case "lpips.vgg":
-            table = perceptual.VGG16
-        case "lpips.linear":
-            table = perceptual.LPIPS
-        case "evaluate.inception":
-            table = perceptual.inception(traverse_util.flatten_dict(shapes, sep="/"))
-        case other:
-            raise ValueError(f"no weights {other!r}")
-    return engine.load(source, _open(part, key, source), (table,), shapes, placed)
-
-
-def _open(part, key, source):
+def _open(config, key):
     try:
-        return hub.open_checkpoint(source)
+        return hub.open_checkpoint(_source(config, key))
     except UserError as error:
-        off = "".join(f" --config.{key}=''" for key in _OFF[part])
-        raise UserError(f"config.{key}: {error}; or do without:{off}") from error
+        off = " ".join(f"--config.{k}=''" for keys in _KEYS.values() if key in keys for k in keys)
+        raise UserError(f"config.{key}: {error}; or do without: {off}") from error
 
 
-_OFF = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
+def _read(config, key, table, shapes, mesh):
+    source = f"config.{key}={_source(config, key)}"
+    return engine.load(source, _open(config, key), (table,), shapes, sharding.shardings(shapes, mesh))

@@ -27,8 +27,8 @@ def make(config):
         again = rae.to_float(decoded)
         results = {"decoded": decoded, **perception.compare(parts, again, images)}
         if "inception" in parts:
-            results["seen"] = perception.features(parts, images)["pool"]
-            results["seen_decoded"] = perception.features(parts, again)["pool"]
+            results["seen"] = perception.features(parts["inception"], images)["pool"]
+            results["seen_decoded"] = perception.features(parts["inception"], again)["pool"]
         return latents, results
 
     return redraw

@@ -37,7 +37,7 @@ def params(config):
 def test_features_are_torch_fidelitys(params):
     for size in cases.SIZES:
         image = cases.image(*size)[None] / np.float32(255)
-        found = jax.jit(perception.features)({"inception": params}, image)
+        found = jax.jit(perception.features)(params, image)
         for name, values in found.items():
             golden = cases.goldens()[f"{name}{size[0]}"]
             assert values.shape == (1, *golden.shape) and values.dtype == np.float32
