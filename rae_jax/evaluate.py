@@ -45,8 +45,9 @@ def evaluate(config, parts, mesh):
 
 
 def class_grid(images, labels, names, *, scale=3):
-    """Picture with a row of images for each class."""
-    rows = [images[labels == c][:SHOWN_PER_CLASS] for c in range(len(names))]
+    """Picture with a row of images for each class of which there are some."""
+    found = [c for c in range(len(names)) if (labels == c).any()]
+    rows, names = [images[labels == c][:SHOWN_PER_CLASS] for c in found], [names[c] for c in found]
     columns = min(len(row) for row in rows)
     return pictures.with_captions(
         pictures.grid(np.concatenate([r[:columns] for r in rows]), columns), names, scale=scale

@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import build, logs, perception, pictures, rae, sharding
@@ -27,8 +28,10 @@ def make(config):
         again = rae.to_float(decoded)
         results = {"decoded": decoded, **perception.compare(parts, again, images)}
         if "inception" in parts:
-            results["seen"] = perception.features(parts["inception"], images)["pool"]
-            results["seen_decoded"] = perception.features(parts["inception"], again)["pool"]
+            pools = jax.lax.map(  # one after the other: the network is compiled once
+                lambda seen: perception.features(parts["inception"], seen)["pool"], jnp.stack([images, again])
+            )
+            results.update(seen=pools[0], seen_decoded=pools[1])
         return latents, results
 
     return redraw

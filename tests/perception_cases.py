@@ -62,7 +62,12 @@ def files():
 
 
 def arrays_of(name):
-    """{tensor: array} of such a file, with what else it holds."""
+    """{tensor: array} of such a file, with what else it holds; the caller may change the dictionary."""
+    return dict(_arrays_of(name))
+
+
+@functools.cache
+def _arrays_of(name):
     shapes = dict(files()[name])
     match name:
         case "vgg":
