@@ -9,6 +9,8 @@ epochs, unguided (the paper's number; nobody has run this here yet).
 from configs import encoders, small
 
 RELEASED = "nyu-visionx/RAE-collections"
+LPIPS = {"vgg": "timm/vgg16.tv_in1k", "linear": "chaofengc/IQA-PyTorch-Weights:LPIPS_v0.1_vgg-a78928a0.pth"}
+INCEPTION = "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of what pytorch-fid releases
 IMAGENET = 1_281_167  # training images
 CHANNELS = 768  # of DINOv2-B's latent
 
@@ -33,7 +35,8 @@ def get_config():
     _dit_recipe(c.dit.train)
     c.sampler.num_steps = 50
     c.guidance.update({"method": "none", "scale": 1.0})
-    c.evaluate.update({"num_images": 50_000, "probe": False})
+    c.lpips.update(LPIPS)
+    c.evaluate.update({"num_images": 50_000, "probe": False, "inception": INCEPTION})
     return c
 
 

@@ -25,6 +25,9 @@ def get_config():
     c.encoder = _encoder()
     c.judge = _judge()
     c.decoder = _decoder()
+    # LPIPS, for the decoder's loss and as a metric: weights of VGG16 and of its features; a file, a folder, a hub id or
+    # one file of it, 'ID:FILE'; '': none.
+    c.lpips = ConfigDict({"vgg": "", "linear": ""})
     c.discriminator = _discriminator()
     c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
@@ -42,6 +45,7 @@ def _evaluate():
             "batch_size": 256,
             "probe": True,  # linear probes of the encoder
             "shipped": False,  # of the shipped weights as well
+            "inception": "",  # FID's InceptionV3, named as LPIPS' weights are; '': no FID
         }
     )
 

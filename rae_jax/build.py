@@ -10,6 +10,7 @@ from etils import epath
 from rae_jax import (
     checkpoint,
     losses,
+    perception,
     published,
     resize,
     sharding,
@@ -32,6 +33,7 @@ from rae_jax.models.discriminator import DiscriminatorHeads
 from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
+from rae_jax.models.lpips import Lpips
 from rae_jax.models.vit import ViT
 from rae_jax.rae import Autoencoder, Backbone, SdVae
 from rae_jax.train import Stage
@@ -139,6 +141,14 @@ def discriminator(config):
     return stage_decoder.Discriminator(backbone, DiscriminatorHeads(), augment, _discriminator_loss(d.loss))
 
 
+def _perceptual(config):
+    """The decoder's perceptual loss (params, images, images) -> [B]; None where it has no weight."""
+    if not config.decoder.train.lpips_weight:
+        return None
+    lpips = Lpips(jnp.dtype(config.dtype))
+    return lambda params, a, b: lpips.apply({"params": params}, a, b)
+
+
 def _discriminator_loss(name):
     match name:
         case "hinge":
@@ -222,14 +232,20 @@ def stage(config, name, workdir, mesh):
 def _opponents(config, encoder_params, workdir, mesh):
     """What is frozen of the decoder's losses that have a weight. Raises UserError that says how to do without."""
     train, backbone = config.decoder.train, config.discriminator.backbone
+    found = {}
     if train.lpips_weight:
-        raise UserError(f"config.decoder.train.lpips_weight={train.lpips_weight}: there is no LPIPS yet, set it to 0")
+        found["lpips"] = perception.load(config, "lpips", mesh)
+        if found["lpips"] is None:
+            raise UserError(
+                f"config.decoder.train.lpips_weight={train.lpips_weight} needs config.lpips.vgg and config.lpips.linear: "
+                f"name LPIPS' weights, or train without: --config.decoder.train.lpips_weight=0"
+            )
     if not train.adversarial_weight:
-        return {}
+        return found
     if backbone.family == "encoder":
-        return {"backbone": encoder_params}
+        return {**found, "backbone": encoder_params}
     try:
-        return {"backbone": load(config, "backbone", workdir, mesh)}
+        return {**found, "backbone": load(config, "backbone", workdir, mesh)}
     except UserError as error:
         raise UserError(
             f"config.discriminator.backbone.weights={backbone.weights!r}: {error}; or train without a discriminator: "
@@ -271,7 +287,7 @@ def _init_and_step(config, name):
             return stage_decoder.make(
                 **parts,
                 discriminator=discriminator(config),
-                perceptual=None,
+                perceptual=_perceptual(config),
                 latent_shape=latent_shape(config),
                 train=config.decoder.train,
             )
@@ -289,8 +305,11 @@ def load(config, name, workdir, mesh, step=None):
     """Weights of one part, on the devices: trained in `workdir` if its stage belongs to the run, else config's.
 
     Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
-    picks a checkpoint of the last stage of the run. Raises UserError where there are none.
+    picks a checkpoint of the last stage of the run. Raises UserError where there are none. The networks that judge
+    images (perception.PARTS) are always the published ones.
     """
+    if name in perception.PARTS:
+        return perception.load(config, name, mesh)
     folder = epath.Path(workdir) / "checkpoints" / name
     if name in config.stages and _has_checkpoints(config, workdir):
         found = checkpoint.latest_step(folder) if step is None or name != config.stages[-1] else step

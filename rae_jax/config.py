@@ -58,6 +58,8 @@ def check(config, mesh):
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
     for stage in TRAINED:
         _check_training(config, f"{stage}.train", mesh)
+    both = bool(config.lpips.vgg) == bool(config.lpips.linear)
+    _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
     for key in ("statistics.batch_size", "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
     _check_shapes(config)
@@ -70,8 +72,9 @@ def check_workdir(config, workdir):
         return
     theirs = flatten(json.loads(path.read_text()))
     ours = flatten(json.loads(config.to_json()))
+    only_measured = () if "decoder" in config.stages else ("lpips",)
     for key in sorted(ours.keys() | theirs.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_KEYS, *only_measured))
         if not free and ours.get(key) != theirs.get(key):
             raise UserError(
                 f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, not {ours.get(key)!r}: "

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, logs, metrics, pictures, rae, sharding
-from rae_jax.data import pipeline
+from rae_jax import build, generate, logs, metrics, perception, pictures, rae, reconstruct
 
 PROBE_IMAGES = 10_000  # training images that a linear probe is fitted to
 SHOWN = 10  # reconstructions in the picture
@@ -15,13 +14,14 @@ SHOWN_PER_CLASS = 8
 def evaluate(config, parts, mesh):
     """Returns ({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
 
-    Reconstruction: psnr, ssim. Generation, with a dit among the parts: fd against one half of the held-out images,
-    beside fd_real of the other half against it; with a judge, its agreement with the requested labels, beside
-    judge_accuracy on real images.
+    Reconstruction: psnr, ssim; lpips and rfid where their networks are among the parts. Generation, where a DiT is: fd
+    against one half of the held-out images, beside fd_real of the other half against it; with a judge, its agreement
+    with the requested labels, beside judge_accuracy on real images.
     """
     one_pass = _Pass(config, parts, mesh)
     held_out = one_pass.run(build.source(config, "heldout"))
-    results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim")}
+    results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim", "lpips") if name in held_out}
+    results.update(one_pass.moments.rfid())
     if "judge" in parts:
         results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
     if config.evaluate.probe:
@@ -34,13 +34,14 @@ def evaluate(config, parts, mesh):
     num_images = min(config.evaluate.num_images, half)
     labels = generate.class_balanced(num_images, config.data.num_classes)
     images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
-    generated = one_pass.run(_Images(images, labels))
+    generated = one_pass.run(_Images(images, labels), redraw=False)
 
     order = np.random.default_rng(config.seed).permutation(half * 2)
     one, other = order[:num_images], order[half : half + num_images]
     real = held_out["features"]
-    results["fd"] = metrics.frechet_distance(generated["features"], real[one])
-    results["fd_real"] = metrics.frechet_distance(real[other], real[one])
+    reference = metrics.moments(real[one])
+    results["fd"] = metrics.frechet_distance(metrics.moments(generated["features"]), reference)
+    results["fd_real"] = metrics.frechet_distance(metrics.moments(real[other]), reference)
     if "judge" in parts:
         results["agreement"] = float((generated["judged"] == labels).mean())
     shown["samples"] = class_grid(images, labels, build.source(config, "heldout").class_names)
@@ -48,8 +49,9 @@ def evaluate(config, parts, mesh):
 
 
 def class_grid(images, labels, names, *, scale=3):
-    """Picture with a row of images for each class."""
-    rows = [images[labels == c][:SHOWN_PER_CLASS] for c in range(len(names))]
+    """Picture with a row of images for each class of which there are some."""
+    found = [c for c in range(len(names)) if (labels == c).any()]
+    rows, names = [images[labels == c][:SHOWN_PER_CLASS] for c in found], [names[c] for c in found]
     columns = min(len(row) for row in rows)
     return pictures.with_captions(
         pictures.grid(np.concatenate([r[:columns] for r in rows]), columns), names, scale=scale
@@ -70,43 +72,47 @@ class _Images:
 
 
 class _Pass:
-    """One pass over images: reconstructions, features and the judge's opinion of each, every image once."""
+    """One pass over images: features and the judge's opinion of each, every image once, and reconstructions.
+
+    `moments` are those of the images that were reconstructed.
+    """
 
     def __init__(self, config, parts, mesh):
         self._config, self._parts, self._mesh = config, parts, mesh
-        autoencoder, judge = build.autoencoder(config), build.judge(config)
+        self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
+        self._reconstruct = reconstruct.make(config)
+        self.moments = perception.PairMoments()
 
-        @jax.jit
-        def look(parts, batch):
-            images = rae.to_float(batch["image"])
-            latents = autoencoder.encode(parts["encoder"], images)
-            decoded = rae.to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
-            judged = {}
-            if "judge" in parts:
-                judged["judged"] = judge.apply({"params": parts["judge"]}, images).argmax(-1)
-            return {
-                "image": batch["image"],
-                "decoded": decoded,
-                "psnr": metrics.psnr(rae.to_float(decoded), images),
-                "ssim": metrics.ssim(rae.to_float(decoded), images),
-                "features": latents.mean((1, 2)),
-                **judged,
-                "label": batch["label"],
-                "mask": batch["mask"],
-            }
-
-        self._look = look
-
-    def run(self, source):
+    def run(self, source, *, redraw=True):
+        """{name: array [N, ...]} of the source's images."""
         config = self._config
-        batches = pipeline.one_pass(source, batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)
         looks = []
-        with logs.Progress("look", total=len(source), unit="image") as progress:
-            for batch in batches:
-                looks.append(jax.device_get(self._look(self._parts, sharding.put_batch(batch, self._mesh))))
-                progress.update(min(len(looks) * config.evaluate.batch_size, len(source)))
-        joined = {name: np.concatenate([look[name] for look in looks]) for name in looks[0]}
-        return {name: value[joined["mask"] > 0] for name, value in joined.items()}
+        for out in reconstruct.look(
+            self._redraw if redraw else self._glance,
+            self._parts,
+            source,
+            self._mesh,
+            batch_size=config.evaluate.batch_size,
+            num_threads=config.data.num_threads,
+            name="look",
+        ):
+            self.moments.add(out)
+            looks.append(out)
+        return {name: np.concatenate([out[name] for out in looks]) for name in looks[0]}
+
+    def _redraw(self, parts, batch):
+        latents, redrawn = self._reconstruct(parts, batch["image"])
+        return {**self._opinion(parts, batch, latents), **redrawn}
+
+    def _glance(self, parts, batch):
+        return self._opinion(parts, batch, self._autoencoder.encode(parts["encoder"], rae.to_float(batch["image"])))
+
+    def _opinion(self, parts, batch, latents):
+        judged = {}
+        if "judge" in parts:
+            logits = self._judge.apply({"params": parts["judge"]}, rae.to_float(batch["image"]))
+            judged["judged"] = logits.argmax(-1)
+        return {"image": batch["image"], "features": latents.mean((1, 2)), **judged, "label": batch["label"]}
 
 
 def _probes(config, parts, mesh, held_out):

@@ -1,5 +1,6 @@
 """What the command line can do: train, evaluate, sample, reconstruct."""
 
+import functools
 import json
 import time
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, generate, logs, pictures, report
+from rae_jax import build, generate, logs, perception, pictures, report
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -20,6 +21,7 @@ def train(config, workdir, mesh, flags):
     """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
     for split in ("train", "heldout"):
         build.source(config, split)  # a mistake in the data shows before anything is written
+    perception.find(config)  # and so does a network that would be missed when all is trained
     config_lib.save(config, workdir)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
@@ -69,14 +71,17 @@ def sample(config, workdir, mesh, flags):
 
 
 def reconstruct(config, workdir, mesh, flags):
-    """Encode and decode images from files: pairs side by side, and metrics."""
+    """Encode and decode images from files: pairs as PNG, some of them side by side, and metrics."""
     if flags.images is None:
         raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
-    parts = {part: build.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
-    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images))
+    names = ("encoder", "decoder", *perception.named(config))
+    parts = {part: build.load(config, part, workdir, mesh) for part in names}
+    folder = workdir / "samples" / "reconstructed"
+    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
     pictures.save(workdir / "samples" / "reconstructed.png", picture)
     _write_results(workdir, "reconstruct.json", results)
     print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
+    print(f"images:  {folder}")
 
 
 def _run_stage(config, name, workdir, mesh):
@@ -107,11 +112,13 @@ def _evaluator(config, stage, workdir, mesh):
     config = config.copy_and_resolve_references()
     config.evaluate.probe = False  # of the encoder, which stays as it is
 
+    @functools.cache
+    def others():
+        names = [name for name in _EVALUATED[stage.name] if _there(config, name)] + list(perception.named(config))
+        return {name: stage.frozen.get(name) or build.load(config, name, workdir, mesh) for name in names}
+
     def evaluate(state, step):
-        names = [name for name in _EVALUATED[stage.name] if _there(config, name)]
-        loaded = {name: build.load(config, name, workdir, mesh) for name in names if name not in stage.frozen}
-        parts = {**{name: stage.frozen[name] for name in names if name in stage.frozen}, **loaded}
-        results, shown = evaluation.evaluate(config, {**parts, stage.name: state["ema_params"]}, mesh)
+        results, shown = evaluation.evaluate(config, {**others(), stage.name: state["ema_params"]}, mesh)
         for kind, picture in shown.items():
             pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
         return results
@@ -133,10 +140,10 @@ def _shipped(config, mesh):
 
 
 def _parts(config, workdir, mesh, step=None):
-    """What an evaluation needs. The judge may be missing; so may the DiT, and then nothing is generated."""
+    """What an evaluation needs. Judge and published networks may be missing; without a DiT nothing is generated."""
     optional = ("judge", "dit") if _there(config, "dit") else ("judge", "dit", "statistics")
     names = [name for name in build.FROZEN if name not in optional or _there(config, name)]
-    return {name: build.load(config, name, workdir, mesh, step=step) for name in names}
+    return {name: build.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
 
 
 def _measure(config, parts, mesh, workdir, name):

@@ -19,6 +19,8 @@ PAGE_WIDTH = 1060  # pixels, inside the margins
 RESULTS = {
     "psnr": "Peak signal-to-noise ratio of reconstructed held-out images, in dB: higher is better.",
     "ssim": "Structural similarity of reconstructed held-out images, at most 1: higher is better.",
+    "lpips": "Distance of reconstructed held-out images to the given ones as people judge it: lower is better.",
+    "rfid": "Fréchet Inception Distance of reconstructed to given held-out images: lower is better.",
     "fd": "Fréchet distance of generated to held-out images in the encoder's features: lower is better.",
     "fd_real": "The same distance between two disjoint halves of real images: the floor for fd.",
     "agreement": "Fraction of generated images in which the judge sees the requested class: higher is better.",
@@ -163,8 +165,9 @@ def _curve(name, points):
     facts = f"min {min(values):.4g}, max {max(values):.4g}, last {values[-1]:.4g}" if values else "no finite value"
     if 0 < len(values) < len(points):
         facts += f"; {len(points) - len(values)} not finite"
+    meaning = CURVES.get(name) or RESULTS.get(name.removeprefix("eval/"), "")
     return (
-        f"<figure class=curve><figcaption><b>{_words(name.removeprefix('perf/'))}</b> {CURVES.get(name) or RESULTS.get(name.removeprefix('eval/'), '')}"
+        f"<figure class=curve><figcaption><b>{_words(name.removeprefix('perf/'))}</b> {meaning}"
         f"</figcaption><svg viewBox='0 0 350 170'></svg><div class=facts>{facts}</div></figure>"
     )
 

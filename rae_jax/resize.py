@@ -1,5 +1,5 @@
 """Resizing as torch does it: bicubic to its last bits, for what the encoders saw in training and how their positions
-stretch; bilinear for tokens.
+stretch; bilinear for tokens. And bilinear as TensorFlow once did it, for Inception.
 
 The bicubic of jax.image.resize is another function: its kernel has a = -0.5.
 """
@@ -26,6 +26,24 @@ def bicubic(x, height, width, *, antialias=False):
 def bilinear(x, height, width):
     """[B, H, W, C] -> [B, height, width, C]; as torch's interpolate with align_corners=False, without antialiasing."""
     return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear", antialias=False)
+
+
+def bilinear_tf1(x, height, width):
+    """[B, H, W, C] -> [B, height, width, C], float32; as TensorFlow 1's resize_bilinear, whose corners are its centres.
+
+    Pixel i is read at i * old / new, without the half pixel that everyone else shifts by, and without antialiasing.
+    """
+    x = _between(x.astype(jnp.float32), 1, height)
+    return _between(x, 2, width)
+
+
+def _between(x, axis, new):
+    old = x.shape[axis]
+    positions = np.arange(new, dtype=np.float32) * np.float32(old / new)
+    low = positions.astype(int)
+    share = (positions - low).astype(np.float32).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+    first, second = (jnp.take(x, index, axis) for index in (low, np.minimum(low + 1, old - 1)))
+    return first + (second - first) * share
 
 
 @functools.cache

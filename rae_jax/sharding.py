@@ -57,6 +57,12 @@ def check_batch(batch_size, mesh, key):
         raise UserError(f"{key}={batch_size} cannot be split over {ways} devices: make it a multiple of {ways}")
 
 
+def round_up(number, mesh):
+    """The smallest batch of at least `number` that can be split over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-number // ways) * ways
+
+
 def shardings(shapes, mesh):
     """Tree of NamedSharding for a tree of shapes, by RULES. Raises ValueError for a leaf without a rule."""
 

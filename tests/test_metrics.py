@@ -1,7 +1,9 @@
 """Metrics against closed forms."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from rae_jax import metrics
 
@@ -14,6 +16,10 @@ def _with_moments(rng, mean, root, n=4000):
     return x @ white.T @ root.T + mean
 
 
+def _distance(a, b):
+    return metrics.frechet_distance(metrics.moments(a), metrics.moments(b))
+
+
 def test_frechet_distance_of_commuting_gaussians():
     rng = np.random.default_rng(0)
     rotation = np.linalg.qr(rng.normal(size=(5, 5)))[0]
@@ -21,7 +27,7 @@ def test_frechet_distance_of_commuting_gaussians():
     a = _with_moments(rng, np.arange(5.0), rotation * sigma_a)
     b = _with_moments(rng, np.zeros(5), rotation * sigma_b)
     expected = (np.arange(5.0) ** 2).sum() + ((sigma_a - sigma_b) ** 2).sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert _distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_is_the_definition_by_sqrtm():
@@ -32,7 +38,18 @@ def test_frechet_distance_is_the_definition_by_sqrtm():
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(ca @ cb).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert _distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
+def test_moments_do_not_depend_on_the_batches(batch_size):
+    features = np.random.default_rng(2).normal(size=(200, 6)) + 1e4  # far from zero: squares minus square would cancel
+    found = metrics.Moments()
+    for start in range(0, 200, batch_size):
+        found = metrics.merge(found, metrics.moments(features[start : start + batch_size]))
+    assert found.count == 200
+    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(found.scatter / 199, np.cov(features, rowvar=False), rtol=1e-9, atol=1e-9)
 
 
 def test_psnr_and_ssim():
@@ -44,6 +61,31 @@ def test_psnr_and_ssim():
     one, two = np.full((1, 16, 16, 3), 0.4, np.float32), np.full((1, 16, 16, 3), 0.6, np.float32)
     expected = (2 * 0.4 * 0.6 + 1e-4) / (0.4**2 + 0.6**2 + 1e-4)
     np.testing.assert_allclose(metrics.ssim(one, two), expected, rtol=1e-3)
+
+
+def test_psnr_and_ssim_are_their_definitions():
+    """Per image, and SSIM per channel over all pixels and their reflections, as torchmetrics has them; in float64."""
+    rng = np.random.default_rng(1)
+    a = scipy.ndimage.gaussian_filter(rng.uniform(size=(3, 40, 33, 3)), (0, 2, 2, 0))
+    b = np.clip(a + 0.1 * rng.normal(size=a.shape), 0, 1)
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window /= window.sum()
+
+    def local(x):
+        """Weighted means over the 11x11 window around each pixel."""
+        x = np.pad(x, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
+        patches = np.lib.stride_tricks.sliding_window_view(x, (11, 11), (1, 2))
+        return np.einsum("nhwcij,i,j->nhwc", patches, window, window)
+
+    mean_a, mean_b = local(a), local(b)
+    var_a, var_b, cov = local(a * a) - mean_a**2, local(b * b) - mean_b**2, local(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    structure = (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)
+    expected = (luminance * structure).mean((1, 2, 3))
+    a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))
+    np.testing.assert_allclose(metrics.ssim(a, b), expected, atol=1e-5)
+    expected = -10 * np.log10(np.square(np.float64(a) - np.float64(b)).mean((1, 2, 3)))
+    np.testing.assert_allclose(metrics.psnr(a, b), expected, atol=1e-4)
 
 
 def test_linear_probe_separates_what_is_separable_and_nothing_else():

@@ -1,14 +1,17 @@
 """Images from disk: decoding, cropping, and a folder of class folders as a random-access source."""
 
 import functools
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from rae_jax.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 ENLARGED = 1.5  # short side of an image over the side of its random crop
 HELDOUT_EVERY = 20  # of a folder without a held-out folder beside it, every so many-th image is held out
 
@@ -18,6 +21,8 @@ def centre_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if image.width * image.height * scale**2 > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
@@ -32,21 +37,66 @@ def random_crop(image, size, rng):
 
 
 def read_image(path, size, crop=centre_crop, *, at_least=None):
-    """Decode a JPEG or PNG file and crop it: uint8 [size, size, 3]. Raises UserError naming a bad file.
+    """Decode an image file and crop it: uint8 [size, size, 3]. Raises UserError naming a file that is not usable.
 
-    With `at_least`, a large JPEG file is decoded faster, at a fraction of its size with no side below that.
+    Grey, palette and CMYK become RGB; 16 bits become 8; what is transparent lies on white; of an animation the first
+    picture counts. Small images are enlarged. With `at_least`, a large JPEG file is decoded faster, at a fraction of its
+    size with no side below that.
     """
     try:
-        with Image.open(path) as image:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            return crop(image.convert("RGB"), size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path} ({error}): mend or remove it") from error
+            return crop(_to_rgb(image), size)
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read the image {path} ({reason}): mend or remove it") from error
+
+
+# What Pillow raises for files that are damaged, unknown, or larger than its limit against decompression bombs.
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I;16"):  # Pillow itself would cut off at 255
+        pixels = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are of 32 bits, and nothing says which is white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def find_images(path):
+    """Image files at `path`, sorted: a file, those of a folder, or those of a folder and its subfolders.
+
+    Raises UserError where there is none.
+    """
+    path = epath.Path(path)
+    inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)
+    files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES and file.exists())
+    if not files:
+        raise UserError(f"{path} holds no image: name a {', '.join(sorted(SUFFIXES))} file, or a folder of such")
+    return files
+
+
+class ImageFiles:
+    """Random-access source of {'image': uint8 [size, size, 3], 'index': int32} from a list of files."""
+
+    def __init__(self, files, image_size):
+        self._files, self._size = files, image_size
+
+    def __len__(self):
+        return len(self._files)
+
+    def __getitem__(self, index):
+        return {"image": read_image(self._files[index], self._size), "index": np.int32(index)}
 
 
 class ImageFolder:
-    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from `path/CLASS/*.jpg|png`.
+    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from `path/CLASS/` and the images in it.
 
     Classes are the subfolders in alphabetical order. Without `heldout_path`, every 20th image is held out.
     Raises UserError where there is no folder, no class in it or no image.

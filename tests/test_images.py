@@ -1,0 +1,117 @@
+"""Image files of every kind: what the 8-bit RGB of them is, or the line that names them."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rae_jax.data.images import read_image
+from rae_jax.errors import UserError
+
+SIZE = 8
+GREY = np.arange(64, dtype=np.uint8).reshape(SIZE, SIZE) * 4 + 2
+
+
+def _rgb(*channels):
+    return np.stack(np.broadcast_arrays(*channels), -1).astype(np.uint8)
+
+
+COLOUR = _rgb(GREY, GREY.T, 255 - GREY)
+
+
+def _paletted():
+    image = Image.new("P", (SIZE, SIZE))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.paste(1, (0, 0, 4, SIZE))  # the left half blue, the right half red
+    return image
+
+
+def _halves(left, right):
+    return np.concatenate([np.full((SIZE, 4, 3), left), np.full((SIZE, 4, 3), right)], 1)
+
+
+WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+ALPHA = np.where(np.arange(SIZE) < 4, 0, 255)[None].astype(np.uint8)  # the left half is transparent
+# name: (image, arguments of save, what is expected)
+KINDS = {
+    "grey.png": (Image.fromarray(GREY), {}, _rgb(GREY, GREY, GREY)),
+    "bits.png": (Image.fromarray(GREY > 100), {}, _rgb(*[255 * (GREY > 100)] * 3)),
+    "16_bits.png": (Image.fromarray(GREY.astype(np.uint16) * 257), {}, _rgb(GREY, GREY, GREY)),
+    "16_bits.tif": (Image.fromarray(GREY.astype(np.uint16) * 257 + 100), {}, _rgb(GREY, GREY, GREY)),
+    "palette.png": (_paletted(), {}, _halves(BLUE, RED)),
+    "palette.gif": (_paletted(), {"transparency": 1}, _halves(WHITE, RED)),
+    "alpha.png": (
+        Image.fromarray(np.dstack([COLOUR, ALPHA.repeat(SIZE, 0)])),
+        {},
+        np.where(ALPHA[..., None], COLOUR, 255),
+    ),
+    "grey_alpha.png": (
+        Image.fromarray(np.dstack([GREY, ALPHA.repeat(SIZE, 0)]), "LA"),
+        {},
+        np.where(ALPHA[..., None], _rgb(GREY, GREY, GREY), 255),
+    ),
+    "cmyk.tif": (Image.fromarray(COLOUR).convert("CMYK"), {}, COLOUR),
+    "animated.png": (
+        Image.fromarray(COLOUR),
+        {"save_all": True, "append_images": [Image.fromarray(255 - COLOUR)]},
+        COLOUR,
+    ),
+    "animated.gif": (
+        _paletted(),
+        {"save_all": True, "append_images": [Image.new("P", (SIZE, SIZE))]},
+        _halves(BLUE, RED),
+    ),
+    "colour.bmp": (Image.fromarray(COLOUR), {}, COLOUR),
+    "colour.webp": (Image.fromarray(COLOUR), {"lossless": True}, COLOUR),
+    "tiny.png": (Image.new("RGB", (1, 1), RED), {}, _halves(RED, RED)),
+    "huge.png": (Image.new("RGB", (5000, 3000), BLUE), {"compress_level": 1}, _halves(BLUE, BLUE)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_becomes_rgb(tmp_path, name):
+    image, options, expected = KINDS[name]
+    image.save(tmp_path / name, **options)
+    found = read_image(tmp_path / name, SIZE)
+    assert found.shape == (SIZE, SIZE, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_cmyk_photographs_keep_their_colours(tmp_path):
+    smooth = Image.fromarray(COLOUR).resize((64, 64), Image.Resampling.BICUBIC)
+    smooth.convert("CMYK").save(tmp_path / "image.jpg", quality=98)
+    found = read_image(tmp_path / "image.jpg", 64).astype(int)
+    assert np.abs(found - np.asarray(smooth)).mean() < 4
+
+
+def _png(width, height):
+    """The head of a PNG file of that size, and no more."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def _saved(tmp_path, image):
+    image.save(tmp_path / "whole.png" if image.mode != "F" else tmp_path / "whole.tif")
+    return next(tmp_path.glob("whole.*")).read_bytes()
+
+
+DAMAGED = {
+    "empty.png": lambda path: b"",
+    "text.jpg": lambda path: b"no image at all",
+    "cut_off.png": lambda path: _saved(path, Image.fromarray(COLOUR))[:60],
+    "bomb.png": lambda path: _png(50_000, 50_000),
+    "strip.png": lambda path: _saved(path, Image.new("L", (2, 60_000))),
+    "floats.tif": lambda path: _saved(path, Image.new("F", (SIZE, SIZE))),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_cannot_be_used_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(DAMAGED[name](tmp_path))
+    with pytest.raises(UserError) as refusal:
+        read_image(tmp_path / name, 256)
+    text = str(refusal.value)
+    assert text.startswith(f"cannot read the image {tmp_path / name} (") and text.endswith("): mend or remove it")
+    assert "\n" not in text

@@ -1,0 +1,128 @@
+"""FID's InceptionV3: torch-fidelity's features of the same weights, its published file, and rFID.
+
+The goldens (tests/perception.npz, by make_perception_goldens.py) are what torch-fidelity's own network makes.
+"""
+
+import zipfile
+
+import jax
+import numpy as np
+import perception_cases as cases
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from configs import small
+from rae_jax import build, perception, reconstruct, resize, sharding
+from rae_jax.data.images import ImageFiles, find_images, read_image
+from rae_jax.errors import UserError
+
+TOLERANCE = 1e-4  # relative to the largest feature
+
+
+def _mesh(devices):
+    return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return cases.config_of(cases.write(tmp_path_factory.mktemp("inception"), "inception"))
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return build.load(config, "inception", "", _mesh(1))
+
+
+def test_features_are_torch_fidelitys(params):
+    for size in cases.SIZES:
+        image = cases.image(*size)[None] / np.float32(255)
+        found = jax.jit(perception.features)(params, image)
+        for name, values in found.items():
+            golden = cases.goldens()[f"{name}{size[0]}"]
+            assert values.shape == (1, *golden.shape) and values.dtype == np.float32
+            assert np.abs(values[0] - golden).max() <= TOLERANCE * np.abs(golden).max(), (size, name)
+
+
+def test_images_are_resized_as_tensorflow_did():
+    """Enlarged twice, every second pixel is an old one and the rest lies between; at the far edge it is the last."""
+    x = np.random.default_rng(0).random((1, 3, 4, 2), np.float32)
+    found = resize.bilinear_tf1(x, 6, 8)
+    np.testing.assert_allclose(found[:, ::2, ::2], x, rtol=1e-6)
+    np.testing.assert_allclose(found[:, ::2, 1:-1:2], (x[:, :, :-1] + x[:, :, 1:]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found[:, -1], found[:, -2], rtol=1e-6)
+    np.testing.assert_array_equal(resize.bilinear_tf1(x, 3, 4), x)
+    np.testing.assert_allclose(resize.bilinear_tf1(x, 3, 2), x[:, :, ::2], rtol=1e-6)  # shrunk: some are passed over
+
+
+def test_wrong_files_are_refused(tmp_path):
+    damages = {
+        "lacks tensor 'Mixed_7c.branch_pool.bn.running_var'": lambda a: a.pop("Mixed_7c.branch_pool.bn.running_var"),
+        "unknown tensor 'AuxLogits.fc.weight'": lambda a: a.update({"AuxLogits.fc.weight": np.zeros(3)}),
+        r"'fc.weight' has shape \(1000, 2048\)": lambda a: a.update(
+            {"fc.weight": np.zeros((1000, 2048))}
+        ),  # torchvision
+    }
+    path = tmp_path / "file.safetensors"
+    for message, damage in damages.items():
+        arrays = cases.arrays_of("inception")
+        damage(arrays)
+        save_file(arrays, path)
+        with pytest.raises(UserError, match=message) as refusal:
+            build.load(cases.config_of({"inception": str(path)}), "inception", "", _mesh(1))
+        assert "\n" not in str(refusal.value)
+
+
+def _moments(config, files, devices, batch_size):
+    """Of the files and of their reconstructions by the shipped weights."""
+    mesh = _mesh(devices)
+    parts = {name: build.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
+    redraw, moments = reconstruct.make(config), perception.PairMoments()
+    source, shown = ImageFiles(files, config.data.image_size), []
+    for out in reconstruct.look(
+        lambda parts, batch: redraw(parts, batch["image"])[1],
+        *(parts, source, mesh),
+        **{"batch_size": batch_size, "num_threads": 2, "name": "test"},
+    ):
+        moments.add(out)
+        shown.append(out["decoded"])
+    return moments, np.concatenate(shown)
+
+
+@pytest.mark.slow
+def test_rfid_is_torch_fidelitys_whatever_the_batch(config, tmp_path):
+    """500 real images and what the shipped small RAE makes of them."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="the judge of this test")
+    from torch_fidelity import metric_fid
+
+    torch = pytest.importorskip("torch")
+    archive = cases.SHARED / "cifar10/test.zip"
+    if not archive.is_file():
+        pytest.skip("../shared/data/cifar10 is not here")
+    with zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(tmp_path, sorted(name for name in zipped.namelist() if name.endswith(".jpg"))[::20])
+    files = find_images(epath.Path(tmp_path) / "test")
+    assert len(files) == 500
+    config = cases.config_of({"inception": config.evaluate.inception}, small.get_config())
+    config.stages = ()
+
+    network_file = tmp_path / "inception.pth"
+    torch.save({k: torch.from_numpy(v) for k, v in cases.arrays_of("inception").items()}, network_file)
+    network = inception.FeatureExtractorInceptionV3("fid", ["2048"], feature_extractor_weights_path=network_file)
+
+    def theirs(images):
+        batches = np.split(images.transpose(0, 3, 1, 2), range(50, len(images), 50))
+        features = torch.cat([network(torch.from_numpy(b.copy()))[0] for b in batches])
+        return metric_fid.fid_features_to_statistics(features)
+
+    found, expected = {}, None
+    for batch_size in (128, 17, 1):
+        moments, decoded = _moments(config, files, 1, batch_size)
+        found[batch_size] = moments.rfid()["rfid"]
+        if expected is None:
+            given = np.stack([read_image(file, 32) for file in files])
+            expected = metric_fid.fid_statistics_to_metric(theirs(given), theirs(decoded), False)
+            (expected,) = expected.values()
+        print(f"batch {batch_size}: {found[batch_size]!r}, torch-fidelity {expected!r}", flush=True)
+        assert found[batch_size] == pytest.approx(expected, rel=1e-3)
+        assert found[batch_size] == pytest.approx(found[128], rel=1e-4)

@@ -1,0 +1,95 @@
+"""--mode=reconstruct, and the same metrics in evaluate: whatever the batch, the devices and the way in."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import perception_cases as cases
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import small
+from rae_jax import build, evaluate, metrics, modes, perception, pictures, sharding
+from rae_jax.errors import UserError
+from rae_jax.models.lpips import Lpips
+
+METRICS = ("psnr", "ssim", "lpips", "rfid")
+
+
+def _shipped(**paths):
+    """The shipped weights on ten held-out shapes, one of each class."""
+    config = cases.config_of(paths, small.get_config())
+    config.stages = ()
+    config.data.num_heldout = 10
+    config.evaluate.update({"num_images": 5, "probe": False})
+    return config
+
+
+def _reconstruct(config, images, workdir):
+    mesh = sharding.make_mesh(config.mesh)
+    modes.reconstruct(config, epath.Path(workdir), mesh, types.SimpleNamespace(images=str(images)))
+    return json.loads((workdir / "eval" / "reconstruct.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return cases.write(tmp_path_factory.mktemp("weights"), "vgg", "linear", "inception")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The held-out shapes as files in class folders."""
+    source = build.source(_shipped(), "heldout")
+    for i in range(len(source)):
+        kind = source.class_names[source[i]["label"]]
+        pictures.save(tmp_path / "images" / kind / "1.png", source[i]["image"])
+    return tmp_path / "images"
+
+
+def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_path, capsys):
+    """Eight devices and a batch of 16, ten of them real, against one device and batches of 4."""
+    config = _shipped(**paths)
+    found = _reconstruct(config, folder, tmp_path)
+    assert found.keys() == {*METRICS, "num_images"} and found["num_images"] == 10
+    assert "rfid: 10 images leave" in capsys.readouterr().err
+
+    config.evaluate.batch_size, config.sampler.num_steps = 4, 1
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    names = ("encoder", "decoder", "statistics", "dit", *perception.named(config))
+    results, _ = evaluate.evaluate(config, {name: build.load(config, name, "", mesh) for name in names}, mesh)
+    for name in METRICS:
+        assert results[name] == pytest.approx(found[name], rel=1e-4), name
+
+    # The pairs are there, and the metrics are theirs.
+    written = tmp_path / "samples" / "reconstructed"
+    files = sorted(folder.glob("*/*"))
+    shown = {
+        kind: np.stack([np.asarray(Image.open(written / kind / f"{f.relative_to(folder)}.png")) for f in files])
+        for kind in ("given", "decoded")
+    }
+    np.testing.assert_array_equal(shown["given"], np.stack([np.asarray(Image.open(file)) for file in files]))
+    given, decoded = (shown[kind] / np.float32(255) for kind in ("given", "decoded"))
+    parts = {"lpips": build.load(config, "lpips", "", mesh)}
+    assert found["psnr"] == pytest.approx(float(metrics.psnr(decoded, given).mean()), rel=1e-5)
+    assert found["ssim"] == pytest.approx(float(metrics.ssim(decoded, given).mean()), rel=1e-5)
+    lpips = jax.jit(Lpips().apply)({"params": parts["lpips"]}, decoded, given)
+    assert found["lpips"] == pytest.approx(float(lpips.mean()), rel=1e-5)
+    assert Image.open(tmp_path / "samples" / "reconstructed.png").width > 10 * 32 * 3
+
+
+def test_one_file_without_networks(folder, tmp_path):
+    found = _reconstruct(_shipped(), folder / "star" / "1.png", tmp_path)
+    assert found.keys() == {"psnr", "ssim", "num_images"} and found["num_images"] == 1 and found["psnr"] > 20
+    assert (tmp_path / "samples" / "reconstructed" / "decoded" / "1.png.png").exists()
+
+
+def test_a_broken_file_and_an_empty_folder_are_named(folder, tmp_path):
+    (folder / "star" / "2.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend or remove it"):
+        _reconstruct(_shipped(), folder, tmp_path)
+    (tmp_path / "nothing").mkdir()
+    for name in ("nothing", "nowhere"):
+        with pytest.raises(UserError, match=f"{name} holds no image: name a .*.png"):
+            _reconstruct(_shipped(), tmp_path / name, tmp_path)
