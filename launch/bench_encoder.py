@@ -94,13 +94,13 @@ def _measure(args):
 def _ours(args):
     import jax
 
-    from rae_jax import build, malloc, sharding
+    from rae_jax import build, malloc, sharding, stages
 
     malloc.keep_freed_memory()
     config = small.get_config()
     config.stages, config.unroll, config.data.image_size = (), False, SIDE
     config.encoder.update({**encoders.dinov2(args.size), "weights": args.folder})
-    params = build.load(config, "encoder", "", sharding.make_mesh(config.mesh))
+    params = stages.load(config, "encoder", "", sharding.make_mesh(config.mesh))
     encode = jax.jit(build.autoencoder(config).encode)
     return lambda images: np.asarray(encode(params, images)).reshape(len(images), -1, config.encoder.width)
 

@@ -1,19 +1,12 @@
-"""From config to modules, data, stages and weights: the only place that matches on names."""
+"""From config to modules, data and steps: the only place that matches on names."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from etils import epath
 
 from rae_jax import (
-    checkpoint,
     losses,
-    perception,
-    published,
     resize,
-    sharding,
     stage_decoder,
     stage_dit,
     stage_encoder,
@@ -21,8 +14,7 @@ from rae_jax import (
     stage_statistics,
 )
 from rae_jax.augment import diff_augment
-from rae_jax.config import in_steps, input_size, latent_shape, section
-from rae_jax.data import pipeline
+from rae_jax.config import input_size, latent_shape
 from rae_jax.data.images import ImageFolder
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
@@ -36,10 +28,6 @@ from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.lpips import Lpips
 from rae_jax.models.vit import ViT
 from rae_jax.rae import Autoencoder, Backbone, SdVae
-from rae_jax.train import Stage
-from rae_jax.weights import store
-
-SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
 
 def autoencoder(config):
@@ -198,78 +186,8 @@ def source(config, split):
     return found
 
 
-def stage(config, name, workdir, mesh):
-    """Everything the loop needs to run stage `name`; weights of earlier stages are loaded here."""
-    images = source(config, "train")
-    if name == "statistics":
-        batch_size = config.statistics.batch_size
-        num_steps = pipeline.num_batches(images, batch_size)
-        batches = pipeline.one_pass(images, batch_size=batch_size, num_threads=config.data.num_threads)
-    else:
-        batch_size = config[name].train.batch_size
-        if len(images) < batch_size:
-            raise UserError(
-                f"config.{name}.train.batch_size={batch_size} is more than the {len(images)} training images: lower it"
-            )
-        config = in_steps(config, name, len(images))
-        train = config[name].train
-        num_steps = train.num_steps
-        batches = pipeline.training_batches(
-            images,
-            batch_size=batch_size,
-            seed=stage_seed(config, name),
-            random_crop=train.crop == "random",
-            flip=train.flip,
-            num_threads=config.data.num_threads,
-        )
-    frozen = {part: load(config, part, workdir, mesh) for part in FROZEN[name]}
-    if name == "decoder":
-        frozen.update(_opponents(config, frozen["encoder"], workdir, mesh))
-    init, step = _init_and_step(config, name)
-    return Stage(name, init, step, frozen, batches, batch_size, num_steps)
-
-
-def _opponents(config, encoder_params, workdir, mesh):
-    """What is frozen of the decoder's losses that have a weight. Raises UserError that says how to do without."""
-    train, backbone = config.decoder.train, config.discriminator.backbone
-    found = {}
-    if train.lpips_weight:
-        found["lpips"] = perception.load(config, "lpips", mesh)
-        if found["lpips"] is None:
-            raise UserError(
-                f"config.decoder.train.lpips_weight={train.lpips_weight} needs config.lpips.vgg and config.lpips.linear: "
-                f"name LPIPS' weights, or train without: --config.decoder.train.lpips_weight=0"
-            )
-    if not train.adversarial_weight:
-        return found
-    if backbone.family == "encoder":
-        return {**found, "backbone": encoder_params}
-    try:
-        return {**found, "backbone": load(config, "backbone", workdir, mesh)}
-    except UserError as error:
-        raise UserError(
-            f"config.discriminator.backbone.weights={backbone.weights!r}: {error}; or train without a discriminator: "
-            f"--config.decoder.train.adversarial_weight=0"
-        ) from error
-
-
-# What each stage needs of earlier ones.
-FROZEN = {
-    "encoder": (),
-    "judge": (),
-    "decoder": ("encoder",),
-    "statistics": ("encoder",),
-    "dit": ("encoder", "statistics"),
-}
-
-
-def stage_seed(config, name):
-    """A stage's own seed, so that no two stages share their randomness."""
-    stream = tuple(FROZEN).index(name)
-    return int(np.random.SeedSequence((config.seed, stream)).generate_state(1)[0])
-
-
-def _init_and_step(config, name):
+def init_and_step(config, name):
+    """The two functions that make a stage: init(key) -> state, and its pure step."""
     parts = {"autoencoder": autoencoder(config)}
     size, classes = config.data.image_size, config.data.num_classes
     match name:
@@ -299,76 +217,3 @@ def _init_and_step(config, name):
             )
         case other:
             raise ValueError(f"unknown stage {other!r}")
-
-
-def load(config, name, workdir, mesh, step=None):
-    """Weights of one part, on the devices: trained in `workdir` if its stage belongs to the run, else config's.
-
-    Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
-    picks a checkpoint of the last stage of the run. Raises UserError where there are none. The networks that judge
-    images (perception.PARTS) are always the published ones.
-    """
-    if name in perception.PARTS:
-        return perception.load(config, name, mesh)
-    folder = epath.Path(workdir) / "checkpoints" / name
-    if name in config.stages and _has_checkpoints(config, workdir):
-        found = checkpoint.latest_step(folder) if step is None or name != config.stages[-1] else step
-        if found is None:
-            raise UserError(f"{workdir} has no checkpoint of stage {name!r} yet: train it first (--mode=train)")
-        return _from_checkpoint(config, name, folder, found, mesh)
-    weights = section(config, name).weights
-    if name == "statistics" and weights == "none":
-        return None
-    if not weights:
-        raise UserError(f"config.{name}.weights is empty: train that part first, or name weights that are there")
-    path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
-    shapes = part_shapes(config, name)
-    placed = sharding.shardings(shapes, mesh)
-    if path.exists() or "://" in weights or not published.tables_of(config, name):
-        return jax.device_put(store.read(path, shapes), placed)
-    params = published.load(config, name, shapes, placed)
-    return _without_key_bias(params) if name == "backbone" else params
-
-
-def _without_key_bias(params):
-    """The published discriminator's backbone has none: it would move all logits of a query alike."""
-    attention = params["blocks"]["attention"]
-    query, key, value = jnp.split(attention["qkv"]["bias"], 3, -1)
-    attention["qkv"]["bias"] = jnp.concatenate([query, jnp.zeros_like(key), value], -1)
-    return params
-
-
-def part_shapes(config, name):
-    """Shapes of a part's weights as they are exported."""
-    if name in ("encoder", "backbone"):
-        e = section(config, name)
-        image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
-        return jax.eval_shape(encoder(config, e).init, jax.random.key(0), image)["params"]
-    return jax.eval_shape(_part(name), _state_shapes(config, name))
-
-
-def _state_shapes(config, name):
-    return jax.eval_shape(_init_and_step(config, name)[0], jax.random.key(0))
-
-
-def _part(name):
-    """How the weights that others use come out of a stage's state."""
-    match name:
-        case "statistics":
-            return stage_statistics.statistics
-        case "encoder":
-            return lambda state: state["ema_params"]["encoder"]
-        case _:
-            return lambda state: state["ema_params"]
-
-
-def _from_checkpoint(config, name, folder, step, mesh):
-    shapes = _state_shapes(config, name)
-    wanted = shapes if name == "statistics" else {"ema_params": shapes["ema_params"]}
-    placed = sharding.shardings(wanted, mesh)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), wanted, placed)
-    return jax.jit(_part(name))(checkpoint.restore_entries(folder, step, abstract))
-
-
-def _has_checkpoints(config, workdir):
-    return any(checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, generate, logs, perception, pictures, report
+from rae_jax import build, generate, logs, perception, pictures, report, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -55,7 +55,7 @@ def sample(config, workdir, mesh, flags):
     if flags.label is not None and not 0 <= flags.label < classes:
         raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
     parts = {
-        part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
+        part: stages.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
     labels = generate.class_balanced(flags.num_images, classes)
     if flags.label is not None:
@@ -75,7 +75,7 @@ def reconstruct(config, workdir, mesh, flags):
     if flags.images is None:
         raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
     names = ("encoder", "decoder", *perception.named(config))
-    parts = {part: build.load(config, part, workdir, mesh) for part in names}
+    parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     folder = workdir / "samples" / "reconstructed"
     results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
     pictures.save(workdir / "samples" / "reconstructed.png", picture)
@@ -85,7 +85,7 @@ def reconstruct(config, workdir, mesh, flags):
 
 
 def _run_stage(config, name, workdir, mesh):
-    stage = build.stage(config, name, workdir, mesh)
+    stage = stages.stage(config, name, workdir, mesh)
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
         logs.say(f"{name}: done before")
         return
@@ -94,7 +94,7 @@ def _run_stage(config, name, workdir, mesh):
         stage,
         workdir=workdir,
         mesh=mesh,
-        key=jax.random.key(build.stage_seed(config, name)),
+        key=jax.random.key(stages.stage_seed(config, name)),
         log_every=config.log_every,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
@@ -115,7 +115,7 @@ def _evaluator(config, stage, workdir, mesh):
     @functools.cache
     def others():
         names = [name for name in _EVALUATED[stage.name] if _there(config, name)] + list(perception.named(config))
-        return {name: stage.frozen.get(name) or build.load(config, name, workdir, mesh) for name in names}
+        return {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
 
     def evaluate(state, step):
         results, shown = evaluation.evaluate(config, {**others(), stage.name: state["ema_params"]}, mesh)
@@ -142,8 +142,8 @@ def _shipped(config, mesh):
 def _parts(config, workdir, mesh, step=None):
     """What an evaluation needs. Judge and published networks may be missing; without a DiT nothing is generated."""
     optional = ("judge", "dit") if _there(config, "dit") else ("judge", "dit", "statistics")
-    names = [name for name in build.FROZEN if name not in optional or _there(config, name)]
-    return {name: build.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
+    names = [name for name in stages.FROZEN if name not in optional or _there(config, name)]
+    return {name: stages.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
 
 
 def _measure(config, parts, mesh, workdir, name):

@@ -14,7 +14,7 @@ from conftest import tiny
 from safetensors.numpy import save_file
 
 from configs import encoders
-from rae_jax import build, sharding
+from rae_jax import sharding, stages
 
 GOLDENS = Path(__file__).parent / "autoencoders.npz"
 TOLERANCE = 5e-5
@@ -51,7 +51,7 @@ def config_of(encoder, weights="", decoder=DECODER, image_size=GRID * DECODER["p
 def load(config, *parts):
     """Weights of the parts, as the config names them."""
     mesh = sharding.make_mesh(config.mesh)
-    return [build.load(config, part, "", mesh) for part in parts]
+    return [stages.load(config, part, "", mesh) for part in parts]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from conftest import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, sharding
+from rae_jax import build, sharding, stages
 
 GOLDENS = Path(__file__).parent / "encoders.npz"
 TOLERANCE = 5e-5  # of tokens whose scale is one
@@ -159,7 +159,7 @@ def config_of(case, folder, **changes):
 
 def load(config):
     """The config's encoder weights."""
-    return build.load(config, "encoder", "", sharding.make_mesh(config.mesh))
+    return stages.load(config, "encoder", "", sharding.make_mesh(config.mesh))
 
 
 def tokens_of(config, params, pixels):

@@ -14,7 +14,7 @@ from encoder_cases import weights
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, sharding
+from rae_jax import build, sharding, stages
 
 FILE = "diffusion_pytorch_model.safetensors"
 GOLDENS = Path(__file__).parent / "sd_vae.npz"
@@ -41,7 +41,7 @@ def one_device():
 
 def load(config):
     """The VAE's weights."""
-    return {part: build.load(config, part, "", one_device()) for part in ("encoder", "decoder")}
+    return {part: stages.load(config, part, "", one_device()) for part in ("encoder", "decoder")}
 
 
 def made_up(shapes):

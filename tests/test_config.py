@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 
 from configs import small
-from rae_jax import build, sharding
+from rae_jax import build, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def test_the_configs_are_right():
         config_lib.check(config, sharding.make_mesh(config.mesh))
         trained = config.stages if config.stages != small.get_config().stages else ()
         for part in {*trained, "encoder", "decoder", "statistics", "dit"}:
-            placed = sharding.shardings(build.part_shapes(config, part), sharding.make_mesh(config.mesh))
+            placed = sharding.shardings(stages.part_shapes(config, part), sharding.make_mesh(config.mesh))
             assert jax.tree.leaves(placed), (name, part)
 
 
@@ -41,8 +41,8 @@ def test_full_size_latents_and_images_fit():
         autoencoder = build.autoencoder(config)
         side = config.data.image_size
         image = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
-        encoded = jax.eval_shape(autoencoder.encode, build.part_shapes(config, "encoder"), image)
-        assert jax.eval_shape(autoencoder.decode, build.part_shapes(config, "decoder"), encoded).shape == image.shape
+        encoded = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), image)
+        assert jax.eval_shape(autoencoder.decode, stages.part_shapes(config, "decoder"), encoded).shape == image.shape
 
 
 def test_epochs_become_steps_of_the_data_that_is_there():
@@ -60,14 +60,14 @@ def test_epochs_become_steps_of_the_data_that_is_there():
 def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
     tiny_config.stages = ("judge",)
     tiny_config.judge.train.update({"unit": "epoch", "num_steps": 3, "warmup_steps": 1})
-    stage = build.stage(tiny_config, "judge", tmp_path, sharding.make_mesh(tiny_config.mesh))
+    stage = stages.stage(tiny_config, "judge", tmp_path, sharding.make_mesh(tiny_config.mesh))
     assert stage.num_steps == 3 * (96 // 16)
 
 
 def test_the_full_size_discriminator_is_the_published_one():
     config = importlib.import_module("configs.decoder_xl").get_config()
     discriminator = build.discriminator(config)
-    shapes = build.part_shapes(config, "backbone")
+    shapes = stages.part_shapes(config, "backbone")
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), "float32")
     assert jax.eval_shape(discriminator.backbone, shapes, image).shape == (5, 2, 28 * 28, 384)
     disc = jax.eval_shape(discriminator.init, jax.random.key(0))

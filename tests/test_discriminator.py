@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax import augment, build, losses, sharding
+from rae_jax import augment, build, losses, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv
@@ -143,7 +143,7 @@ def test_a_backbone_of_its_own_sees_resized_images_and_gives_patch_tokens_of_its
     encoder_cases.write(tmp_path, shapes)
     theirs = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
 
-    params = build.load(config, "backbone", "", sharding.make_mesh(config.mesh))
+    params = stages.load(config, "backbone", "", sharding.make_mesh(config.mesh))
     assert not np.asarray(params["blocks"]["attention"]["qkv"]["bias"])[:, 16:32].any()
     images = encoder_cases.images(32, 32, batch=3) * 1.4 - 0.2  # as augmentation leaves them, not clipped
     ours = jax.jit(build.discriminator(config).backbone)(params, images)
@@ -168,7 +168,7 @@ def test_missing_backbone_weights_say_what_to_do(tmp_path, monkeypatch):
     mesh = sharding.make_mesh(config.mesh)
     config.encoder.update({"width": 64, "depth": 6})  # the shipped one
     with pytest.raises(UserError) as refusal:
-        build.stage(config, "decoder", tmp_path, mesh)
+        stages.stage(config, "decoder", tmp_path, mesh)
     said = str(refusal.value)
     for part in (
         "config.discriminator.backbone.weights",
@@ -179,7 +179,7 @@ def test_missing_backbone_weights_say_what_to_do(tmp_path, monkeypatch):
         assert part in said
     assert "\n" not in said
     config.decoder.train.adversarial_weight = 0.0
-    assert set(build.stage(config, "decoder", tmp_path, mesh).frozen) == {"encoder"}
+    assert set(stages.stage(config, "decoder", tmp_path, mesh).frozen) == {"encoder"}
 
 
 def test_losses_of_logits():

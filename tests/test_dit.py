@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from configs import dit_b
-from rae_jax import build, flow, published, sharding
+from rae_jax import build, flow, published, sharding, stages
 from rae_jax.models.dit import DiT, LabelEmbedding
 from rae_jax.models.dit_dh import DiTDH
 
@@ -26,7 +26,7 @@ def _ours(case, folder):
     """Our outcome as the oracle's: by the released names, channels first."""
     save_file(weights(case), folder / "dit.pt.safetensors")
     config = config_of(case, folder / "dit.pt.safetensors")
-    params = build.load(config, "dit", "", sharding.make_mesh(config.mesh))
+    params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
     model = build.dit(config)
     x, noise, t, labels = inputs(case)
     x, noise = (jnp.moveaxis(a, 1, -1) for a in (x, noise))

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny
 
 from configs import encoders
-from rae_jax import build, sharding
+from rae_jax import build, sharding, stages
 from rae_jax import config as config_lib
 
 EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
@@ -135,7 +135,7 @@ def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
     single = cases.tokens_of(config, cases.load(config), cases.images(16, 28, batch=8))
     config.mesh.update({"data": 2, "fsdp": 4})
     mesh = sharding.make_mesh(config.mesh)
-    params = build.load(config, "encoder", "", mesh)
+    params = stages.load(config, "encoder", "", mesh)
     kernel = params["blocks"]["attention"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     batch = sharding.put_batch(cases.images(16, 28, batch=8), mesh)

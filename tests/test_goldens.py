@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dit_cases import Case, config_of
 
-from rae_jax import build, flow, guidance, published, sampling, sharding
+from rae_jax import build, flow, guidance, published, sampling, sharding, stages
 
 GOLDENS = Path(__file__).parents[2] / "shared/data/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/goldens is not here")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/gol
 def dit():
     pytest.importorskip("torch", reason="the goldens' weights are torch files")
     config = config_of(Case(trunk=(32, 3, 2), head=(48, 2, 3), num_classes=10), GOLDENS / "dit_dh_unequal.pt")
-    params = build.load(config, "dit", "", sharding.make_mesh(config.mesh))
+    params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
     return build.dit(config), {"params": params}, config
 
 
@@ -89,7 +89,7 @@ def test_decoder_is_the_authors():
     config = config_of(Case())
     config.decoder.update({"width": 32, "depth": 3, "num_heads": 4, "hidden": 64, "patch_size": 8})
     config.decoder.weights = str(GOLDENS / "decoder.pt")
-    params = build.load(config, "decoder", "", sharding.make_mesh(config.mesh))
+    params = stages.load(config, "decoder", "", sharding.make_mesh(config.mesh))
     decoder = build.autoencoder(config).decoder
     image = decoder.apply({"params": params}, jnp.asarray(golden["z"]).reshape(3, 4, 4, 24))
     assert float(jnp.abs(image - _nhwc(golden["image"])).max()) < 5e-5

@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax import build, perception, reconstruct, resize, sharding
+from rae_jax import perception, reconstruct, resize, sharding, stages
 from rae_jax.data.images import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(config):
-    return build.load(config, "inception", "", _mesh(1))
+    return stages.load(config, "inception", "", _mesh(1))
 
 
 def test_features_are_torch_fidelitys(params):
@@ -69,14 +69,14 @@ def test_wrong_files_are_refused(tmp_path):
         damage(arrays)
         save_file(arrays, path)
         with pytest.raises(UserError, match=message) as refusal:
-            build.load(cases.config_of({"inception": str(path)}), "inception", "", _mesh(1))
+            stages.load(cases.config_of({"inception": str(path)}), "inception", "", _mesh(1))
         assert "\n" not in str(refusal.value)
 
 
 def _moments(config, files, devices, batch_size):
     """Of the files and of their reconstructions by the shipped weights."""
     mesh = _mesh(devices)
-    parts = {name: build.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
+    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
     redraw, moments = reconstruct.make(config), perception.PairMoments()
     source, shown = ImageFiles(files, config.data.image_size), []
     for out in reconstruct.look(

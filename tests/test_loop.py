@@ -13,7 +13,7 @@ from conftest import tiny
 from etils import epath
 from PIL import Image
 
-from rae_jax import build, checkpoint, convert, logs, modes, sharding
+from rae_jax import build, checkpoint, convert, logs, modes, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun, fit
@@ -67,7 +67,7 @@ def test_the_adversarial_parts_start_when_they_should(run):
 def test_statistics_are_those_of_the_latents(run):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    parts = {name: build.load(config, name, run, mesh) for name in ("encoder", "statistics")}
+    parts = {name: stages.load(config, name, run, mesh) for name in ("encoder", "statistics")}
     source = build.source(config, "train")
     images = np.stack([source[i]["image"] for i in range(len(source))]) / np.float32(255)
     latents = np.asarray(build.autoencoder(config).encode(parts["encoder"], images), np.float64)
@@ -102,9 +102,9 @@ def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
     _train(tiny(), workdir)
     for stage in STAGES:
         assert _rows(workdir, stage) == _rows(run, stage)
-    for name in build.FROZEN:
+    for name in stages.FROZEN:
         mesh = sharding.make_mesh(tiny().mesh)
-        ours, theirs = (build.load(tiny(), name, w, mesh) for w in (workdir, run))
+        ours, theirs = (stages.load(tiny(), name, w, mesh) for w in (workdir, run))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -162,7 +162,7 @@ def test_meshes_agree(run, tmp_path, stage):
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
         workdir = epath.Path(tmp_path) / name
         fit(
-            build.stage(config, stage, workdir, mesh),
+            stages.stage(config, stage, workdir, mesh),
             workdir=workdir,
             mesh=mesh,
             key=jax.random.key(0),
@@ -180,9 +180,9 @@ def test_exported_weights_come_back(run, tmp_path):
     convert.export(run, tmp_path)
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    for name in build.FROZEN:
-        read = store.read(tmp_path / f"{name}.safetensors", build.part_shapes(config, name))
-        jax.tree.map(np.testing.assert_array_equal, read, build.load(config, name, run, mesh))
+    for name in stages.FROZEN:
+        read = store.read(tmp_path / f"{name}.safetensors", stages.part_shapes(config, name))
+        jax.tree.map(np.testing.assert_array_equal, read, stages.load(config, name, run, mesh))
 
 
 def test_weights_of_another_model_are_refused(run, tmp_path):
@@ -190,12 +190,12 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
     config = tiny()
     config.decoder.width = 32
     with pytest.raises(UserError, match="decoder.safetensors: 'blocks/.*' has shape"):
-        store.read(tmp_path / "decoder.safetensors", build.part_shapes(config, "decoder"))
+        store.read(tmp_path / "decoder.safetensors", stages.part_shapes(config, "decoder"))
     with pytest.raises(UserError, match="lacks tensor"):
-        store.read(tmp_path / "judge.safetensors", build.part_shapes(config, "decoder"))
+        store.read(tmp_path / "judge.safetensors", stages.part_shapes(config, "decoder"))
     (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        store.read(tmp_path / "dit.safetensors", build.part_shapes(config, "dit"))
+        store.read(tmp_path / "dit.safetensors", stages.part_shapes(config, "dit"))
 
 
 def test_sample_and_reconstruct(run, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import build, perception, sharding
 from rae_jax import config as config_lib
+from rae_jax import perception, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -21,7 +21,7 @@ TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5  # relative; of the gradient, to its 
 
 def _load(config):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return build.load(config, "lpips", "", mesh)
+    return stages.load(config, "lpips", "", mesh)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
     config = cases.config_of(paths)
     config.update_from_flattened_dict({key: "some/place:weights.pth"})
     part = "inception" if key == "evaluate.inception" else "lpips"
-    for attempt in (perception.find, lambda config: build.load(config, part, "", sharding.make_mesh(config.mesh))):
+    for attempt in (perception.find, lambda config: stages.load(config, part, "", sharding.make_mesh(config.mesh))):
         with pytest.raises(UserError) as refusal:
             attempt(config)
         text = str(refusal.value)

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import build, evaluate, metrics, modes, perception, pictures, sharding
+from rae_jax import build, evaluate, metrics, modes, perception, pictures, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -58,7 +58,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     config.evaluate.batch_size, config.sampler.num_steps = 4, 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     names = ("encoder", "decoder", "statistics", "dit", *perception.named(config))
-    results, _ = evaluate.evaluate(config, {name: build.load(config, name, "", mesh) for name in names}, mesh)
+    results, _ = evaluate.evaluate(config, {name: stages.load(config, name, "", mesh) for name in names}, mesh)
     for name in METRICS:
         assert results[name] == pytest.approx(found[name], rel=1e-4), name
 
@@ -71,7 +71,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     }
     np.testing.assert_array_equal(shown["given"], np.stack([np.asarray(Image.open(file)) for file in files]))
     given, decoded = (shown[kind] / np.float32(255) for kind in ("given", "decoded"))
-    parts = {"lpips": build.load(config, "lpips", "", mesh)}
+    parts = {"lpips": stages.load(config, "lpips", "", mesh)}
     assert found["psnr"] == pytest.approx(float(metrics.psnr(decoded, given).mean()), rel=1e-5)
     assert found["ssim"] == pytest.approx(float(metrics.ssim(decoded, given).mean()), rel=1e-5)
     lpips = jax.jit(Lpips().apply)({"params": parts["lpips"]}, decoded, given)

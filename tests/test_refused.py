@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from published_cases import KINDS, convert_kind, kind, write
 
-from rae_jax import build, convert, published, sharding
+from rae_jax import convert, published, sharding, stages
 from rae_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ DAMAGE = {
 @functools.cache
 def _shapes(name):
     part, config, _ = kind(name)
-    shapes = build.part_shapes(config, part)
+    shapes = stages.part_shapes(config, part)
     return shapes, sharding.shardings(shapes, sharding.make_mesh(config.mesh))
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, convert, generate, logs, modes, pictures, rae, sharding
+from rae_jax import build, convert, generate, logs, modes, pictures, rae, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import fit
@@ -200,7 +200,7 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
 def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     """Shapes alone: nothing is compiled."""
     config = _dit_job(checkpoint)
-    stage = build.stage(config, "dit", tmp_path, cases.one_device())
+    stage = stages.stage(config, "dit", tmp_path, cases.one_device())
     assert stage.frozen["statistics"] is None
     key, batch = jax.random.key(0), next(iter(stage.batches))
     state = jax.eval_shape(stage.init, key)
@@ -216,7 +216,7 @@ def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
 def test_the_job_on_its_latents(checkpoint, tmp_path):
     config, mesh, workdir = _dit_job(checkpoint), cases.one_device(), epath.Path(tmp_path / "run")
     run = {"log_every": 1, "checkpoint_every": 2, "keep": 1}
-    fit(build.stage(config, "dit", workdir, mesh), workdir=workdir, mesh=mesh, key=jax.random.key(0), **run)
+    fit(stages.stage(config, "dit", workdir, mesh), workdir=workdir, mesh=mesh, key=jax.random.key(0), **run)
     losses = [row["loss"] for row in logs.read(workdir / "metrics" / "dit.jsonl")]
     assert len(losses) == 2 and all(0.5 < loss < 5 for loss in losses)  # of latents and noise of variance about one
     flags = types.SimpleNamespace(step=None, num_images=8, label=None, images=str(workdir / "samples" / "images"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, rae, sharding, stage_decoder
+from rae_jax import build, rae, sharding, stage_decoder, stages
 from rae_jax.augment import diff_augment
 
 LATENT = (8, 8, 16)
@@ -49,7 +49,7 @@ def _stage(config, **changes):
 
 def _frozen():
     config = _config()
-    shapes = build.part_shapes(config, "encoder")
+    shapes = stages.part_shapes(config, "encoder")
     keys = jax.random.split(jax.random.key(7), len(jax.tree.leaves(shapes)))
     keys = jax.tree.unflatten(jax.tree.structure(shapes), keys)
     encoder = jax.tree.map(lambda s, k: 0.3 * np.asarray(jax.random.normal(k, s.shape)), shapes, keys)

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax import build, checkpoint, sharding, stage_statistics
+from rae_jax import build, checkpoint, sharding, stage_statistics, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import fit
@@ -41,7 +41,7 @@ def _run(config, workdir, devices):
     """The final state of the stage."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     config_lib.check(config, mesh)
-    stage = build.stage(config, "statistics", workdir, mesh)
+    stage = stages.stage(config, "statistics", workdir, mesh)
     options = {"log_every": 1000, "checkpoint_every": 1000, "keep": 1}
     fit(stage, workdir=workdir, mesh=mesh, key=jax.random.key(0), **options)
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
@@ -53,7 +53,7 @@ def _run(config, workdir, devices):
 def _exact(config):
     """Mean and variance of the latents in float64."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    encode, params = jax.jit(build.autoencoder(config).encode), build.load(config, "encoder", "", mesh)
+    encode, params = jax.jit(build.autoencoder(config).encode), stages.load(config, "encoder", "", mesh)
     source = build.source(config, "train")
     latents = []
     for some in np.array_split(np.arange(len(source)), -(-len(source) // 50)):

@@ -40,8 +40,8 @@ def read_image(path, size, crop=centre_crop, *, at_least=None):
     """Decode an image file and crop it: uint8 [size, size, 3]. Raises UserError naming a file that is not usable.
 
     Grey, palette and CMYK become RGB; 16 bits become 8; what is transparent lies on white; of an animation the first
-    picture counts. Small images are enlarged. With `at_least`, a large JPEG file is decoded faster, at a fraction of its
-    size with no side below that.
+    picture counts. Small images are enlarged. With `at_least`, a large JPEG file is decoded faster, at a fraction of
+    its size with no side below that.
     """
     try:
         with epath.Path(path).open("rb") as file, Image.open(file) as image:
