@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from rae_jax import (
+    build_flow,
     checkpoint,
     published,
     sharding,
@@ -115,9 +116,9 @@ def _mlp(name, hidden):
             raise ValueError(f"unknown MLP {other!r}")
 
 
-def dit(config):
-    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks."""
-    c = config.dit
+def dit(config, sizes=None):
+    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks. `sizes`: the guide's, or else."""
+    c = config.dit if sizes is None else sizes
     trunk = {
         "width": c.width,
         "depth": c.depth,
@@ -224,7 +225,14 @@ def _init_and_step(config, name):
             return stage_statistics.make(**parts, latent_shape=latent_shape(config))
         case "dit":
             return stage_dit.make(
-                **parts, dit=dit(config), num_classes=classes, latent_shape=latent_shape(config), train=config.dit.train
+                **parts,
+                dit=dit(config),
+                num_classes=classes,
+                latent_shape=latent_shape(config),
+                path=build_flow.path(config),
+                target_fn=build_flow.target_fn(config),
+                time_fn=build_flow.time_fn(config),
+                train=config.dit.train,
             )
         case other:
             raise ValueError(f"unknown stage {other!r}")
@@ -253,6 +261,17 @@ def load(config, name, workdir, mesh, step=None):
     if path.exists() or "://" in weights or not published.tables_of(config, name):
         return jax.device_put(store.read(path, shapes), placed)
     return published.load(config, name, shapes, placed)
+
+
+def load_guide(config, mesh):
+    """Weights of AutoGuidance's weak model, which config.guidance.dit describes."""
+    with config.unlocked():
+        weak = config.copy_and_resolve_references()
+        weak.dit.update(config.guidance.dit)
+        weak.stages = ()
+    if not weak.dit.weights:
+        raise UserError("config.guidance.dit.weights is empty: AutoGuidance needs a weaker model's weights")
+    return load(weak, "dit", "", mesh)
 
 
 def part_shapes(config, name):

@@ -25,8 +25,14 @@ _CHOICES = {
     "data.source": ("shapes", "image_folder"),
     "encoder.family": ("small", "dino", "dinov2", "siglip2", "mae", "dinov3", "sd_vae"),
     "encoder.mlp": ("gelu", "gelu_tanh", "swiglu"),
-    "sampler.method": ("euler",),
-    "guidance.method": ("none", "cfg"),
+    "dit.path": ("linear", "cosine", "vp"),
+    "dit.prediction": ("velocity", "noise", "data"),
+    "dit.train.time": ("logit_normal", "uniform"),
+    "sampler.method": ("euler", "heun", "adaptive", "sde"),
+    "sampler.grid": ("plain", "published"),
+    "sampler.diffusion": ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing"),
+    "sampler.last_step": ("mean", "tweedie", "euler", "none"),
+    "guidance.method": ("none", "cfg", "autoguidance"),
 }
 _TRAIN_CHOICES = {"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")}  # of every stage's `train`
 _POSITIVE = (

@@ -55,6 +55,8 @@ def sample(config, workdir, mesh, flags):
     parts = {
         part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
+    if config.guidance.method == "autoguidance":
+        parts["guide"] = build.load_guide(config, mesh)
     labels = generate.class_balanced(flags.num_images, classes)
     if flags.label is not None:
         labels = np.full(flags.num_images, flags.label)
@@ -108,7 +110,10 @@ def _shipped(config, mesh):
 def _parts(config, workdir, mesh, step=None):
     """What an evaluation needs; the judge may be missing."""
     names = [name for name in build.FROZEN if name != "judge" or name in config.stages or config.judge.weights]
-    return {name: build.load(config, name, workdir, mesh, step=step) for name in names}
+    parts = {name: build.load(config, name, workdir, mesh, step=step) for name in names}
+    if config.guidance.method == "autoguidance":
+        parts["guide"] = build.load_guide(config, mesh)
+    return parts
 
 
 def _measure(config, parts, mesh, workdir, name):

@@ -29,6 +29,24 @@ def euler(velocity_fn, x, times):
     return _scan(step, x, times)
 
 
+def euler_reusing(condition_fn, velocity_fn, x, times, refresh):
+    """Euler steps that make the condition anew in the steps that `refresh` [steps] marks, and keep it in the others.
+
+    `condition_fn(x, t)` -> s is the expensive half of the velocity, `velocity_fn(x, t, s)` the cheap one.
+    """
+
+    def step(carry, interval):
+        x, s = carry
+        t, t_next, again = interval
+        s = jax.lax.cond(again, lambda: condition_fn(x, _all(t, x)), lambda: s)
+        return (x + (t_next - t) * velocity_fn(x, _all(t, x), s), s), None
+
+    s = condition_fn(x, _all(times[0], x))
+    refresh = jnp.asarray(refresh).at[0].set(False)
+    (x, _), _ = jax.lax.scan(step, (x, s), (times[:-1], times[1:], refresh))
+    return x
+
+
 def heun(velocity_fn, x, times):
     """Heun's steps, of second order: the mean of the velocities at both ends of an interval; two evaluations a step."""
 
