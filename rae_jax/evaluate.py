@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, logs, metrics, pictures, rae, sharding
+from rae_jax import build, generate, logs, metrics, pictures, rae, samples, sharding
 from rae_jax.data import pipeline
 
 PROBE_IMAGES = 10_000  # training images that a linear probe is fitted to
@@ -29,8 +29,8 @@ def evaluate(config, parts, mesh):
 
     half = len(held_out["label"]) // 2
     num_images = min(config.evaluate.num_images, half)
-    labels = generate.class_balanced(num_images, config.data.num_classes)
-    images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
+    labels = samples.labels_of("balanced", num_images, config.data.num_classes, config.seed)
+    images = np.concatenate([i for _, i in generate.batches(config, parts, labels, mesh, seed=config.seed)])
     generated = one_pass.run(_Images(images, labels))
 
     order = np.random.default_rng(config.seed).permutation(half * 2)

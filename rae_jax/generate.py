@@ -7,11 +7,6 @@ import numpy as np
 from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
-def class_balanced(num_images, num_classes):
-    """Labels of `num_images` images, classes in turn."""
-    return np.arange(num_images) % num_classes
-
-
 def make_sampler(config):
     """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
@@ -36,20 +31,33 @@ def make_sampler(config):
     return sample
 
 
-def images(config, parts, labels, mesh, *, seed):
-    """Yield uint8 images [<= B, H, W, 3] for the labels [N], batch after batch, all of them."""
-    sample = make_sampler(config)
-    key = jax.random.key(seed)
-    size = config.evaluate.batch_size
-    with logs.Progress("sample", total=len(labels), unit="image") as progress:
-        for start in range(0, len(labels), size):
-            indices = np.arange(start, start + size)
-            batch = {"indices": indices.astype(np.uint32), "labels": np.resize(labels, len(labels) + size)[indices]}
-            batch = sharding.put_batch(batch, mesh)
-            out = np.asarray(sample(parts, key, batch["indices"], batch["labels"]))
-            done = min(start + size, len(labels))
+def batches(config, parts, labels, mesh, *, seed, present=frozenset()):
+    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for the labels [N]; a batch is computed ahead of its use.
+
+    Batches whose indices are all among `present` are left out; the others stay what they are.
+    """
+    sample, key = make_sampler(config), jax.random.key(seed)
+    size, replicated = config.evaluate.batch_size, sharding.replicated(mesh)
+    gather = jax.jit(lambda images: images, out_shardings=replicated)  # every process can read all of them
+    wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+    wanted = [indices for indices in wanted if not present.issuperset(indices)]
+    skipped = len(labels) - sum(map(len, wanted))
+
+    def compute(indices):
+        padded = np.resize(indices, size)
+        batch = sharding.put_global({"indices": padded.astype(np.uint32), "labels": labels[padded]}, mesh)
+        return gather(sample(parts, key, batch["indices"], batch["labels"]))
+
+    with logs.Progress("sample", total=len(labels), start=skipped, unit="image") as progress:
+        ahead = compute(wanted[0]) if wanted else None
+        done = skipped
+        for n, indices in enumerate(wanted):
+            images = ahead
+            if n + 1 < len(wanted):
+                ahead = compute(wanted[n + 1])
+            done += len(indices)
+            yield np.asarray(indices), np.asarray(images)[: len(indices)]
             progress.update(done)
-            yield out[: done - start]
 
 
 def _guided(config, parts, labels):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, generate, logs, pictures, report
+from rae_jax import build, logs, pictures, report, samples
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -46,28 +46,43 @@ def evaluate(config, workdir, mesh, flags):
 
 
 def sample(config, workdir, mesh, flags):
-    """Class-conditional images: a picture grid, single PNGs, and an ADM-style npz."""
+    """Class-conditional images: a picture of some, single PNGs, and an ADM-style npz."""
     classes = config.data.num_classes
     if flags.num_images < 1:
         raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
     if flags.label is not None and not 0 <= flags.label < classes:
         raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
+    labels = samples.labels_of(flags.labels, flags.num_images, classes, config.seed)
+    if flags.label is not None:
+        labels = np.full(flags.num_images, flags.label)
     parts = {
         part: build.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
     if config.guidance.method == "autoguidance":
         parts["guide"] = build.load_guide(config, mesh)
-    labels = generate.class_balanced(flags.num_images, classes)
-    if flags.label is not None:
-        labels = np.full(flags.num_images, flags.label)
-    images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
-    folder = workdir / "samples" / "images"
-    for i, image in enumerate(images):
-        pictures.save(folder / f"{i:06d}.png", image)
-    with (workdir / "samples" / "samples.npz").open("wb") as file:
-        np.savez(file, arr_0=images, labels=labels)
-    pictures.save(workdir / "samples" / "sampled.png", pictures.grid(images, min(len(images), 10)))
-    print(f"picture: {workdir / 'samples' / 'sampled.png'}")
+    trained = latest_step(workdir / "checkpoints" / "dit") if flags.step is None else flags.step
+    request = {
+        "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
+        "labels": flags.labels if flags.label is None else flags.label,
+        "dit_step": trained,
+    }
+    folder = workdir / "samples"
+    names = _class_names(config)
+    samples.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
+    print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
+
+
+def _only_how(key):
+    """Whether a key says how samples are computed, rather than which."""
+    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+
+
+def _class_names(config):
+    """From the data set; numbers where it is not here."""
+    try:
+        return build.source(config, "heldout").class_names
+    except UserError:
+        return [str(c) for c in range(config.data.num_classes)]
 
 
 def reconstruct(config, workdir, mesh, flags):
