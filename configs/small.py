@@ -31,8 +31,8 @@ def get_config():
     c.discriminator = _discriminator()
     c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
     c.dit = _dit()
-    c.sampler = ConfigDict({"method": "euler", "num_steps": 25})
-    c.guidance = ConfigDict({"method": "cfg", "scale": 2.5, "t_min": 0.0, "t_max": 1.0})  # method: 'none' or 'cfg'
+    c.sampler = _sampler()
+    c.guidance = _guidance()
     c.evaluate = _evaluate()
     return c
 
@@ -147,22 +147,53 @@ def _decoder():
 
 def _dit():
     train = _train(num_steps=20_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
-    train.time_mean = 0.5  # logit-normal distribution of training times
+    train.time = "logit_normal"  # distribution of training times before the shift; or 'uniform'
+    train.time_mean = 0.5
     train.time_std = 1.0
     train.label_dropout = 0.1
+    train.microbatches = 1  # a batch's gradient is summed over so many parts of it: less memory
+    return ConfigDict({**_dit_sizes(), "path": "linear", "prediction": "velocity", "train": train})
+
+
+def _dit_sizes():
+    return {
+        "weights": "small",
+        "width": 96,
+        "depth": 4,
+        "num_heads": 3,
+        "head_width": 128,
+        "head_depth": 2,  # 0: a plain DiT, without the wide head
+        "head_num_heads": 4,
+        "patch_size": 1,  # of the latent, a side; 2 makes 256 tokens of 32x32 VAE latents
+        "qk_norm": False,  # normalise queries and keys
+        "class_conditional": True,  # False: every label is the null one
+    }
+
+
+def _sampler():
     return ConfigDict(
         {
-            "weights": "small",
-            "width": 96,
-            "depth": 4,
-            "num_heads": 3,
-            "head_width": 128,
-            "head_depth": 2,  # 0: a plain DiT, without the wide head
-            "head_num_heads": 4,
-            "patch_size": 1,  # of the latent, a side; 2 makes 256 tokens of 32x32 VAE latents
-            "qk_norm": False,  # normalise queries and keys
-            "class_conditional": True,  # False: every label is the null one
-            "train": train,
+            "method": "euler",  # or 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama)
+            "num_steps": 25,
+            "grid": "plain",  # or 'published': num_steps points, so one step less, that end just before data
+            "reuse": 1,  # euler on DiT^DH: steps for which one output of the trunk serves
+            "rtol": 1e-3,  # of the adaptive solver
+            "atol": 1e-6,
+            "diffusion": "sigma",  # sde: or 'constant', 'score_based', 'linear', 'decreasing', 'increasing_decreasing'
+            "last_step": "mean",  # sde: or 'tweedie', 'euler', 'none'
+            "last_step_size": 0.04,  # sde: where the last step starts, before the shift
+        }
+    )
+
+
+def _guidance():
+    return ConfigDict(
+        {
+            "method": "cfg",  # or 'none', 'autoguidance'
+            "scale": 2.5,
+            "t_min": 0.0,
+            "t_max": 1.0,
+            "dit": {**_dit_sizes(), "weights": ""},  # autoguidance: the weak model
         }
     )
 

@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from rae_jax import (
+    build_flow,
     losses,
     resize,
     stage_decoder,
@@ -147,9 +148,9 @@ def _discriminator_loss(name):
             raise ValueError(f"unknown discriminator loss {other!r}")
 
 
-def dit(config):
-    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks."""
-    c = config.dit
+def dit(config, sizes=None):
+    """The diffusion transformer: DiT^DH, or a plain DiT where its head has no blocks. `sizes`: the guide's, or else."""
+    c = config.dit if sizes is None else sizes
     trunk = {
         "width": c.width,
         "depth": c.depth,
@@ -213,7 +214,14 @@ def init_and_step(config, name):
             return stage_statistics.make(**parts, latent_shape=latent_shape(config))
         case "dit":
             return stage_dit.make(
-                **parts, dit=dit(config), num_classes=classes, latent_shape=latent_shape(config), train=config.dit.train
+                **parts,
+                dit=dit(config),
+                num_classes=classes,
+                latent_shape=latent_shape(config),
+                path=build_flow.path(config),
+                target_fn=build_flow.target_fn(config),
+                time_fn=build_flow.time_fn(config),
+                train=config.dit.train,
             )
         case other:
             raise ValueError(f"unknown stage {other!r}")

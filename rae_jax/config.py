@@ -30,8 +30,14 @@ _CHOICES = {
     "discriminator.backbone.family": ("encoder", *_PUBLISHED),
     "discriminator.backbone.mlp": _MLPS,
     "discriminator.loss": ("hinge", "vanilla"),
-    "sampler.method": ("euler",),
-    "guidance.method": ("none", "cfg"),
+    "dit.path": ("linear", "cosine", "vp"),
+    "dit.prediction": ("velocity", "noise", "data"),
+    "dit.train.time": ("logit_normal", "uniform"),
+    "sampler.method": ("euler", "heun", "adaptive", "sde"),
+    "sampler.grid": ("plain", "published"),
+    "sampler.diffusion": ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing"),
+    "sampler.last_step": ("mean", "tweedie", "euler", "none"),
+    "guidance.method": ("none", "cfg", "autoguidance"),
 }
 _TRAIN_CHOICES = {  # of every stage's `train`
     **{"unit": ("step", "epoch"), "crop": ("centre", "random")},

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, logs, metrics, perception, pictures, rae, reconstruct
+from rae_jax import build, generate, logs, metrics, perception, pictures, rae, reconstruct, samples
 
 PROBE_IMAGES = 10_000  # training images that a linear probe is fitted to
 SHOWN = 10  # reconstructions in the picture
@@ -32,8 +32,8 @@ def evaluate(config, parts, mesh):
 
     half = len(held_out["label"]) // 2
     num_images = min(config.evaluate.num_images, half)
-    labels = generate.class_balanced(num_images, config.data.num_classes)
-    images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
+    labels = samples.labels_of("balanced", num_images, config.data.num_classes, config.seed)
+    images = np.concatenate([i for _, i in generate.batches(config, parts, labels, mesh, seed=config.seed)])
     generated = one_pass.run(_Images(images, labels), redraw=False)
 
     order = np.random.default_rng(config.seed).permutation(half * 2)

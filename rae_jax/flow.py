@@ -1,15 +1,71 @@
-"""Flow matching on the linear path: t = 0 is data, t = 1 is noise.
+"""Flow matching: paths between data (t = 0) and noise (t = 1), and what a model may predict on them.
 
-x_t = (1 - t) x + t noise, velocity = noise - x. Times are [B]; x is [B, ...].
+x_t = alpha(t) x + sigma(t) noise, velocity = d x_t / d t. Times are [B]; x, x_t, noise and velocities are [B, ...].
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-MAX_TIME = 0.999  # training never sees pure noise; the published sampler starts here
 REFERENCE_DIM = 4096  # the latent dimension whose schedule is not shifted
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The coefficients of data and noise as functions of time."""
+
+    alpha: Callable
+    sigma: Callable
+
+    def at(self, t, x):
+        """(alpha, sigma, d alpha / dt, d sigma / dt) at times t [B], shaped to multiply x [B, ...]."""
+        t = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+        (alpha, d_alpha), (sigma, d_sigma) = (jax.jvp(f, (t,), (jnp.ones_like(t),)) for f in (self.alpha, self.sigma))
+        return alpha, sigma, d_alpha, d_sigma
+
+
+def _log_sigma(t):
+    """Of the variance-preserving path: noise rates rise from 0.1 to 20 on the way to data (Song et al. 2021)."""
+    rest = 1.0 - t
+    return -0.25 * rest**2 * (20.0 - 0.1) - 0.5 * rest * 0.1
+
+
+LINEAR = Path(lambda t: 1.0 - t, lambda t: t)
+COSINE = Path(lambda t: jnp.cos(0.5 * jnp.pi * t), lambda t: jnp.sin(0.5 * jnp.pi * t))
+VP = Path(lambda t: jnp.sqrt(-jnp.expm1(2.0 * _log_sigma(t))), lambda t: jnp.exp(_log_sigma(t)))
+
+
+def interpolate(x, noise, t, path=LINEAR):
+    """The point x_t of the path between data and noise."""
+    alpha, sigma, _, _ = path.at(t, x)
+    return alpha * x + sigma * noise
+
+
+def velocity(x, noise, t, path=LINEAR):
+    """d x_t / dt; noise - x on the linear path, at any time."""
+    _, _, d_alpha, d_sigma = path.at(t, x)
+    return d_alpha * x + d_sigma * noise
+
+
+def noise_of(v, x_t, t, path=LINEAR):
+    """The noise that goes with a velocity at x_t. The score is -noise / sigma."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
+    return (alpha * v - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
+
+
+def velocity_from_noise(noise, x_t, t, path=LINEAR):
+    """The velocity that goes with a predicted noise at x_t; not defined at t = 1."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
+    return d_alpha * (x_t - sigma * noise) / alpha + d_sigma * noise
+
+
+def velocity_from_data(x, x_t, t, path=LINEAR):
+    """The velocity that goes with predicted data at x_t; not defined at t = 0."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
+    return d_alpha * x + d_sigma * (x_t - alpha * x) / sigma
 
 
 def shift_factor(latent_shape):
@@ -22,22 +78,13 @@ def shift_time(t, factor):
     return factor * t / (1.0 + (factor - 1.0) * t)
 
 
-def sample_time(key, batch_size, *, factor, mean=0.0, std=1.0):
-    """Shifted training times [B]: logit-normal(mean, std), truncated to [0, 0.999], then shifted."""
-    t = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch_size,)))
-    return shift_time(jnp.minimum(t, MAX_TIME), factor)
+def logit_normal_time(key, batch_size, *, mean, std, low, high):
+    """Times [B] whose logits are normal, truncated to [low, high] as a distribution: nothing piles up at the ends."""
+    ends = (jax.scipy.special.logit(jnp.array([low, high], jnp.float32)) - mean) / std
+    normal = jax.random.truncated_normal(key, ends[0], ends[1], (batch_size,))
+    return jnp.clip(jax.nn.sigmoid(mean + std * normal), low, high)
 
 
-def interpolate(x, noise, t):
-    """The point x_t of the path between data and noise."""
-    t = _like(t, x)
-    return (1.0 - t) * x + t * noise
-
-
-def velocity(x, noise):
-    """d x_t / dt of the linear path."""
-    return noise - x
-
-
-def _like(t, x):
-    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+def uniform_time(key, batch_size, *, low, high):
+    """Times [B], uniform on [low, high]."""
+    return jax.random.uniform(key, (batch_size,), minval=low, maxval=high)

@@ -4,62 +4,88 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, flow, guidance, logs, rae, sampling, sharding
-
-
-def class_balanced(num_images, num_classes):
-    """Labels of `num_images` images, classes in turn."""
-    return np.arange(num_images) % num_classes
+from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
 def make_sampler(config):
     """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
-    The noise of image i is a function of (key, i) alone.
+    Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
+    where the guidance is AutoGuidance.
     """
-    autoencoder, dit = build.autoencoder(config), build.dit(config)
+    autoencoder = build.autoencoder(config)
     shape = build.latent_shape(config)
-    factor = flow.shift_factor(shape)
-    times = sampling.time_grid(config.sampler.num_steps, factor)
+    times = build_flow.times(config, flow.shift_factor(shape))
 
     @jax.jit
     def sample(parts, key, indices, labels):
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-        velocity_fn = _velocity_fn(config, dit, parts["dit"], labels)
-        latents = rae.denormalise(sampling.euler(velocity_fn, noise, times), parts["statistics"])
-        return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+        def noise_fn(n):
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
+
+        latents = build_flow.solve(config, _guided(config, parts, labels), noise, times, noise_fn)
+        return rae.to_uint8(autoencoder.decode(parts["decoder"], rae.denormalise(latents, parts["statistics"])))
 
     return sample
 
 
-def images(config, parts, labels, mesh, *, seed):
-    """Yield uint8 images [<= B, H, W, 3] for the labels [N], batch after batch, all of them."""
-    sample = make_sampler(config)
-    key = jax.random.key(seed)
-    size = config.evaluate.batch_size
-    with logs.Progress("sample", total=len(labels), unit="image") as progress:
-        for start in range(0, len(labels), size):
-            indices = np.arange(start, start + size)
-            batch = {"indices": indices.astype(np.uint32), "labels": np.resize(labels, len(labels) + size)[indices]}
-            batch = sharding.put_batch(batch, mesh)
-            out = np.asarray(sample(parts, key, batch["indices"], batch["labels"]))
-            done = min(start + size, len(labels))
+def batches(config, parts, labels, mesh, *, seed, present=frozenset()):
+    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for the labels [N]; a batch is computed ahead of its use.
+
+    Batches whose indices are all among `present` are left out; the others stay what they are.
+    """
+    sample, key = make_sampler(config), jax.random.key(seed)
+    size, replicated = config.evaluate.batch_size, sharding.replicated(mesh)
+    gather = jax.jit(lambda images: images, out_shardings=replicated)  # every process can read all of them
+    wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+    wanted = [indices for indices in wanted if not present.issuperset(indices)]
+    skipped = len(labels) - sum(map(len, wanted))
+
+    def compute(indices):
+        padded = np.resize(indices, size)
+        batch = sharding.put_global({"indices": padded.astype(np.uint32), "labels": labels[padded]}, mesh)
+        return gather(sample(parts, key, batch["indices"], batch["labels"]))
+
+    with logs.Progress("sample", total=len(labels), start=skipped, unit="image") as progress:
+        ahead = compute(wanted[0]) if wanted else None
+        done = skipped
+        for n, indices in enumerate(wanted):
+            images = ahead
+            if n + 1 < len(wanted):
+                ahead = compute(wanted[n + 1])
+            done += len(indices)
+            yield np.asarray(indices), np.asarray(images)[: len(indices)]
             progress.update(done)
-            yield out[: done - start]
 
 
-def _velocity_fn(config, dit, params, labels):
-    def conditional(x, t):
-        return dit.apply({"params": params}, x, t, labels)
-
-    def unconditional(x, t):
-        return dit.apply({"params": params}, x, t, jnp.full_like(labels, config.data.num_classes))
-
-    g = config.guidance
-    match g.method:
+def _guided(config, parts, labels):
+    """(condition_fn, velocity_fn) of the DiT for these labels under the config's guidance."""
+    no_label = jnp.full_like(labels, config.data.num_classes)
+    strong = _halves(config, config.dit, parts["dit"], labels)
+    match config.guidance.method:
         case "none":
-            return conditional
+            weak = None
         case "cfg":
-            return guidance.classifier_free(conditional, unconditional, scale=g.scale, t_min=g.t_min, t_max=g.t_max)
+            weak = _halves(config, config.dit, parts["dit"], no_label)
+        case "autoguidance":
+            weak = _halves(config, config.guidance.dit, parts["guide"], labels)
         case other:
             raise ValueError(f"unknown guidance {other!r}")
+    return build_flow.guided(config, strong, weak)
+
+
+def _halves(config, sizes, params, labels):
+    """(condition_fn, velocity_fn): trunk and head of a DiT^DH of those sizes; a plain DiT is all in the latter."""
+    dit, params, to_velocity = build.dit(config, sizes), {"params": params}, build_flow.to_velocity(config)
+    if sizes.head_depth == 0:
+        return lambda x, t: (), lambda x, t, s: to_velocity(dit.apply(params, x, t, labels), x, t)
+
+    def condition_fn(x, t):
+        return dit.apply(params, x, t, labels, method="condition")
+
+    def velocity_fn(x, t, s):
+        return to_velocity(dit.apply(params, x, t, s, method="velocity"), x, t)
+
+    return condition_fn, velocity_fn

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, generate, logs, perception, pictures, report, stages
+from rae_jax import build, logs, perception, pictures, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -48,26 +48,42 @@ def evaluate(config, workdir, mesh, flags):
 
 
 def sample(config, workdir, mesh, flags):
-    """Class-conditional images: a picture grid, single PNGs, and an ADM-style npz."""
+    """Class-conditional images: a picture of some, single PNGs, and an ADM-style npz."""
     classes = config.data.num_classes
     if flags.num_images < 1:
         raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
     if flags.label is not None and not 0 <= flags.label < classes:
         raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
+    labels = samples.labels_of(flags.labels, flags.num_images, classes, config.seed)
+    if flags.label is not None:
+        labels = np.full(flags.num_images, flags.label)
     parts = {
         part: stages.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
-    labels = generate.class_balanced(flags.num_images, classes)
-    if flags.label is not None:
-        labels = np.full(flags.num_images, flags.label)
-    images = np.concatenate(list(generate.images(config, parts, labels, mesh, seed=config.seed)))
-    folder = workdir / "samples" / "images"
-    for i, image in enumerate(images):
-        pictures.save(folder / f"{i:06d}.png", image)
-    with (workdir / "samples" / "samples.npz").open("wb") as file:
-        np.savez(file, arr_0=images, labels=labels)
-    pictures.save(workdir / "samples" / "sampled.png", pictures.grid(images, min(len(images), 10)))
-    print(f"picture: {workdir / 'samples' / 'sampled.png'}")
+    parts.update(_guide(config, mesh))
+    trained = latest_step(workdir / "checkpoints" / "dit") if flags.step is None else flags.step
+    request = {
+        "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
+        "labels": flags.labels if flags.label is None else flags.label,
+        "dit_step": trained,
+    }
+    folder = workdir / "samples"
+    names = _class_names(config)
+    samples.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
+    print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
+
+
+def _only_how(key):
+    """Whether a key says how samples are computed, rather than which."""
+    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+
+
+def _class_names(config):
+    """From the data set; numbers where it is not here."""
+    try:
+        return build.source(config, "heldout").class_names
+    except UserError:
+        return [str(c) for c in range(config.data.num_classes)]
 
 
 def reconstruct(config, workdir, mesh, flags):
@@ -115,7 +131,8 @@ def _evaluator(config, stage, workdir, mesh):
     @functools.cache
     def others():
         names = [name for name in _EVALUATED[stage.name] if _there(config, name)] + list(perception.named(config))
-        return {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
+        loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
+        return {**loaded, **(_guide(config, mesh) if stage.name == "dit" else {})}
 
     def evaluate(state, step):
         results, shown = evaluation.evaluate(config, {**others(), stage.name: state["ema_params"]}, mesh)
@@ -143,7 +160,13 @@ def _parts(config, workdir, mesh, step=None):
     """What an evaluation needs. Judge and published networks may be missing; without a DiT nothing is generated."""
     optional = ("judge", "dit") if _there(config, "dit") else ("judge", "dit", "statistics")
     names = [name for name in stages.FROZEN if name not in optional or _there(config, name)]
-    return {name: stages.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
+    parts = {name: stages.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
+    return {**parts, **_guide(config, mesh)}
+
+
+def _guide(config, mesh):
+    """AutoGuidance's weak model, where it is asked for."""
+    return {"guide": stages.load_guide(config, mesh)} if config.guidance.method == "autoguidance" else {}
 
 
 def _measure(config, parts, mesh, workdir, name):

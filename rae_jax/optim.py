@@ -1,6 +1,7 @@
 """Optimisers, learning-rate schedules and the exponential moving average of parameters."""
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -56,6 +57,27 @@ def _block_kernels(params):
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def value_and_grad(loss, params, examples, microbatches):
+    """(loss, gradient) of the mean loss(params, examples) of a batch, computed in `microbatches` equal parts of it.
+
+    The result does not depend on their number but for rounding; clipping and the optimiser see the whole.
+    """
+    if microbatches == 1:
+        return jax.value_and_grad(loss)(params, examples)
+
+    def split(x):
+        # Every device keeps its own part of each microbatch: neighbours of the batch axis go to different ones.
+        return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total, part):
+        found = jax.value_and_grad(loss)(params, part)
+        return jax.tree.map(jnp.add, total, found), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, examples))
+    return jax.tree.map(lambda x: x / microbatches, total)
+
+
 def ema(average, params, decay):
     """average + (1 - decay) (params - average): exact for parameters that never move."""
     return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
@@ -64,7 +86,7 @@ def ema(average, params, decay):
 def init_state(params, optimiser):
     """The state of a stage with one set of parameters. The average starts at the parameters themselves."""
     return {
-        "step": jax.numpy.zeros((), "int32"),
+        "step": jnp.zeros((), jnp.int32),
         "params": params,
         "ema_params": params,
         "opt_state": optimiser.init(params),

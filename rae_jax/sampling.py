@@ -1,17 +1,22 @@
-"""Solvers that carry noise (t = 1) to data (t = 0) along velocity_fn(x, t).
+"""Solvers that carry noise (t = 1) to data (t = 0) along velocity_fn(x, t), one compiled trajectory each.
 
-`velocity_fn(x, t)` takes x [B, ...] and times t [B].
+`velocity_fn(x, t)` takes x [B, ...] and times t [B]; `times` fall from the first to the last point of the trajectory.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rae_jax.flow import shift_time
+from rae_jax import flow
 
 
-def time_grid(num_steps, factor):
-    """The num_steps + 1 shifted times from 1 to 0."""
-    return shift_time(jnp.linspace(1.0, 0.0, num_steps + 1), factor)
+def time_grid(num_steps, factor, *, first=1.0, last=0.0):
+    """The num_steps + 1 shifted times from `first` to `last`."""
+    return flow.shift_time(jnp.linspace(first, last, num_steps + 1), factor)
+
+
+def published_grid(num_points, factor):
+    """The times of the paper's samples: `num_points` of them, from 1 to the shifted 0.001, so one step less."""
+    return flow.shift_time(1.0 - jnp.linspace(0.0, 0.999, num_points), factor)
 
 
 def euler(velocity_fn, x, times):
@@ -19,8 +24,65 @@ def euler(velocity_fn, x, times):
 
     def step(x, interval):
         t, t_next = interval
-        v = velocity_fn(x, jnp.full(x.shape[:1], t))
-        return x + (t_next - t) * v, None
+        return x + (t_next - t) * velocity_fn(x, _all(t, x)), None
 
-    x, _ = jax.lax.scan(step, x, (times[:-1], times[1:]))
+    return _scan(step, x, times)
+
+
+def euler_reusing(condition_fn, velocity_fn, x, times, refresh):
+    """Euler steps that make the condition anew in the steps that `refresh` [steps] marks, and keep it in the others.
+
+    `condition_fn(x, t)` -> s is the expensive half of the velocity, `velocity_fn(x, t, s)` the cheap one.
+    """
+
+    def step(carry, interval):
+        x, s = carry
+        t, t_next, again = interval
+        s = jax.lax.cond(again, lambda: condition_fn(x, _all(t, x)), lambda: s)
+        return (x + (t_next - t) * velocity_fn(x, _all(t, x), s), s), None
+
+    s = condition_fn(x, _all(times[0], x))
+    refresh = jnp.asarray(refresh).at[0].set(False)
+    (x, _), _ = jax.lax.scan(step, (x, s), (times[:-1], times[1:], refresh))
     return x
+
+
+def heun(velocity_fn, x, times):
+    """Heun's steps, of second order: the mean of the velocities at both ends of an interval; two evaluations a step."""
+
+    def step(x, interval):
+        t, t_next = interval
+        v = velocity_fn(x, _all(t, x))
+        v_next = velocity_fn(x + (t_next - t) * v, _all(t_next, x))
+        return x + 0.5 * (t_next - t) * (v + v_next), None
+
+    return _scan(step, x, times)
+
+
+def adaptive(velocity_fn, x, times, *, rtol, atol):
+    """Dormand and Prince's method of order 5 (diffrax), whose steps fit the tolerances; all images share the steps.
+
+    Of `times` the ends count. Raises ImportError without diffrax, the extra 'adaptive'.
+    """
+    import diffrax
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, x, _: velocity_fn(x, _all(t, x))),
+        diffrax.Dopri5(),
+        t0=times[0],
+        t1=times[-1],
+        dt0=None,
+        y0=x,
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=None,
+    )
+    return solution.ys[0]
+
+
+def _scan(step, x, times):
+    return jax.lax.scan(step, x, (times[:-1], times[1:]))[0]
+
+
+def _all(t, x):
+    """One time for each image."""
+    return jnp.full(x.shape[:1], t)

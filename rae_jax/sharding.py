@@ -85,6 +85,12 @@ def _fsdp(shape, ways):
     return P(*(None,) * largest, "fsdp")
 
 
+def put_global(batch, mesh):
+    """A whole batch (numpy), the same on every process -> global arrays split over the mesh."""
+    placed = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placed, lambda part: x[part]), batch)
+
+
 def put_batch(batch, mesh):
     """This process's part of a batch (numpy) -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)

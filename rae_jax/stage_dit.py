@@ -6,8 +6,11 @@ import jax.numpy as jnp
 from rae_jax import flow, optim, rae
 
 
-def make(*, autoencoder, dit, num_classes, latent_shape, train):
-    """Returns (init, step) of this stage; `train` is the config section dit.train."""
+def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, train):
+    """Returns (init, step) of this stage; `train` is the config section dit.train.
+
+    `time_fn(key, batch_size)` draws unshifted times, `target_fn(x, noise, t)` is what the model is to say at x_t.
+    """
     optimiser = optim.make(train)
     factor = flow.shift_factor(latent_shape)
 
@@ -16,21 +19,24 @@ def make(*, autoencoder, dit, num_classes, latent_shape, train):
         params = dit.init(key, jnp.zeros((1, *latent_shape)), one, one.astype(jnp.int32))["params"]
         return optim.init_state(params, optimiser)
 
+    def loss(params, examples):
+        output = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["label"])
+        return jnp.square(output - examples["target"]).mean()
+
     def step(state, frozen, batch, key):
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
         x = rae.normalise(latents, frozen["statistics"])
-        t = flow.sample_time(time_key, x.shape[0], factor=factor, mean=train.time_mean, std=train.time_std)
+        t = flow.shift_time(time_fn(time_key, x.shape[0]), factor)
         noise = jax.random.normal(noise_key, x.shape)
-        x_t = flow.interpolate(x, noise, t)
         dropped = jax.random.bernoulli(drop_key, train.label_dropout, t.shape)
-        labels = jnp.where(dropped, num_classes, batch["label"])
-
-        def loss(params):
-            v = dit.apply({"params": params}, x_t, t, labels)
-            return jnp.square(v - flow.velocity(x, noise)).mean()
-
-        value, grads = jax.value_and_grad(loss)(state["params"])
+        examples = {
+            "x_t": flow.interpolate(x, noise, t, path),
+            "t": t,
+            "label": jnp.where(dropped, num_classes, batch["label"]),
+            "target": target_fn(x, noise, t),
+        }
+        value, grads = optim.value_and_grad(loss, state["params"], examples, train.microbatches)
         state, grad_norm = optim.update(state, grads, optimiser, train.ema_decay)
         return state, {"loss": value, "grad_norm": grad_norm}
 

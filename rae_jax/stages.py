@@ -123,6 +123,17 @@ def _without_key_bias(params):
     return params
 
 
+def load_guide(config, mesh):
+    """Weights of AutoGuidance's weak model, which config.guidance.dit describes."""
+    with config.unlocked():
+        weak = config.copy_and_resolve_references()
+        weak.dit.update(config.guidance.dit)
+        weak.stages = ()
+    if not weak.dit.weights:
+        raise UserError("config.guidance.dit.weights is empty: AutoGuidance needs a weaker model's weights")
+    return load(weak, "dit", "", mesh)
+
+
 def part_shapes(config, name):
     """Shapes of a part's weights as they are exported."""
     if name in ("encoder", "backbone"):

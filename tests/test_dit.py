@@ -35,7 +35,7 @@ def _ours(case, folder):
     def loss(params):
         both = jnp.concatenate([labels, jnp.full_like(labels, case.num_classes)])
         v, v_null = jnp.split(model.apply({"params": params}, jnp.tile(x_t, (2, 1, 1, 1)), jnp.tile(t, 2), both), 2)
-        value = jnp.square(v - flow.velocity(x, noise)).mean()
+        value = jnp.square(v - flow.velocity(x, noise, t)).mean()
         return value, {"v": v, "v_null": v_null, "loss": value}
 
     grads, found = jax.jit(jax.grad(loss, has_aux=True))(params)

@@ -1,11 +1,14 @@
-"""Flow, samplers and guidance against closed forms."""
+"""Paths, times and predictions against closed forms."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from rae_jax import flow, guidance, sampling
+from rae_jax import flow
+
+PATHS = {"linear": flow.LINEAR, "cosine": flow.COSINE, "vp": flow.VP}
 
 
 def test_shift_factors_are_the_papers():
@@ -21,47 +24,53 @@ def test_shift_keeps_the_ends_and_moves_towards_noise():
     np.testing.assert_allclose(flow.shift_time(shifted, 1 / 6.928), t, atol=1e-6)  # the inverse shift undoes it
 
 
-def test_training_times_are_shifted_logit_normal():
-    t = flow.sample_time(jax.random.key(0), 20_000, factor=3.0, mean=0.5, std=0.8)
-    normal = jax.scipy.special.logit(flow.shift_time(t, 1 / 3.0))
-    assert float(normal.mean()) == pytest.approx(0.5, abs=0.02)
-    assert float(normal.std()) == pytest.approx(0.8, abs=0.02)
+@pytest.mark.parametrize("mean, std, low, high", [(0.5, 0.8, 0.0, 0.999), (0.0, 1.0, 0.2, 0.6), (1.0, 1.5, 0.0, 0.9)])
+def test_training_times_are_truncated_logit_normal(mean, std, low, high):
+    """As a distribution: what lies beyond the ends is spread over the inside, not piled up at the ends."""
+    t = np.asarray(flow.logit_normal_time(jax.random.key(0), 20_000, mean=mean, std=std, low=low, high=high))
+    assert low <= t.min() and t.max() <= high
+    with np.errstate(divide="ignore"):
+        ends = (scipy.special.logit([low, high]) - mean) / std
+    expected = scipy.stats.truncnorm(*ends, loc=mean, scale=std)
+    assert scipy.stats.kstest(scipy.special.logit(t), expected.cdf).pvalue > 0.01
 
 
-def test_velocity_is_the_paths_derivative():
-    x, noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 5))
-    t = jnp.array([0.1, 0.5, 0.9])
-    _, derivative = jax.jvp(lambda t: flow.interpolate(x, noise, t), (t,), (jnp.ones(3),))
-    np.testing.assert_allclose(derivative, flow.velocity(x, noise), atol=1e-6)
+def test_uniform_times_fill_their_interval():
+    t = np.asarray(flow.uniform_time(jax.random.key(0), 20_000, low=0.1, high=0.9))
+    assert scipy.stats.kstest(t, scipy.stats.uniform(0.1, 0.8).cdf).pvalue > 0.01
 
 
-def _gaussian_velocity(std):
-    # Data N(0, std^2): E[noise - x | x_t] is linear in x_t.
-    def velocity_fn(x, t):
-        t = t[:, None]
-        variance = (1 - t) ** 2 * std**2 + t**2
-        return (t - (1 - t) * std**2) / variance * x
-
-    return velocity_fn
+def _points():
+    x, noise = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 5))
+    return x, noise, jnp.array([0.05, 0.3, 0.6, 0.95])
 
 
-@pytest.mark.parametrize("factor", [1.0, 3.0])
-def test_euler_carries_noise_to_gaussian_data_with_first_order(factor):
-    std = 0.5
-    x = jax.random.normal(jax.random.key(0), (1000, 1))
-    errors = []
-    for steps in (50, 100, 200):
-        out = sampling.euler(_gaussian_velocity(std), x, sampling.time_grid(steps, factor))
-        errors.append(float(jnp.abs(out - std * x).max()))  # the exact flow scales by the ratio of deviations
-    assert errors[-1] < 0.05
-    assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.15)
-    assert errors[1] / errors[2] == pytest.approx(2.0, rel=0.15)
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_leads_from_data_to_noise(name):
+    x, noise, _ = _points()
+    ends = [flow.interpolate(x, noise, jnp.full(4, t), PATHS[name]) for t in (0.0, 1.0)]
+    np.testing.assert_allclose(ends[0], x, atol=0.03)  # the variance-preserving path starts a little off data
+    np.testing.assert_allclose(ends[1], noise, atol=1e-6)
 
 
-def test_guidance_acts_inside_its_interval_only():
-    velocity_fn = guidance.classifier_free(
-        lambda x, t: jnp.full_like(x, 3.0), lambda x, t: jnp.full_like(x, 1.0), scale=2.0, t_min=0.2, t_max=0.6
-    )
-    x = jnp.zeros((2, 3))
-    for t, expected in ((0.1, 3.0), (0.2, 5.0), (0.4, 5.0), (0.7, 3.0)):
-        np.testing.assert_allclose(velocity_fn(x, jnp.full(2, t)), expected)
+@pytest.mark.parametrize("name", PATHS)
+def test_velocity_is_the_paths_derivative_and_predictions_agree(name):
+    path, (x, noise, t) = PATHS[name], _points()
+    x_t, derivative = jax.jvp(lambda t: flow.interpolate(x, noise, t, path), (t,), (jnp.ones(4),))
+    v = flow.velocity(x, noise, t, path)
+    np.testing.assert_allclose(v, derivative, atol=1e-5)
+    np.testing.assert_allclose(flow.noise_of(v, x_t, t, path), noise, atol=2e-5)
+    np.testing.assert_allclose(flow.velocity_from_noise(noise, x_t, t, path), v, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(flow.velocity_from_data(x, x_t, t, path), v, rtol=1e-4, atol=1e-4)
+
+
+def test_the_published_coefficients():
+    """alpha and sigma of the authors' cosine and VP paths at t = 0.3, by hand."""
+    t, one = jnp.array([0.3]), jnp.ones((1, 1))
+    rest = np.exp(-0.25 * 0.7**2 * 19.9 - 0.5 * 0.7 * 0.1)
+    for path, alpha, sigma in (
+        (flow.COSINE, np.cos(0.15 * np.pi), np.sin(0.15 * np.pi)),
+        (flow.VP, np.sqrt(1 - rest**2), rest),
+    ):
+        np.testing.assert_allclose([float(c[0, 0]) for c in path.at(t, one)[:2]], [alpha, sigma], rtol=1e-6)
+    assert flow.velocity(2 * one, one, t).item() == -1.0  # exactly, on the linear path

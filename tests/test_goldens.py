@@ -44,7 +44,7 @@ def test_velocity_and_loss_are_the_authors(dit, golden):
     assert _relative(v, _nhwc(golden["v"])) < 1e-5
     v_null = model.apply(params, x_t, t, jnp.full(3, 10))
     assert _relative(v_null, _nhwc(golden["v_null"])) < 1e-5
-    loss = jnp.square(v - flow.velocity(x, noise)).mean()
+    loss = jnp.square(v - flow.velocity(x, noise, t)).mean()
     assert float(loss) == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
@@ -54,7 +54,7 @@ def test_gradients_are_the_authors(dit, golden):
 
     def loss(params):
         v = model.apply(params, flow.interpolate(x, noise, t), t, golden["y"])
-        return jnp.square(v - flow.velocity(x, noise)).mean()
+        return jnp.square(v - flow.velocity(x, noise, t)).mean()
 
     ours = jax.grad(loss)(params)["params"]
     ours = published.tensors_of(config, "dit", ours)
@@ -69,7 +69,7 @@ def test_published_trajectory_with_guidance(dit):
     golden = np.load(GOLDENS / "euler50_cfg.npz")
     factor = flow.shift_factor((4, 4, 24))
     labels = jnp.asarray(golden["y"])
-    velocity_fn = guidance.classifier_free(
+    velocity_fn = guidance.guided(
         lambda x, t: model.apply(params, x, t, labels),
         lambda x, t: model.apply(params, x, t, jnp.full_like(labels, 10)),
         scale=1.7,

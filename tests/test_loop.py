@@ -201,7 +201,7 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
 def test_sample_and_reconstruct(run, tmp_path):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    flags = types.SimpleNamespace(step=None, num_images=20, label=None, images=None)
+    flags = types.SimpleNamespace(step=None, num_images=20, label=None, labels="balanced", images=None)
     modes.sample(config, run, mesh, flags)
     samples = np.load(run / "samples" / "samples.npz")
     assert samples["arr_0"].shape == (20, 32, 32, 3) and samples["arr_0"].dtype == np.uint8

@@ -219,7 +219,9 @@ def test_the_job_on_its_latents(checkpoint, tmp_path):
     fit(stages.stage(config, "dit", workdir, mesh), workdir=workdir, mesh=mesh, key=jax.random.key(0), **run)
     losses = [row["loss"] for row in logs.read(workdir / "metrics" / "dit.jsonl")]
     assert len(losses) == 2 and all(0.5 < loss < 5 for loss in losses)  # of latents and noise of variance about one
-    flags = types.SimpleNamespace(step=None, num_images=8, label=None, images=str(workdir / "samples" / "images"))
+    flags = types.SimpleNamespace(
+        step=None, num_images=8, label=None, labels="balanced", images=str(workdir / "samples" / "images")
+    )
     modes.sample(config, workdir, mesh, flags)
     modes.reconstruct(config, workdir, mesh, flags)
     assert json.loads((workdir / "eval" / "reconstruct.json").read_text())["num_images"] == 8

@@ -28,18 +28,29 @@ class DiTDH(nn.Module):
     unroll: bool = False
     remat: bool = False
 
-    @nn.compact
+    def setup(self):
+        self.time_embed = dit.TimeEmbedding(self.width, torch_linear)
+
     def __call__(self, x, t, labels):
-        grid = tuple(size // self.patch_size for size in x.shape[1:3])
-        tokens = patchify(x.astype(self.dtype), self.patch_size)
-        time = dit.TimeEmbedding(self.width, torch_linear, name="time_embed")(t)[:, None]  # [B, 1, width]
-        label = dit.LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels)[:, None]
+        return self.velocity(x, t, self.condition(x, t, labels))
+
+    @nn.compact
+    def condition(self, x, t, labels):
+        """The condition per token [B, N, width]. It changes slowly with t: the head may use it at other times too."""
+        grid, tokens = self._tokens(x)
+        label = dit.LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels)
+        condition = nn.silu(self.time_embed(t) + label)[:, None]
 
         s = dit.patch_embedding(self.width, dtype=self.dtype, name="trunk_embed")(tokens)
         s = s + sincos_2d(*grid, self.width).astype(self.dtype)
         trunk = dit.blocks(self, depth=self.depth, num_heads=self.num_heads, linear=torch_linear, name="trunk")
-        s, _ = trunk(s, nn.silu(time + label), rope_2d(*grid, self.width // self.num_heads))
-        s = nn.silu(time + s)
+        return trunk(s, condition, rope_2d(*grid, self.width // self.num_heads))[0]
+
+    @nn.compact
+    def velocity(self, x, t, s):
+        """The velocity of x_t at times t, from what the trunk made of the same x_t or of an earlier one."""
+        grid, tokens = self._tokens(x)
+        s = nn.silu(self.time_embed(t)[:, None] + s)
         if self.width != self.head_width:
             s = torch_linear(self.head_width, self.width, dtype=self.dtype, name="condition_proj")(s)
 
@@ -48,3 +59,7 @@ class DiTDH(nn.Module):
         y, _ = head(y, s, rope_2d(*grid, self.head_width // self.head_num_heads))
         y = dit.FinalLayer(tokens.shape[-1], self.dtype, name="final_layer")(y, s)
         return unpatchify(y, *grid, self.patch_size).astype(jnp.float32)
+
+    def _tokens(self, x):
+        grid = tuple(size // self.patch_size for size in x.shape[1:3])
+        return grid, patchify(x.astype(self.dtype), self.patch_size)

@@ -1,0 +1,184 @@
+"""Trajectories of a tiny DiT^DH with random weights, as the config asks for them, against loops written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+
+from rae_jax import build, build_flow, flow, generate
+
+LABELS = jnp.array([0, 3, 9])
+
+
+def _random(module, latent, key):
+    """Random parameters, none of them zero."""
+    x = jnp.zeros((1, *latent))
+    shapes = jax.eval_shape(module.init, key, x, jnp.ones(1), jnp.ones(1, int))["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A config, its latents' shape, random weights of the DiT and of a narrower guide."""
+    config = tiny()
+    config.guidance.dit.update(config.dit.copy_and_resolve_references())
+    config.guidance.dit.update({"width": 8, "head_width": 16})
+    latent = build.latent_shape(config)
+    parts = {
+        "dit": _random(build.dit(config), latent, jax.random.key(1)),
+        "guide": _random(build.dit(config, config.guidance.dit), latent, jax.random.key(2)),
+    }
+    return config, latent, parts
+
+
+def _velocities(config, parts):
+    """(of the model, without a label, of the guide): functions of x and a number t."""
+    dit, guide = build.dit(config), build.dit(config, config.guidance.dit)
+    nobody = jnp.full_like(LABELS, config.data.num_classes)
+
+    def of(module, name, labels):
+        apply = jax.jit(lambda x, t: module.apply({"params": parts[name]}, x, jnp.full(3, t), labels))
+        return apply
+
+    return of(dit, "dit", LABELS), of(dit, "dit", nobody), of(guide, "guide", LABELS)
+
+
+def _run(config, latent, parts):
+    x = jax.random.normal(jax.random.key(0), (3, *latent))
+    times = build_flow.times(config, flow.shift_factor(latent))
+    halves = generate._guided(config, parts, LABELS)
+    out = jax.jit(lambda x: build_flow.solve(config, halves, x, times, lambda n: _noise(n, x.shape)))(x)
+    return x, np.asarray(times), out
+
+
+def _noise(n, shape):
+    return jax.random.normal(jax.random.fold_in(jax.random.key(7), n), shape)
+
+
+def _close(ours, loop):
+    assert float(jnp.abs(ours - loop).max() / jnp.abs(loop).max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["cfg", "autoguidance"])
+def test_guided_euler_on_the_published_grid(case, method):
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.guidance.update({"method": method, "scale": 1.42, "t_min": 0.1, "t_max": 0.9})
+    config.sampler.update({"grid": "published", "num_steps": 12})
+    x, times, out = _run(config, latent, parts)
+    assert len(times) == 12
+    strong, unlabelled, guide = _velocities(config, parts)
+    weak = {"cfg": unlabelled, "autoguidance": guide}[method]
+    for t, t_next in zip(times, times[1:], strict=False):
+        v = strong(x, t)
+        if 0.1 <= t <= 0.9:
+            v = weak(x, t) + 1.42 * (v - weak(x, t))
+        x = x + (t_next - t) * v
+    _close(out, x)
+
+
+@pytest.mark.parametrize("reuse", [2, 3])
+def test_the_trunk_s_output_serves_several_steps(case, reuse):
+    """And is made anew where the guidance interval begins, where the weak one is asked for the first time."""
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.guidance.update({"scale": 1.5, "t_min": 0.2, "t_max": 0.65})
+    config.sampler.update({"num_steps": 10, "reuse": reuse})
+    x, times, out = _run(config, latent, parts)
+    dit, nobody = build.dit(config), jnp.full_like(LABELS, config.data.num_classes)
+
+    def apply(method, *arguments):
+        return dit.apply({"params": parts["dit"]}, *arguments, method=method)
+
+    entered = False
+    for n, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        inside, batch_t = 0.2 <= t <= 0.65, jnp.full(3, t)
+        if n % reuse == 0 or (inside and not entered):
+            made = [apply("condition", x, batch_t, labels) for labels in (LABELS, nobody)]
+        entered = inside
+        v, v_null = (apply("velocity", x, batch_t, s) for s in made)
+        x = x + (t_next - t) * (v_null + 1.5 * (v - v_null) if inside else v)
+    _close(out, x)
+
+
+def test_heun_of_a_noise_prediction_on_the_cosine_path(case):
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.guidance.method = "none"
+    config.dit.update({"path": "cosine", "prediction": "noise"})
+    config.sampler.update({"method": "heun", "num_steps": 4})
+    x, times, out = _run(config, latent, parts)
+    model = _velocities(config, parts)[0]
+
+    def velocity(x, t):
+        alpha, sigma = np.cos(np.pi / 2 * t), np.sin(np.pi / 2 * t)
+        noise = model(x, t)
+        return np.pi / 2 * (alpha * noise - sigma * (x - sigma * noise) / alpha)
+
+    for t, t_next in zip(times, times[1:], strict=False):
+        v = velocity(x, t)
+        x = x + 0.5 * (t_next - t) * (v + velocity(x + (t_next - t) * v, t_next))
+    _close(out, x)
+
+
+def test_sde_steps_and_the_last_one(case):
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.guidance.method = "none"
+    config.sampler.update({"method": "sde", "num_steps": 5, "diffusion": "sigma", "last_step": "mean"})
+    x, times, out = _run(config, latent, parts)
+    model = _velocities(config, parts)[0]
+
+    def drift(x, t):
+        v = model(x, t)
+        return v + (x + (1 - t) * v)  # w score = -sigma noise / sigma, noise = x + (1 - t) v on the linear path
+
+    for n, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        x = x + (t_next - t) * drift(x, t) + np.sqrt(2 * t * (t - t_next)) * _noise(n, x.shape)
+    _close(out, x - times[-1] * drift(x, times[-1]))
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
+def test_the_loss_is_the_mean_square_of_what_is_predicted(case, prediction):
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.dit.prediction = prediction
+    x, noise = jax.random.normal(jax.random.key(3), (2, 3, *latent))
+    t = jnp.array([0.1, 0.5, 0.9])
+    wanted = {"velocity": noise - x, "noise": noise, "data": x}[prediction]
+    np.testing.assert_allclose(build_flow.target_fn(config)(x, noise, t), wanted, atol=1e-6)
+    back = build_flow.to_velocity(config)(wanted, flow.interpolate(x, noise, t), t)
+    np.testing.assert_allclose(back, noise - x, atol=1e-4)
+
+
+def test_microbatches_are_the_whole_batch():
+    """Three steps in one, two and four parts, the gradient large enough for the clipping to bite."""
+    config = tiny()
+    config.dit.train.update({"clip_norm": 0.1, "learning_rate": 1e-2, "warmup_steps": 0, "optimizer": "adamw"})
+    latent = build.latent_shape(config)
+    images = jax.random.randint(jax.random.key(0), (16, 32, 32, 3), 0, 256).astype(jnp.uint8)
+    batch = {"image": images, "label": jnp.arange(16) % 10}
+    autoencoder = build.autoencoder(config)
+    frozen = {
+        "encoder": autoencoder.encoder.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"],
+        "statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)},
+    }
+    ends, norms = [], []
+    for parts in (1, 2, 4):
+        config.dit.train.microbatches = parts
+        init, step = build.init_and_step(config, "dit")
+        state = init(jax.random.key(2))
+        state["params"] = _random(build.dit(config), latent, jax.random.key(3))
+        step = jax.jit(step)
+        for n in range(3):
+            state, metrics = step(state, frozen, batch, jax.random.key(n))
+        ends.append(state["params"])
+        norms.append(float(metrics["grad_norm"]))
+    assert norms[0] > 0.1
+    for end, norm in zip(ends[1:], norms[1:], strict=True):
+        assert norm == pytest.approx(norms[0], rel=1e-5)
+        apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], end)
+        assert max(jax.tree.leaves(apart)) <= 1e-6

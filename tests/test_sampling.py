@@ -1,0 +1,112 @@
+"""Solvers and guidance on Gaussian data, whose flow is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rae_jax import flow, guidance, sampling, sde
+
+STD = 0.5  # of the data
+PATHS = {"linear": flow.LINEAR, "cosine": flow.COSINE}
+
+
+def gaussian_velocity(std, path=flow.LINEAR, mean=0.0):
+    """E[velocity | x_t] for data N(mean, std^2)."""
+
+    def velocity_fn(x, t):
+        alpha, sigma, d_alpha, d_sigma = path.at(t, x)
+        variance = jnp.square(alpha * std) + jnp.square(sigma)
+        covariance = d_alpha * alpha * std**2 + d_sigma * sigma
+        return d_alpha * mean + covariance / variance * (x - alpha * mean)
+
+    return velocity_fn
+
+
+@pytest.mark.parametrize("solver, order", [(sampling.euler, 1), (sampling.heun, 2)])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("path", PATHS)
+def test_solvers_carry_noise_to_the_data_with_their_order(solver, order, factor, path):
+    x = jax.random.normal(jax.random.key(0), (1000, 1))
+    errors = []
+    for steps in (25, 50, 100):
+        out = solver(gaussian_velocity(STD, PATHS[path]), x, sampling.time_grid(steps, factor))
+        errors.append(float(jnp.abs(out - STD * x).max()))  # the exact flow scales by the ratio of deviations
+    assert errors[-1] < 0.1
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert coarse / fine == pytest.approx(2.0**order, rel=0.25)
+
+
+def test_the_adaptive_solver_keeps_its_tolerance():
+    pytest.importorskip("diffrax", reason="the extra 'adaptive' is not installed")
+    x = jax.random.normal(jax.random.key(0), (1000, 1))
+    errors = []
+    for tolerance in (1e-2, 1e-5):
+        solve = jax.jit(
+            lambda x, tolerance=tolerance: sampling.adaptive(
+                gaussian_velocity(STD), x, sampling.time_grid(2, 1.0), rtol=tolerance, atol=tolerance
+            )
+        )
+        errors.append(float(jnp.abs(solve(x) - STD * x).max()))
+    assert errors[0] < 0.05 and errors[1] < 5e-5
+
+
+DIFFUSIONS = ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_every_diffusion_keeps_the_marginals(name, path):
+    """Mean and variance after the SDE are the path's, whatever its noise."""
+    path, num = PATHS[path], 20_000
+    x = jax.random.normal(jax.random.key(0), (num, 1))
+    times = sampling.time_grid(200, 1.0, first=0.999, last=0.01)
+    velocity_fn, diffusion_fn = gaussian_velocity(STD, path, mean=1.0), getattr(sde, name)
+
+    def noise_fn(n):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(1), n), x.shape)
+
+    out = jax.jit(
+        lambda x: sde.euler_maruyama(velocity_fn, x, times, noise_fn=noise_fn, diffusion_fn=diffusion_fn, path=path)
+    )(x)
+    alpha, sigma, _, _ = path.at(times[-1:], jnp.ones((1, 1)))
+    expected = float(jnp.sqrt(jnp.square(alpha * STD) + jnp.square(sigma))[0, 0])
+    assert float(out.mean()) == pytest.approx(float(alpha[0, 0]), abs=0.03)
+    assert float(out.std()) == pytest.approx(expected, rel=0.03)
+
+
+def test_last_steps_reach_the_expected_data():
+    t = 0.04
+    velocity_fn = gaussian_velocity(STD)
+    x = jax.random.normal(jax.random.key(0), (50, 1))
+    expected = x * (1 - t) * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)
+    np.testing.assert_allclose(sde.tweedie_step(velocity_fn, x, t), expected, rtol=1e-5)
+    # On the linear path x_t - t v is the expected data too.
+    np.testing.assert_allclose(sde.euler_step(velocity_fn, x, t), expected, rtol=1e-4)
+    score = -x / ((1 - t) ** 2 * STD**2 + t**2)
+    mean = x - t * (velocity_fn(x, jnp.full(50, t)) - t * score)
+    np.testing.assert_allclose(sde.mean_step(velocity_fn, x, t, diffusion_fn=sde.sigma), mean, rtol=1e-5)
+
+
+def test_the_published_grid_has_its_points():
+    grid = np.asarray(sampling.published_grid(50, 6.928))
+    assert len(grid) == 50 and grid[0] == 1.0
+    assert grid[-1] == pytest.approx(0.0069, abs=1e-4)
+
+
+def test_guidance_acts_inside_its_interval_only():
+    velocity_fn = guidance.guided(
+        lambda x, t: jnp.full_like(x, 3.0), lambda x, t: jnp.full_like(x, 1.0), scale=2.0, t_min=0.2, t_max=0.6
+    )
+    x = jnp.zeros((2, 3))
+    for t, expected in ((0.1, 3.0), (0.2, 5.0), (0.4, 5.0), (0.7, 3.0)):
+        np.testing.assert_allclose(velocity_fn(x, jnp.full(2, t)), expected)
+
+
+def test_guided_gaussians_reach_the_gaussian_they_should():
+    """Guided by a weaker model with another mean, v is still linear, and its flow ends in a known Gaussian."""
+    scale, x = 1.7, jax.random.normal(jax.random.key(0), (1000, 1))
+    velocity_fn = guidance.guided(gaussian_velocity(STD, mean=1.0), gaussian_velocity(STD, mean=0.2), scale=scale)
+    out = sampling.heun(velocity_fn, x, sampling.time_grid(200, 1.0))
+    # The difference of the two is a field of its own, of the mean: it adds (scale - 1) times the means' distance.
+    np.testing.assert_allclose(out, STD * x + 1.0 + (scale - 1.0) * 0.8, atol=2e-3)
