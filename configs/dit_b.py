@@ -33,7 +33,7 @@ def get_config():
     c.judge.weights = ""  # none: there is no judge of 1000 classes
     _decoder_recipe(c.decoder.train)
     _dit_recipe(c.dit.train)
-    c.sampler.num_steps = 50
+    c.sampler.update({"grid": "published", "num_steps": 50})
     c.guidance.update({"method": "none", "scale": 1.0})
     c.lpips.update(LPIPS)
     c.evaluate.update({"num_images": 50_000, "probe": False, "inception": INCEPTION})

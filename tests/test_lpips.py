@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import perception_cases as cases
 import pytest
+from conftest import tiny
+from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from rae_jax import config as config_lib
-from rae_jax import perception, sharding, stages
+from rae_jax import modes, perception, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -140,3 +142,24 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
         text = str(refusal.value)
         assert f"config.{key}: " in text and f"--config.{key}=''" in text and "\n" not in text
         assert "download weights.pth of some/place, put it in a folder here, and name that file" in text
+
+
+def test_training_finds_out_before_anything_is_written(paths, tmp_path):
+    config = cases.config_of({**paths, "linear": str(tmp_path / "not_there.pth")})
+    with pytest.raises(UserError, match="config.lpips.linear: there is no file .*not_there.pth"):
+        modes.train(config, epath.Path(tmp_path / "run"), sharding.make_mesh(config.mesh), None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_loss_has_no_lpips_may_change_it(paths, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    before, after = tiny(), cases.config_of(paths)
+    for config in (before, after):
+        config.stages = ("dit",)
+    config_lib.save(before, tmp_path)
+    config_lib.check_workdir(after, tmp_path)
+    for config in (before, after):
+        config.stages = ("decoder",)
+    config_lib.save(before, tmp_path)
+    with pytest.raises(UserError, match="config.lpips.linear='', not "):
+        config_lib.check_workdir(after, tmp_path)
