@@ -17,7 +17,7 @@ def get_config():
     c.data.num_heldout = 1_000
     c.evaluate.update({"num_images": 300, "probe": False, "shipped": True})
     c.decoder.train.update({"num_steps": 900, "discriminator_start": 700, "adversarial_start": 750})
-    c.dit.train.update({"num_steps": 800})
+    c.dit.train.update({"num_steps": 1_200})
     for stage in (c.decoder, c.dit):
         stage.train.update({"warmup_steps": 50, "ema_decay": 0.99})
     return c
