@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from rae_jax import build, checkpoint, perception, published, sharding, stage_statistics
-from rae_jax.config import in_steps, input_size, section
+from rae_jax.config import in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.train import Stage
@@ -140,6 +140,9 @@ def part_shapes(config, name):
         e = section(config, name)
         image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
         return jax.eval_shape(build.encoder(config, e).init, jax.random.key(0), image)["params"]
+    if name == "decoder":  # whoever cannot train it, for want of a discriminator, may use it
+        latents = jnp.zeros((1, *latent_shape(config)))
+        return jax.eval_shape(build.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
     return jax.eval_shape(_part(name), _state_shapes(config, name))
 
 

@@ -69,19 +69,19 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 batch = sharding.put_batch(clock.next_batch(iterator), mesh)
                 state, metrics = step_fn(state, frozen, batch, key)
                 clock.tick(metrics)
-                last, stopping = step == stage.num_steps, signals.received
+                last = step == stage.num_steps
                 log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
-                if log or save or stopping:  # only then does the host wait for this very step
-                    metrics = jax.device_get(metrics)
+                if log:  # only here, and before a checkpoint, does the host wait for this very step
                     _check_finite(stage.name, step, metrics, checkpoints)
-                if log:
                     metrics_file.write(step, {**metrics, **clock.read()})
                     progress.update(step, _note(metrics))
                 # Before the checkpoint: a run that is killed in between does it again, and no number is missing.
                 if evaluate_every and step % evaluate_every == 0:
                     metrics_file.write(step, {f"eval/{name}": v for name, v in evaluate(state, step).items()})
                     clock.read()  # its time is not the steps'
+                stopping = signals.received
                 if save or stopping:
+                    _check_finite(stage.name, step, metrics, checkpoints)
                     checkpoints.save(step, state, iterator)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
@@ -95,6 +95,7 @@ def _compiled_step(stage, placed, mesh):
 
 
 def _check_finite(name, step, metrics, checkpoints):
+    metrics = jax.device_get(metrics)
     if all(np.isfinite(value) for value in metrics.values()):
         return
     values = ", ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())

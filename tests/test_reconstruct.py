@@ -48,6 +48,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_path, capsys):
     """Eight devices and a batch of 16, ten of them real, against one device and batches of 4."""
     config = _shipped(**paths)

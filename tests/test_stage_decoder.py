@@ -177,7 +177,7 @@ def _decode(game, state):
     return np.asarray(decode(state["params"], rae.to_float(_batch()["image"])))
 
 
-@pytest.mark.parametrize("name", ["hinge", "vanilla"])
+@pytest.mark.parametrize("name", ["hinge", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_the_discriminator_minimises_its_loss(game, name):
     """The losses by hand, on logits by the singular vectors after this forward pass's power iteration."""
     run, key = game.run, jax.random.key(2)
@@ -240,7 +240,7 @@ def test_the_decoder_runs_forward_twice_and_backward_once(game):
     assert products(game.step, state, game.frozen, _batch(), jax.random.key(0)) == forward + both
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize("sizes", [(2, 4, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
 def test_the_step_is_the_same_on_eight_devices_as_on_one(game, sizes):
     """Generator and discriminator: losses, gradient norms, gradients in the optimisers, new parameters."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
