@@ -3,6 +3,7 @@
 Each mistake is one line that names the key and the mend.
 """
 
+import importlib.util
 import json
 import math
 
@@ -48,7 +49,8 @@ _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
     *("decoder.patch_size", "dit.patch_size"),
-    *("sampler.num_steps", "evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
+    *("dit.train.microbatches", "sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
+    *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
 )
 
 
@@ -199,9 +201,23 @@ def _check_shapes(config):
     _require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
     if "encoder" in config.stages:
         _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
+    _check_sampling(config)
+
+
+def _check_sampling(config):
+    train, sampler = config.dit.train, config.sampler
+    whole = train.batch_size % train.microbatches == 0
+    _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
+    reusable = sampler.reuse == 1 or (sampler.method == "euler" and config.dit.head_depth > 0)
+    _require(
+        reusable, config, "sampler.reuse", "only euler steps of a DiT^DH can share its trunk's output: set it to 1"
+    )
+    _require(0 < sampler.last_step_size < 1, config, "sampler.last_step_size", "it must be between 0 and 1")
+    there = sampler.method != "adaptive" or importlib.util.find_spec("diffrax") is not None
+    _require(there, config, "sampler.method", "it needs diffrax (pip install -e '.[adaptive]')")
     guidance = config.guidance
-    labelled = config.dit.class_conditional or guidance.method == "none"
-    _require(labelled, config, "guidance.method", "set it to none where config.dit.class_conditional is False")
+    labelled = config.dit.class_conditional or guidance.method != "cfg"
+    _require(labelled, config, "guidance.method", "it takes classes: config.dit.class_conditional=True")
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
 
