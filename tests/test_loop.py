@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
+@pytest.mark.parametrize("stage", [pytest.param("decoder", marks=pytest.mark.slow), "dit"])  # see test_stage_decoder
 def test_meshes_agree(run, tmp_path, stage):
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
