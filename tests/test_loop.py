@@ -148,12 +148,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize("stage", [pytest.param("decoder", marks=pytest.mark.slow), "dit"])  # see test_stage_decoder
-def test_meshes_agree(run, tmp_path, stage):
+def test_meshes_agree(run, tmp_path):
+    """Six steps of the DiT. The decoder's first step is compared in test_stage_decoder: its game amplifies rounding."""
+    stage = "dit"
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
         config = tiny()
         config.stages = (stage,)
+        config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         for part in ("encoder", "statistics"):
             config[part].weights = str(tmp_path / "weights")
@@ -173,9 +175,7 @@ def test_meshes_agree(run, tmp_path, stage):
         losses[name] = _rows(workdir, stage)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
-            # Steps of Adam make more of rounding where gradients are small.
-            near = pytest.approx(theirs[key], rel=1e-3 if "grad_norm" in key else 1e-4, abs=1e-5)
-            assert ours[key] == near, (theirs["step"], key)
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (theirs["step"], key)
 
 
 def test_exported_weights_come_back(run, tmp_path):
