@@ -67,7 +67,8 @@ def times(config, factor):
     c = config.sampler
     first, last = ends(config)
     if c.method == "sde":
-        first, last = min(first, 0.999), c.last_step_size
+        first = min(first, 0.999)  # where no coefficient is infinite
+        last = last if c.last_step == "none" else c.last_step_size
     match c.grid:
         case "plain":
             return sampling.time_grid(c.num_steps, factor, first=first, last=last)

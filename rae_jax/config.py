@@ -48,7 +48,7 @@ _COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "a
 _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
-    *("decoder.patch_size", "dit.patch_size"),
+    *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
     *("dit.train.microbatches", "sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
     *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
 )
@@ -147,6 +147,8 @@ def flatten(tree, prefix=""):
     return flat
 
 
+_DIVIDES = "it must divide the latent grid's {}"
+_HEAD_DEPTH = "it must be 0 for a plain DiT, or positive"
 _ORDER = f"each at most once, in the order {', '.join(STAGES)}"
 
 
@@ -178,20 +180,25 @@ def _check_shapes(config):
         "decoder.patch_size",
         f"{size // tokens} makes {size} px images from {tokens}x{tokens} tokens",
     )
-    _require(grid % config.dit.patch_size == 0, config, "dit.patch_size", f"it must divide the latent grid's {grid}")
-    _require(config.dit.head_depth >= 0, config, "dit.head_depth", "it must be 0 for a plain DiT, or positive")
     widths = [
         ("encoder", "width", "num_heads", 1),
         ("decoder", "width", "num_heads", 1),
         ("dit", "width", "num_heads", 4),  # rotary embedding turns pairs along two axes
     ]
-    if config.dit.head_depth:
-        widths.append(("dit", "head_width", "head_num_heads", 4))
+    dits = ["dit"]
+    if config.guidance.method == "autoguidance":
+        dits.append("guidance.dit")
+        widths.append(("guidance.dit", "width", "num_heads", 4))
+    for section in dits:
+        _require(grid % _get(config, section).patch_size == 0, config, f"{section}.patch_size", _DIVIDES.format(grid))
+        _require(_get(config, section).head_depth >= 0, config, f"{section}.head_depth", _HEAD_DEPTH)
+        if _get(config, section).head_depth:
+            widths.append((section, "head_width", "head_num_heads", 4))
     for section, width, heads, multiple in widths:
-        fits = config[section][width] % (multiple * config[section][heads]) == 0
-        mend = f"it must be a multiple of {multiple} times config.{section}.{heads}={config[section][heads]}"
-        _require(fits, config, f"{section}.{width}", mend)
-    for key in ("decoder.width", "dit.width"):
+        of = _get(config, section)
+        mend = f"it must be a multiple of {multiple} times config.{section}.{heads}={of[heads]}"
+        _require(of[width] % (multiple * of[heads]) == 0, config, f"{section}.{width}", mend)
+    for key in ("decoder.width", *(f"{section}.width" for section in dits)):
         _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
     inside = all(0 <= layer < config.encoder.depth for layer in config.encoder.layers)
     _require(inside, config, "encoder.layers", "they are encoder blocks, from 0")
@@ -218,6 +225,8 @@ def _check_sampling(config):
     guidance = config.guidance
     labelled = config.dit.class_conditional or guidance.method != "cfg"
     _require(labelled, config, "guidance.method", "it takes classes: config.dit.class_conditional=True")
+    named = guidance.method != "autoguidance" or bool(guidance.dit.weights)
+    _require(named, config, "guidance.dit.weights", "name the weights of a weaker model, which guidance.dit describes")
     _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
     _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
 

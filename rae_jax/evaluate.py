@@ -8,7 +8,6 @@ from rae_jax import build, generate, logs, metrics, perception, pictures, rae, r
 
 PROBE_IMAGES = 10_000  # training images that a linear probe is fitted to
 SHOWN = 10  # reconstructions in the picture
-SHOWN_PER_CLASS = 8
 
 
 def evaluate(config, parts, mesh):
@@ -44,18 +43,8 @@ def evaluate(config, parts, mesh):
     results["fd_real"] = metrics.frechet_distance(metrics.moments(real[other]), reference)
     if "judge" in parts:
         results["agreement"] = float((generated["judged"] == labels).mean())
-    shown["samples"] = class_grid(images, labels, build.source(config, "heldout").class_names)
+    shown["samples"] = pictures.class_grid(images, labels, build.source(config, "heldout").class_names)
     return results, shown
-
-
-def class_grid(images, labels, names, *, scale=3):
-    """Picture with a row of images for each class of which there are some."""
-    found = [c for c in range(len(names)) if (labels == c).any()]
-    rows, names = [images[labels == c][:SHOWN_PER_CLASS] for c in found], [names[c] for c in found]
-    columns = min(len(row) for row in rows)
-    return pictures.with_captions(
-        pictures.grid(np.concatenate([r[:columns] for r in rows]), columns), names, scale=scale
-    )
 
 
 class _Images:

@@ -61,11 +61,10 @@ def sample(config, workdir, mesh, flags):
         part: stages.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
     parts.update(_guide(config, mesh))
-    trained = latest_step(workdir / "checkpoints" / "dit") if flags.step is None else flags.step
     request = {
         "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
-        "labels": flags.labels if flags.label is None else flags.label,
-        "dit_step": trained,
+        "steps": {stage: latest_step(workdir / "checkpoints" / stage) for stage in config.stages},
+        "step": flags.step,
     }
     folder = workdir / "samples"
     names = _class_names(config)

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP = 2
 FONT_SIZE = 14
+SHOWN_PER_CLASS = 8
 
 
 def grid(images, columns):
@@ -34,6 +35,15 @@ def with_captions(picture, captions, *, scale):
     for i, caption in enumerate(captions):
         draw.text((6, (i + 0.5) * picture.height / len(captions)), caption, "black", font, anchor="lm")
     return np.asarray(canvas)
+
+
+def class_grid(images, labels, names, *, scale=3):
+    """A row of images for each class of which there are some, with its name."""
+    found = [c for c in range(len(names)) if (labels == c).any()]
+    rows = [images[labels == c][:SHOWN_PER_CLASS] for c in found]
+    columns = min(len(row) for row in rows)
+    picture = grid(np.concatenate([row[:columns] for row in rows]), columns)
+    return with_captions(picture, [names[c] for c in found], scale=scale)
 
 
 def save(path, picture):

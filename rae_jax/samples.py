@@ -11,7 +11,7 @@ from PIL import Image
 from rae_jax import generate, logs, pictures
 from rae_jax.errors import UserError
 
-ROWS, COLUMNS = 10, 8  # of the picture
+ROWS = 10  # of the picture
 
 
 def labels_of(kind, num_images, num_classes, seed):
@@ -39,12 +39,11 @@ def labels_of(kind, num_images, num_classes, seed):
 def draw(config, parts, labels, mesh, folder, *, request, class_names):
     """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0 and labels, as ADM's) and sampled.png, a picture of some.
 
-    `request` says as plain data what is drawn. Images that are there from the same request are kept, those of another
-    one are replaced. Only the first process writes.
+    `request` says as plain data what is drawn, but for the labels. Images that are there from the same request with the
+    same label are kept, those of another one are replaced. Only the first process writes.
     """
     writes = jax.process_index() == 0
-    present = _present(folder, request) if writes else frozenset()
-    present = _agreed(present, len(labels))
+    present = _agreed(_present(folder, request, labels) if writes else frozenset(), len(labels))
     with ThreadPoolExecutor() as pool:
         pending = []
         for indices, images in generate.batches(config, parts, labels, mesh, seed=config.seed, present=present):
@@ -60,18 +59,33 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
         pictures.save(folder / "sampled.png", _picture(folder, labels, class_names))
 
 
-def _present(folder, request):
-    """Indices of the images of this request that are there already; those of another request are removed."""
+def _present(folder, request, labels):
+    """Indices of the images that are there and are what is wanted; those that are not are removed.
+
+    request.json keeps the request and the label of every image, also of those beyond the wanted ones.
+    """
     path = folder / "images" / "request.json"
-    found = sorted(path.parent.glob("*.png"))
-    if found and (not path.exists() or json.loads(path.read_text()) != request):
-        logs.say(f"{path.parent} holds {len(found)} images of another request: replacing them")
-        for image in found:
-            image.unlink()
-        found = []
+    then, given = _read_request(path)
+    found = {int(file.stem): file for file in path.parent.glob("*.png") if file.stem.isdecimal()}
+    wanted = labels.tolist() + given[len(labels) :]
+    same = {i for i in found if then == request and i < len(given) and given[i] == wanted[i]}
+    if len(same) < len(found):
+        logs.say(f"{path.parent} holds {len(found) - len(same)} images of another request: replacing them")
+    for i in found.keys() - same:
+        found[i].unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(request, indent=2) + "\n")
-    return frozenset(int(image.stem) for image in found)
+    kept = wanted if then == request else labels.tolist()
+    path.write_text(json.dumps({"request": request, "labels": kept}) + "\n")
+    return frozenset(same)
+
+
+def _read_request(path):
+    """(request, labels) of the images that are there; (None, []) where nothing tells."""
+    try:
+        there = json.loads(path.read_text())
+        return there["request"], there["labels"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None, []
 
 
 def _agreed(present, num_images):
@@ -92,7 +106,7 @@ def _write(path, image):
     """A file is there whole or not at all."""
     part = path.with_suffix(".part")
     pictures.save(part, image)
-    part.rename(path)
+    part.replace(path)
 
 
 def _read(path):
@@ -114,15 +128,13 @@ def _write_npz(folder, labels):
 
 
 def _picture(folder, labels, class_names):
-    """A row for each of the first classes, with its name."""
+    """A row for each of the first classes, with its name; the first images where rows would have one image each."""
     classes = list(dict.fromkeys(labels.tolist()))[:ROWS]
-    rows = [np.flatnonzero(labels == c)[:COLUMNS] for c in classes]
-    columns = min(map(len, rows))
-    if columns == 1:
-        rows, classes = [np.concatenate(rows)], []
-    images = np.stack([_read(_path(folder, i)) for row in rows for i in (row[:columns] if classes else row)])
-    grid = pictures.grid(images, columns if classes else len(images))
-    scale = max(1, 96 // images.shape[1])
-    if not classes:
-        return grid
-    return pictures.with_captions(grid, [class_names[c] for c in classes], scale=scale)
+    shown = np.concatenate([np.flatnonzero(labels == c)[: pictures.SHOWN_PER_CLASS] for c in classes])
+    in_rows = 1 < len(classes) < len(shown)
+    if not in_rows:
+        shown = np.arange(min(len(labels), ROWS * pictures.SHOWN_PER_CLASS))
+    images = np.stack([_read(_path(folder, i)) for i in shown])
+    if not in_rows:
+        return pictures.grid(images, min(len(images), pictures.SHOWN_PER_CLASS))
+    return pictures.class_grid(images, labels[shown], class_names, scale=max(1, 96 // images.shape[1]))

@@ -125,12 +125,10 @@ def _without_key_bias(params):
 
 def load_guide(config, mesh):
     """Weights of AutoGuidance's weak model, which config.guidance.dit describes."""
-    with config.unlocked():
+    with config.unlocked():  # so that the copy is, too
         weak = config.copy_and_resolve_references()
         weak.dit.update(config.guidance.dit)
         weak.stages = ()
-    if not weak.dit.weights:
-        raise UserError("config.guidance.dit.weights is empty: AutoGuidance needs a weaker model's weights")
     return load(weak, "dit", "", mesh)
 
 

@@ -148,9 +148,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-def test_meshes_agree(run, tmp_path):
-    """Six steps of the DiT. The decoder's first step is compared in test_stage_decoder: its game amplifies rounding."""
-    stage = "dit"
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+def test_meshes_agree(run, tmp_path, stage):
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
         config = tiny()
@@ -167,7 +166,9 @@ def test_meshes_agree(run, tmp_path):
             stages.stage(config, stage, workdir, mesh),
             workdir=workdir,
             mesh=mesh,
-            key=jax.random.key(0),
+            # Not any key: where an activation of the discriminator lies within rounding of LeakyReLU's kink, its
+            # gradient jumps. With key 0 that moved the sixth step on one device, too, when weights moved by 2e-7.
+            key=jax.random.key(1),
             log_every=1,
             checkpoint_every=100,
             keep=1,

@@ -20,20 +20,24 @@ def centre_crop(image, size):
     """ADM's crop of a PIL image: halve with a box filter, then bicubic to the short side, then the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if image.width * image.height * scale**2 > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip")
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = _to_short_side(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
 
 
 def random_crop(image, size, rng):
     """A PIL image's short side resized to 1.5 times `size` (bicubic), then a square of `size` anywhere in it."""
-    scale = int(ENLARGED * size) / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+    image = _to_short_side(image, int(ENLARGED * size))
     left, top = (int(rng.integers(side - size + 1)) for side in image.size)
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _to_short_side(image, size):
+    """Bicubic, so that the short side is `size`."""
+    scale = size / min(image.size)
+    if image.width * image.height * scale**2 > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are too narrow a strip")
+    return image.resize([round(side * scale) for side in image.size], Image.Resampling.BICUBIC)
 
 
 def read_image(path, size, crop=centre_crop, *, at_least=None):
@@ -118,7 +122,9 @@ class ImageFolder:
         if not heldout_path:
             files = [f for i, f in enumerate(files) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
         if not files:
-            raise UserError(f"{key}={given!r} holds no images: put .jpg or .png files into one subfolder per class")
+            raise UserError(
+                f"{key}={given!r} holds no images: put {', '.join(sorted(SUFFIXES))} files into one subfolder per class"
+            )
         self._files = files
         self._size = image_size
 

@@ -1,0 +1,87 @@
+"""Samples as files: taken up where they were interrupted, replaced where something else is wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+from etils import epath
+from PIL import Image
+
+from rae_jax import build, samples, sharding, stages
+from rae_jax.errors import UserError
+
+REQUEST = {"steps": {"dit": 6}}
+NAMES = [str(i) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def draw():
+    """Draws with random weights, none of them zero: (folder, labels) -> {name of a PNG: its bytes}."""
+    config, rng = tiny(), np.random.default_rng(0)
+    config.evaluate.batch_size, config.sampler.num_steps = 8, 2
+    mesh = sharding.make_mesh(config.mesh)
+    shapes = {part: stages.part_shapes(config, part) for part in ("decoder", "dit")}
+    parts = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    latent = build.latent_shape(config)
+    parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
+
+    def run(folder, labels, request=REQUEST):
+        labels = np.asarray(labels)
+        samples.draw(config, parts, labels, mesh, folder, request=request, class_names=NAMES)
+        found = {file.name: file.read_bytes() for file in (folder / "images").glob("*.png")}
+        with np.load(folder / "samples.npz") as written:
+            assert written["arr_0"].dtype == np.uint8 and len(written["arr_0"]) == len(labels)
+            np.testing.assert_array_equal(written["labels"], labels)
+            last = folder / "images" / f"{len(labels) - 1:06d}.png"
+            np.testing.assert_array_equal(written["arr_0"][-1], Image.open(last))
+        return found
+
+    return run
+
+
+def test_what_an_interruption_left_is_completed_with_the_same_bytes(draw, tmp_path):
+    folder = epath.Path(tmp_path)
+    whole = draw(folder, np.arange(20) % 10)
+    assert len(whole) == 20 and len(set(whole.values())) == 20
+    kept = folder / "images" / "000003.png"
+    stamp = kept.stat().mtime
+    for i in (9, 12, 19):
+        (folder / "images" / f"{i:06d}.png").unlink()
+    assert draw(folder, np.arange(20) % 10) == whole
+    assert kept.stat().mtime == stamp  # its batch was whole: not drawn again
+
+
+def test_other_labels_and_other_requests_replace_what_they_must(draw, tmp_path):
+    folder = epath.Path(tmp_path)
+    first = draw(folder, [0] * 16)
+    changed = draw(folder, [0] * 15 + [1])
+    assert {name for name in first if first[name] != changed[name]} == {"000015.png"}
+    # Fewer are asked for: the others stay, and still count later.
+    assert draw(folder, [0] * 8) == changed
+    assert draw(folder, [0] * 15 + [1]) == changed
+    (folder / "images" / "mine.png").write_bytes(first["000000.png"])
+    (folder / "images" / "request.json").write_text('{"request": ')  # cut off
+    (folder / "images" / "000000.png").write_bytes(b"")
+    again = draw(folder, [0] * 16)
+    assert again.pop("mine.png") and again == first
+
+
+def test_labels(tmp_path):
+    np.testing.assert_array_equal(samples.labels_of("balanced", 4, 3, 0), [0, 1, 2, 0])
+    many = samples.labels_of("random", 500, 10, 7)
+    np.testing.assert_array_equal(many[:50], samples.labels_of("random", 50, 10, 7))
+    assert set(many) == set(range(10))
+    file = tmp_path / "labels.txt"
+    file.write_text("2\n0\n1\n")
+    np.testing.assert_array_equal(samples.labels_of(str(file), 2, 3, 0), [2, 0])
+    for text, count, message in (
+        ("2\n0\n", 3, "holds 2 labels"),
+        ("3\n", 1, "labels are 0 to 2"),
+        ("a\n", 1, "one lab"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            samples.labels_of(str(file), count, 3, 0)
+    with pytest.raises(UserError, match="balanced, random, or a file"):
+        samples.labels_of(str(tmp_path / "nowhere"), 1, 3, 0)
