@@ -37,8 +37,10 @@ def batches(config, parts, labels, mesh, *, seed, present=frozenset()):
     Batches whose indices are all among `present` are left out; the others stay what they are.
     """
     sample, key = make_sampler(config), jax.random.key(seed)
-    size, replicated = config.evaluate.batch_size, sharding.replicated(mesh)
-    gather = jax.jit(lambda images: images, out_shardings=replicated)  # every process can read all of them
+    size = min(config.evaluate.batch_size, sharding.round_up(len(labels), mesh))
+    gather = jax.jit(
+        lambda images: images, out_shardings=sharding.replicated(mesh)
+    )  # every process can read all of them
     wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     wanted = [indices for indices in wanted if not present.issuperset(indices)]
     skipped = len(labels) - sum(map(len, wanted))

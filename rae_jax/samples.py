@@ -27,7 +27,8 @@ def labels_of(kind, num_images, num_classes, seed):
     try:
         labels = np.loadtxt(kind, dtype=np.int64, ndmin=1)[:num_images]
     except (OSError, ValueError) as error:
-        raise UserError(f"--labels={kind}: {error}; take balanced, random, or a file with one label a line") from error
+        reason = str(error).rstrip(".")
+        raise UserError(f"--labels={kind}: {reason}; take balanced, random, or a file with one label a line") from error
     if len(labels) < num_images:
         raise UserError(f"--labels={kind} holds {len(labels)} labels: lower --num_images={num_images}, or add some")
     wrong = (labels < 0) | (labels >= num_classes)

@@ -133,6 +133,20 @@ def test_impossible_values_are_named(tiny_config, key, value):
         config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
 
 
+def test_a_guide_is_checked_as_the_dit_is(tiny_config):
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    tiny_config.guidance.method = "autoguidance"
+    with pytest.raises(UserError, match="config.guidance.dit.weights=''"):
+        config_lib.check(tiny_config, mesh)
+    tiny_config.guidance.dit.weights = "FOLDER"
+    config_lib.check(tiny_config, mesh)
+    for key, value in (("width", 18), ("head_width", 18), ("head_depth", -1), ("patch_size", 3), ("patch_size", 0)):
+        wrong = tiny_config.copy_and_resolve_references()
+        wrong.guidance.dit[key] = value
+        with pytest.raises(UserError, match=f"config.guidance.dit.{key}"):
+            config_lib.check(wrong, mesh)
+
+
 def test_guidance_by_labels_takes_labels(tiny_config):
     tiny_config.dit.class_conditional = False
     with pytest.raises(UserError, match="config.guidance.method='cfg'.*class_conditional"):

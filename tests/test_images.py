@@ -1,5 +1,6 @@
 """Image files of every kind: what the 8-bit RGB of them is, or the line that names them."""
 
+import functools
 import struct
 import zlib
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax.data.images import read_image
+from rae_jax.data.images import random_crop, read_image
 from rae_jax.errors import UserError
 
 SIZE = 8
@@ -115,3 +116,10 @@ def test_what_cannot_be_used_is_named(tmp_path, name):
     text = str(refusal.value)
     assert text.startswith(f"cannot read the image {tmp_path / name} (") and text.endswith("): mend or remove it")
     assert "\n" not in text
+
+
+def test_a_strip_is_too_narrow_for_a_random_crop_as_well(tmp_path):
+    (tmp_path / "strip.png").write_bytes(DAMAGED["strip.png"](tmp_path))
+    crop = functools.partial(random_crop, rng=np.random.default_rng(0))
+    with pytest.raises(UserError, match="too narrow a strip"):
+        read_image(tmp_path / "strip.png", 256, crop)
