@@ -107,7 +107,7 @@ def _discriminator():
 
 
 def _encoder_train():
-    train = _train(num_steps=5_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0)
+    train = _train(num_steps=4_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0)
     train.noise_tau = 0.3
     train.detail = 4.0  # how much a patch's differences from its mean colour are magnified before they are asked for
     train.label_weight = 1.0
@@ -125,11 +125,11 @@ def _judge():
 
 
 def _decoder():
-    train = _train(num_steps=5_000, batch_size=16, learning_rate=2e-3)
+    train = _train(num_steps=4_000, batch_size=16, learning_rate=2e-3)
     train.noise_tau = 0.3
     train.lpips_weight = 0.0
-    train.discriminator_start = 3_500  # of the discriminator's updates
-    train.adversarial_start = 3_750  # from then on the decoder tries to fool it
+    train.discriminator_start = 2_800  # of the discriminator's updates
+    train.adversarial_start = 3_000  # from then on the decoder tries to fool it
     train.adversarial_weight = 0.75  # 0: no discriminator, and no backbone is loaded
     return ConfigDict(
         {
@@ -146,13 +146,16 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=20_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
+    train = _train(num_steps=24_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
     train.time = "logit_normal"  # distribution of training times before the shift; or 'uniform'
-    train.time_mean = 0.5
-    train.time_std = 1.0
+    train.time_mean = 1.0
+    train.time_std = 1.5
     train.label_dropout = 0.1
+    train.more_ema_decays = ()  # of further averages beside ema_decay's
     train.microbatches = 1  # a batch's gradient is summed over so many parts of it: less memory
-    return ConfigDict({**_dit_sizes(), "path": "linear", "prediction": "velocity", "train": train})
+    sizes = _dit_sizes()
+    # average: whose weights are used. 0: ema_decay's; n: those of the n-th of more_ema_decays.
+    return ConfigDict({**sizes, "average": 0, "path": "linear", "prediction": "velocity", "train": train})
 
 
 def _dit_sizes():
@@ -174,7 +177,7 @@ def _sampler():
     return ConfigDict(
         {
             "method": "euler",  # or 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama)
-            "num_steps": 25,
+            "num_steps": 50,
             "grid": "plain",  # or 'published': num_steps points, so one step less, that end just before data
             "reuse": 1,  # euler on DiT^DH: steps for which one output of the trunk serves
             "rtol": 1e-3,  # of the adaptive solver

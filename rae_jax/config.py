@@ -18,7 +18,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
     *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
-    *("sampler", "guidance", "evaluate", "data.num_threads"),
+    *("sampler", "guidance", "evaluate", "data.num_threads", "dit.average"),
 )
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
@@ -149,6 +149,7 @@ def flatten(tree, prefix=""):
 
 _DIVIDES = "it must divide the latent grid's {}"
 _HEAD_DEPTH = "it must be 0 for a plain DiT, or positive"
+_DECAYS = "it must be at least 0 and below 1"
 _ORDER = f"each at most once, in the order {', '.join(STAGES)}"
 
 
@@ -156,7 +157,7 @@ def _check_training(config, section, mesh):
     train = _get(config, section)
     for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
         _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
-    _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", "it must be at least 0 and below 1")
+    _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", _DECAYS)
     for key, choices in _TRAIN_CHOICES.items():
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     drawn = config.data.source == "shapes"
@@ -213,6 +214,10 @@ def _check_shapes(config):
 
 def _check_sampling(config):
     train, sampler = config.dit.train, config.sampler
+    decays = train.more_ema_decays
+    _require(all(0.0 <= decay < 1.0 for decay in decays), config, "dit.train.more_ema_decays", _DECAYS)
+    number = f"0, or the number of one of the {len(decays)} in config.dit.train.more_ema_decays"
+    _require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
     whole = train.batch_size % train.microbatches == 0
     _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
     reusable = sampler.reuse == 1 or (sampler.method == "euler" and config.dit.head_depth > 0)

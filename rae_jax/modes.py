@@ -134,7 +134,8 @@ def _evaluator(config, stage, workdir, mesh):
         return {**loaded, **(_guide(config, mesh) if stage.name == "dit" else {})}
 
     def evaluate(state, step):
-        results, shown = evaluation.evaluate(config, {**others(), stage.name: state["ema_params"]}, mesh)
+        parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
+        results, shown = evaluation.evaluate(config, parts, mesh)
         for kind, picture in shown.items():
             pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
         return results

@@ -83,18 +83,19 @@ def ema(average, params, decay):
     return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
 
 
-def init_state(params, optimiser):
-    """The state of a stage with one set of parameters. The average starts at the parameters themselves."""
-    return {
+def init_state(params, optimiser, more_averages=0):
+    """The state of a stage with one set of parameters. Its averages, 1 or more, start at the parameters themselves."""
+    state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "ema_params": params,
         "opt_state": optimiser.init(params),
     }
+    return {**state, "more_ema_params": [params] * more_averages} if more_averages else state
 
 
-def update(state, grads, optimiser, decay):
-    """One optimiser step and one step of the average; returns the new state and the gradient's global norm."""
+def update(state, grads, optimiser, decay, more_decays=()):
+    """One optimiser step and one step of the averages; returns the new state and the gradient's global norm."""
     updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     new = {
@@ -103,4 +104,7 @@ def update(state, grads, optimiser, decay):
         "ema_params": ema(state["ema_params"], params, decay),
         "opt_state": opt_state,
     }
+    if more_decays:
+        averages = zip(state["more_ema_params"], more_decays, strict=True)
+        new["more_ema_params"] = [ema(average, params, more) for average, more in averages]
     return {**state, **new}, optax.tree.norm(grads)

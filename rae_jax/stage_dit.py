@@ -17,7 +17,7 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
     def init(key):
         one = jnp.ones((1,))
         params = dit.init(key, jnp.zeros((1, *latent_shape)), one, one.astype(jnp.int32))["params"]
-        return optim.init_state(params, optimiser)
+        return optim.init_state(params, optimiser, len(train.more_ema_decays))
 
     def loss(params, examples):
         output = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["label"])
@@ -37,7 +37,7 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
             "target": target_fn(x, noise, t),
         }
         value, grads = optim.value_and_grad(loss, state["params"], examples, train.microbatches)
-        state, grad_norm = optim.update(state, grads, optimiser, train.ema_decay)
+        state, grad_norm = optim.update(state, grads, optimiser, train.ema_decay, train.more_ema_decays)
         return state, {"loss": value, "grad_norm": grad_norm}
 
     return init, step

@@ -141,30 +141,33 @@ def part_shapes(config, name):
     if name == "decoder":  # whoever cannot train it, for want of a discriminator, may use it
         latents = jnp.zeros((1, *latent_shape(config)))
         return jax.eval_shape(build.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
-    return jax.eval_shape(_part(name), _state_shapes(config, name))
+    return jax.eval_shape(used(config, name), _state_shapes(config, name))
 
 
 def _state_shapes(config, name):
     return jax.eval_shape(build.init_and_step(config, name)[0], jax.random.key(0))
 
 
-def _part(name):
-    """How the weights that others use come out of a stage's state."""
+def used(config, name):
+    """Function that takes the weights that others use out of a stage's state."""
     match name:
         case "statistics":
             return stage_statistics.statistics
         case "encoder":
             return lambda state: state["ema_params"]["encoder"]
+        case "dit" if config.dit.average:
+            return lambda state: state["more_ema_params"][config.dit.average - 1]
         case _:
             return lambda state: state["ema_params"]
 
 
 def _from_checkpoint(config, name, folder, step, mesh):
     shapes = _state_shapes(config, name)
-    wanted = shapes if name == "statistics" else {"ema_params": shapes["ema_params"]}
+    averages = {key: shapes[key] for key in ("ema_params", "more_ema_params") if key in shapes}
+    wanted = averages or shapes  # statistics have none
     placed = sharding.shardings(wanted, mesh)
     abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), wanted, placed)
-    return jax.jit(_part(name))(checkpoint.restore_entries(folder, step, abstract))
+    return jax.jit(used(config, name))(checkpoint.restore_entries(folder, step, abstract))
 
 
 def _has_checkpoints(config, workdir):

@@ -155,6 +155,7 @@ def test_meshes_agree(run, tmp_path, stage):
         config = tiny()
         config.stages = (stage,)
         config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
+        config.dit.train.more_ema_decays = (0.5, 0.0)
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         for part in ("encoder", "statistics"):
             config[part].weights = str(tmp_path / "weights")
@@ -174,9 +175,20 @@ def test_meshes_agree(run, tmp_path, stage):
             keep=1,
         )
         losses[name] = _rows(workdir, stage)
+    if stage == "dit":
+        _check_averages(config, workdir, mesh)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (theirs["step"], key)
+
+
+def _check_averages(config, workdir, mesh):
+    """config.dit.average picks the weights that others use."""
+    sums = set()
+    for config.dit.average in (0, 1, 2):
+        table = stages.load(config, "dit", workdir, mesh)["label_embed"]["table"]
+        sums.add(float(np.abs(table).sum()))
+    assert len(sums) == 3
 
 
 def test_exported_weights_come_back(run, tmp_path):

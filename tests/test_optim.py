@@ -42,6 +42,21 @@ def test_muon_leaves_the_rest_to_adamw():
     )
 
 
+def test_each_average_has_its_own_decay():
+    optimiser = optax.sgd(0.3)
+    state = optim.init_state({"w": jnp.ones(3)}, optimiser, more_averages=2)
+    params, averages = np.ones(3), [np.ones(3) for _ in range(3)]
+    decays = (0.9, 0.5, 0.0)
+    for n in range(4):
+        grads = np.full(3, n + 1.0)
+        state, _ = optim.update(state, {"w": jnp.asarray(grads)}, optimiser, decays[0], decays[1:])
+        params = params - 0.3 * grads
+        averages = [decay * average + (1 - decay) * params for decay, average in zip(decays, averages, strict=True)]
+    found = [state["ema_params"], *state["more_ema_params"]]
+    for ours, theirs in zip(found, averages, strict=True):
+        np.testing.assert_allclose(ours["w"], theirs, rtol=1e-6)
+
+
 def _is_shape(node):
     return isinstance(node, tuple)
 
