@@ -4,9 +4,14 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of what the tests do: leave out LLVM's slowest passes, which only make programs faster.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
+import numpy as np
 import pytest
 
 from configs import small
@@ -37,6 +42,12 @@ def tiny():
     c.evaluate.update({"num_images": 20, "batch_size": 16, "probe": False})
     c.checkpoint.every = 100
     return c
+
+
+def random_like(shapes, *, seed, scale):
+    """Random numbers, none of them zero, in the shapes of a tree: weights without compiling an initialiser."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
 @pytest.fixture

@@ -4,18 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import random_like, tiny
 
-from rae_jax import build, build_flow, flow, generate
+from rae_jax import build, build_flow, flow, generate, stages
 
 LABELS = jnp.array([0, 3, 9])
 
 
 def _random(module, latent, seed):
-    """Random parameters, none of them zero."""
-    x, rng = jnp.zeros((1, *latent)), np.random.default_rng(seed)
+    x = jnp.zeros((1, *latent))
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, jnp.ones(1), jnp.ones(1, int))["params"]
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    return random_like(shapes, seed=seed, scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -159,16 +158,15 @@ def test_microbatches_are_the_whole_batch():
     latent = build.latent_shape(config)
     images = jax.random.randint(jax.random.key(0), (16, 32, 32, 3), 0, 256).astype(jnp.uint8)
     batch = {"image": images, "label": jnp.arange(16) % 10}
-    autoencoder = build.autoencoder(config)
     frozen = {
-        "encoder": jax.jit(autoencoder.encoder.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))["params"],
+        "encoder": random_like(stages.part_shapes(config, "encoder"), seed=1, scale=0.2),
         "statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)},
     }
     ends, norms = [], []
     for parts in (1, 4):
         config.dit.train.microbatches = parts
         init, step = build.init_and_step(config, "dit")
-        state = jax.jit(init)(jax.random.key(2))
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init, jax.random.key(2)))
         state["params"] = _random(build.dit(config), latent, 3)
         step = jax.jit(step)
         for n in range(3):

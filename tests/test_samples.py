@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
@@ -18,10 +18,10 @@ NAMES = [str(i) for i in range(10)]
 @pytest.fixture(scope="module")
 def draw():
     """Draws with random weights, none of them zero: (folder, labels) -> {name of a PNG: its bytes}."""
-    config, rng = tiny(), np.random.default_rng(0)
+    config = tiny()
     config.sampler.num_steps = 2
     shapes = {part: stages.part_shapes(config, part) for part in ("decoder", "dit")}
-    parts = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    parts = random_like(shapes, seed=0, scale=0.2)
     latent = build.latent_shape(config)
     parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
 
