@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax import perception, reconstruct, resize, sharding, stages
+from rae_jax import looks, perception, reconstruct, resize, sharding, stages
 from rae_jax.data.images import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 
@@ -77,13 +77,11 @@ def _moments(config, files, devices, batch_size):
     """Of the files and of their reconstructions by the shipped weights."""
     mesh = _mesh(devices)
     parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
-    redraw, moments = reconstruct.make(config), perception.PairMoments()
+    redraw, moments = reconstruct.make(config), reconstruct.PairMoments()
     source, shown = ImageFiles(files, config.data.image_size), []
-    for out in reconstruct.look(
-        lambda parts, batch: redraw(parts, batch["image"])[1],
-        *(parts, source, mesh),
-        **{"batch_size": batch_size, "num_threads": 2, "name": "test"},
-    ):
+    batches = looks.batches(source, mesh, batch_size=batch_size, num_threads=2, name="test")
+    view = looks.compiled(lambda parts, batch: redraw(parts, batch["image"])[1], mesh)
+    for out in looks.look(view, parts, batches):
         moments.add(out)
         shown.append(out["decoded"])
     return moments, np.concatenate(shown)

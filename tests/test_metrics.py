@@ -113,6 +113,28 @@ def test_precision_and_recall_are_their_definition(offset, block):
     np.testing.assert_array_equal(metrics.precision_recall(reference, reference, block=block), (1.0, 1.0))
 
 
+def test_metrics_of_features_are_torch_fidelitys():
+    """Of its own functions from features to numbers."""
+    torch = pytest.importorskip("torch")
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="the judge of this test")
+    from torch_fidelity import metric_isc, metric_prc
+
+    rng = np.random.default_rng(0)
+    a, b = (np.abs(rng.normal(size=(n, 40)) + shift).astype(np.float32) for n, shift in ((300, 0.0), (200, 0.1)))
+    a, b = a * rng.random((300, 1), np.float32), b * rng.random((200, 1), np.float32)
+    theirs = [torch.from_numpy(x) for x in (a, b)]
+    (expected,) = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, theirs), False).values()
+    assert _distance(a, b) == pytest.approx(expected, rel=1e-6)
+    expected = metric_prc.prc_features_to_metric(
+        *theirs, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False
+    )
+    assert 0.5 < expected["precision"] < 1 and 0.5 < expected["recall"] < 1
+    found = metrics.precision_recall(a, b, block=64)
+    assert found == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
+    expected = metric_isc.isc_features_to_metric(10 * theirs[0], splits=3, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(10 * a, split=100) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 200])
 def test_moments_do_not_depend_on_the_batches(batch_size):
     features = np.random.default_rng(2).normal(size=(200, 6)) + 1e4  # far from zero: squares minus square would cancel
