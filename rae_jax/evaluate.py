@@ -49,23 +49,22 @@ class Evaluator:
         """
         config = self._config
         is_reference = "dit" in parts and not config.evaluate.reference
-        rfid, seen, pairs = reconstruct.PairMoments(), perception.Seen(keep=("pool",)), {}
+        moments, pairs = reconstruct.PairMoments(as_reference=is_reference), {}
         kept = _Kept("features", "judged", "label", "psnr", "ssim", "lpips", *(("image",) if probe else ()))
         for out in looks.look(self._redraw, parts, self._batches(self._held_out, "look")):
-            rfid.add(out)
-            seen.add(out.get("seen", {}) if is_reference else {})
+            moments.add(out)
             kept.add(out)
             _add_pairs(pairs, out)
         held_out = kept.arrays()
         results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim", "lpips") if name in held_out}
-        results.update(rfid.rfid())
+        results.update(moments.rfid())
         if "judge" in parts:
             results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
         if probe:
             results.update(probes.probes(config, parts, held_out["image"], held_out["label"]))
         shown = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
-            reference = (seen, held_out["features"]) if is_reference else self._reference(parts)
+            reference = (moments.given, held_out["features"]) if is_reference else self._reference(parts)
             generation, shown["samples"] = self._generation(parts, reference)
             results.update(generation)
         return results, shown

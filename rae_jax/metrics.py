@@ -104,28 +104,30 @@ def _score(logits):
     return np.exp((np.exp(log_p) * (log_p - log_mean)).sum(1).mean())
 
 
-def precision_recall(generated, reference, *, block=_BLOCK):
+def precision_recall(generated, reference, *, block=_BLOCK, tick=lambda rows: None):
     """(precision, recall) of features [N, D] against [M, D], more than three each.
 
     Precision is the fraction of generated features that lie no further from some reference feature than its third
     nearest fellow does; recall the same the other way round. In float32 on the device, `block` rows of distances at a
-    time. Source: Kynkäänniemi et al. 2019, as ADM's evaluator has it.
+    time, of which `tick` is told: 2 (N + M) in all. Source: Kynkäänniemi et al. 2019, as ADM's evaluator has it.
     """
     centre = np.mean(reference, 0)  # distances are differences of squares: from here, little of them cancels
     generated, reference = (np.asarray(x - centre, np.float32) for x in (generated, reference))
     within = []
     for rows, others in ((generated, reference), (reference, generated)):
         on_device = jnp.asarray(others)
-        radii = _in_blocks(_radii, others, on_device, block=block)
-        within.append(_in_blocks(_are_within, rows, on_device, jnp.asarray(radii), block=block).mean())
+        radii = jnp.asarray(_in_blocks(_radii, others, on_device, block=block, tick=tick))
+        within.append(_in_blocks(_are_within, rows, on_device, radii, block=block, tick=tick).mean())
     return tuple(map(float, within))
 
 
-def _in_blocks(function, rows, *others, block):
+def _in_blocks(function, rows, *others, block, tick):
     """function(rows, *others), so many rows at a time; the last block is filled up, so that all have one shape."""
-    size = min(block, len(rows))
-    starts = range(0, len(rows), size)
-    blocks = [np.asarray(function(np.take(rows, range(s, s + size), 0, mode="wrap"), *others)) for s in starts]
+    size, blocks = min(block, len(rows)), []
+    for start in range(0, len(rows), size):
+        some = np.take(rows, range(start, start + size), axis=0, mode="wrap")
+        blocks.append(np.asarray(function(some, *others)))
+        tick(min(size, len(rows) - start))
     return np.concatenate(blocks)[: len(rows)]
 
 

@@ -107,9 +107,20 @@ def compare_sets(found, reference):
     if any(pool is None or len(pool) <= metrics.NEIGHBOURS for pool in pools):
         logs.say(f"no precision and recall: they take more than {metrics.NEIGHBOURS} images, of the reference too")
         return results
-    logs.say("computing precision and recall")
-    precision, recall = metrics.precision_recall(*pools)
-    return {**results, "precision": precision, "recall": recall}
+    return {**results, **_precision_recall(*pools)}
+
+
+def _precision_recall(found, reference):
+    done, total = 0, 2 * (len(found) + len(reference))
+
+    def tick(rows):
+        nonlocal done
+        done += rows
+        progress.update(done)
+
+    with logs.Progress("precision and recall", total=total, unit="row") as progress:
+        precision, recall = metrics.precision_recall(found, reference, tick=tick)
+    return {"precision": precision, "recall": recall}
 
 
 def frechet(name, a, b):

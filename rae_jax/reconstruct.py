@@ -38,22 +38,26 @@ def make(config):
 
 
 class PairMoments:
-    """rFID from batches of what `make`'s function returns."""
+    """rFID from batches of what `make`'s function returns, where Inception is among the parts.
 
-    def __init__(self):
-        self._given, self._decoded = perception.Seen(), perception.Seen()
+    `given` is what Inception sees of the images; with `as_reference`, all that others can be compared with.
+    """
+
+    def __init__(self, *, as_reference=False):
+        self._kinds = perception.MOMENTS_OF if as_reference else ("pool",)
+        self.given, self._decoded = perception.Seen(keep=("pool",) if as_reference else ()), perception.Seen()
 
     def add(self, out):
-        """Takes in a batch, where Inception has seen it."""
+        """Takes in a batch."""
         if "seen" in out:
-            self._given.add({"pool": out["seen"]["pool"]})
+            self.given.add({kind: out["seen"][kind] for kind in self._kinds})
             self._decoded.add(out["seen_decoded"])
 
     def rfid(self):
         """{'rfid': Fréchet distance of the reconstructions to the images}; {} without, or of fewer than two."""
-        if not self._given.moments:
+        if not self.given.moments:
             return {}
-        return perception.frechet("rfid", self._given.moments["pool"], self._decoded.moments["pool"])
+        return perception.frechet("rfid", self.given.moments["pool"], self._decoded.moments["pool"])
 
 
 def reconstruct(config, parts, path, mesh, folder):
