@@ -106,6 +106,8 @@ class Evaluator:
         """Source of the images at `path`, None for an npz without; says so where they are resized for some networks."""
         size = self._config.data.image_size
         source = archive.open_images(path, size)
+        if source is not None and len(source) < 2:
+            raise UserError("it holds a single image: two and more have a distribution to compare")
         if source is not None and source[0]["image"].shape[:2] != (size, size):
             height, width = source[0]["image"].shape[:2]
             logs.say(f"{path}: {height}x{width} px, which the encoder and the judge see resized to {size}x{size}")

@@ -220,6 +220,7 @@ MU, SIGMA = np.zeros(12), np.eye(12)
         ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(4, 32, 32, 3\), not images: uint8 \[N, H, W, 3\]"),
         ({"arr_0": IMAGES[..., 0]}, r"arr_0 is uint8 \(4, 32, 32\), not images"),
         ({"arr_0": IMAGES[:0]}, r"arr_0 is uint8 \(0, 32, 32, 3\), not images"),
+        ({"arr_0": IMAGES[:1]}, "it holds a single image"),
         ({"arr_0": np.array([None, 1])}, "not a whole npz file"),
         ({"arr_0": IMAGES, "arr_1": np.arange(3)}, r"arr_1 is int64 \(3,\), not a label for each of the 4 images"),
     ],
