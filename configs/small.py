@@ -45,7 +45,11 @@ def _evaluate():
             "batch_size": 256,
             "probe": True,  # linear probes of the encoder
             "shipped": False,  # of the shipped weights as well
-            "inception": "",  # FID's InceptionV3, named as LPIPS' weights are; '': no FID
+            # FID's InceptionV3, named as LPIPS' weights are; '': no FID, sFID, Inception Score, precision and recall.
+            "inception": "",
+            # What generated images are compared with: an .npz as ADM's (arr_0: images; mu, sigma, mu_s, sigma_s: the
+            # moments that FID and sFID take, where they are there), or a folder of images; '': the held-out images.
+            "reference": "",
         }
     )
 

@@ -64,6 +64,9 @@ def check(config, mesh):
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
+    reference = config.evaluate.reference
+    there = not reference or epath.Path(reference).exists()
+    _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
     for stage in TRAINED:
         _check_training(config, f"{stage}.train", mesh)
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)

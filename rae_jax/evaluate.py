@@ -1,145 +1,241 @@
-"""Metrics and pictures of a set of weights on held-out images."""
+"""Metrics and pictures of a set of weights on held-out images, and of images of any origin against a reference."""
 
-import jax
+import contextlib
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, logs, metrics, perception, pictures, rae, reconstruct, samples
+from rae_jax import (
+    build,
+    generate,
+    logs,
+    looks,
+    metrics,
+    perception,
+    pictures,
+    probes,
+    rae,
+    reconstruct,
+    resize,
+    samples,
+    sharding,
+)
+from rae_jax.data import archive
+from rae_jax.errors import UserError
 
-PROBE_IMAGES = 10_000  # training images that a linear probe is fitted to
-SHOWN = 10  # reconstructions in the picture
+SHOWN = 10  # reconstructions in the picture, each of another class
 
 
-def evaluate(config, parts, mesh):
-    """Returns ({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
+class Evaluator:
+    """Evaluates weights, and images, by the same code, as often as wanted; what it compiles, it compiles once.
 
-    Reconstruction: psnr, ssim; lpips and rfid where their networks are among the parts. Generation, where a DiT is: fd
-    against one half of the held-out images, beside fd_real of the other half against it; with a judge, its agreement
-    with the requested labels, beside judge_accuracy on real images.
+    Raises UserError for a config.evaluate.reference that is not there or not usable.
     """
-    one_pass = _Pass(config, parts, mesh)
-    held_out = one_pass.run(build.source(config, "heldout"))
-    results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim", "lpips") if name in held_out}
-    results.update(one_pass.moments.rfid())
-    if "judge" in parts:
-        results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
-    if config.evaluate.probe:
-        results.update(_probes(config, parts, mesh, held_out))
-    shown = {"reconstructions": _reconstructions(config, held_out)}
-    if "dit" not in parts:
+
+    def __init__(self, config, mesh):
+        self._config, self._mesh = config, mesh
+        self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
+        self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config)
+        self._redraw, self._glance = (looks.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
+        self._images, self._moments = self._open_reference()
+        self._known = None  # the encoder's weights, and what was seen of the reference with them
+
+    def weights(self, parts, *, probe=False):
+        """({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
+
+        Reconstruction of the held-out images: psnr, ssim; lpips and rfid where their networks are among the parts;
+        judge_accuracy, with a judge; linear probes of the encoder, if asked for. Generation, with a DiT: as `images`.
+        """
+        config = self._config
+        is_reference = "dit" in parts and not config.evaluate.reference
+        moments, pairs = reconstruct.PairMoments(as_reference=is_reference), {}
+        kept = _Kept("features", "judged", "label", "psnr", "ssim", "lpips", *(("image",) if probe else ()))
+        for out in looks.look(self._redraw, parts, self._batches(self._held_out, "look")):
+            moments.add(out)
+            kept.add(out)
+            _add_pairs(pairs, out)
+        held_out = kept.arrays()
+        results = {name: float(held_out[name].mean()) for name in ("psnr", "ssim", "lpips") if name in held_out}
+        results.update(moments.rfid())
+        if "judge" in parts:
+            results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
+        if probe:
+            results.update(probes.probes(config, parts, held_out["image"], held_out["label"]))
+        shown = {"reconstructions": _picture(pairs)}
+        if "dit" in parts:
+            reference = (moments.given, held_out["features"]) if is_reference else self._reference(parts)
+            generation, shown["samples"] = self._generation(parts, reference)
+            results.update(generation)
         return results, shown
 
-    half = len(held_out["label"]) // 2
-    num_images = min(config.evaluate.num_images, half)
-    labels = samples.labels_of("balanced", num_images, config.data.num_classes, config.seed)
-    images = np.concatenate([i for _, i in generate.batches(config, parts, labels, mesh, seed=config.seed)])
-    generated = one_pass.run(_Images(images, labels), redraw=False)
+    def images(self, parts, path):
+        """{metric: number} of the images at `path`, an npz's or a folder's, against config.evaluate.reference.
 
-    order = np.random.default_rng(config.seed).permutation(half * 2)
-    one, other = order[:num_images], order[half : half + num_images]
-    real = held_out["features"]
-    reference = metrics.moments(real[one])
-    results["fd"] = metrics.frechet_distance(metrics.moments(generated["features"]), reference)
-    results["fd_real"] = metrics.frechet_distance(metrics.moments(real[other]), reference)
-    if "judge" in parts:
-        results["agreement"] = float((generated["judged"] == labels).mean())
-    shown["samples"] = pictures.class_grid(images, labels, build.source(config, "heldout").class_names)
-    return results, shown
+        fd in the space of the encoder; fid, sfid, inception_score, precision and recall with Inception among the parts;
+        agreement with a judge, where the npz has labels. Held-out images are the reference where none is named; fd is
+        then that to one half of them, beside fd_real of the other half to it. The encoder and the judge see images of
+        another size resized. Raises UserError for images that are not usable.
+        """
+        with _naming(f"--samples={path}"):
+            source = self._open(path)
+            if source is None:
+                raise UserError(f"it lacks {archive.IMAGES}, the images: uint8 [N, H, W, 3]")
+        reference = self._reference(parts)
+        return self._compared(parts, self._batches(source, "samples"), reference)
 
+    @functools.cached_property
+    def _held_out(self):
+        return build.source(self._config, "heldout")
 
-class _Images:
-    """Images in memory as a source."""
+    def _open_reference(self):
+        """(Source of the named reference's images or None, {kind: Gaussian} of the moments that it holds)."""
+        path = self._config.evaluate.reference
+        if not path:
+            return None, {}
+        with _naming(f"config.evaluate.reference={path}"):
+            images = self._open(path)
+            moments = archive.read_moments(path, perception.MOMENTS_OF)
+            if images is None and not moments:
+                raise UserError(f"it holds neither images ({archive.IMAGES}) nor moments (mu and sigma)")
+            if images is None and not self._config.evaluate.inception:
+                raise UserError("it holds no images, and its moments take config.evaluate.inception: name that as well")
+        return images, {kind: metrics.Gaussian(*of) for kind, of in moments.items()}
 
-    def __init__(self, images, labels):
-        self._images, self._labels = images, labels
+    def _open(self, path):
+        """Source of the images at `path`, None for an npz without; says so where they are resized for some networks."""
+        size = self._config.data.image_size
+        source = archive.open_images(path, size)
+        if source is not None and len(source) < 2:
+            raise UserError("it holds a single image: two and more have a distribution to compare")
+        if source is not None and source[0]["image"].shape[:2] != (size, size):
+            height, width = source[0]["image"].shape[:2]
+            logs.say(f"{path}: {height}x{width} px, which the encoder and the judge see resized to {size}x{size}")
+        return source
 
-    def __len__(self):
-        return len(self._images)
+    def _reference(self, parts):
+        """(What Inception sees, the encoder's features) of the reference; the latter None where it has no images."""
+        if self._known is None or self._known[0] is not parts["encoder"]:
+            self._known = parts["encoder"], self._look_at_reference(parts)
+        return self._known[1]
 
-    def __getitem__(self, index):
-        return {"image": self._images[index], "label": np.int32(self._labels[index])}
+    def _look_at_reference(self, parts):
+        source = self._images if self._config.evaluate.reference else self._held_out
+        seen, kept = perception.Seen(keep=("pool",)), _Kept("features")
+        if source is not None:
+            for out in looks.look(self._glance, parts, self._batches(source, "reference")):
+                seen.add(out.get("seen", {}))
+                kept.add(out)
+        seen.moments.update(self._moments)
+        return seen, kept.arrays().get("features")
 
-
-class _Pass:
-    """One pass over images: features and the judge's opinion of each, every image once, and reconstructions.
-
-    `moments` are those of the images that were reconstructed.
-    """
-
-    def __init__(self, config, parts, mesh):
-        self._config, self._parts, self._mesh = config, parts, mesh
-        self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
-        self._reconstruct = reconstruct.make(config)
-        self.moments = perception.PairMoments()
-
-    def run(self, source, *, redraw=True):
-        """{name: array [N, ...]} of the source's images."""
+    def _generation(self, parts, reference):
+        """({metric: number}, picture) of images that are drawn for it, as many of each class."""
         config = self._config
-        looks = []
-        for out in reconstruct.look(
-            self._redraw if redraw else self._glance,
-            self._parts,
-            source,
-            self._mesh,
-            batch_size=config.evaluate.batch_size,
-            num_threads=config.data.num_threads,
-            name="look",
-        ):
-            self.moments.add(out)
-            looks.append(out)
-        return {name: np.concatenate([out[name] for out in looks]) for name in looks[0]}
+        labels = samples.labels_of("balanced", config.evaluate.num_images, config.data.num_classes, config.seed)
+        shown = dict.fromkeys(pictures.chosen(labels).tolist())
+        results = self._compared(parts, self._drawn(parts, labels, shown), reference)
+        picture = pictures.overview(np.stack(list(shown.values())), labels[list(shown)], self._held_out.class_names)
+        return results, picture
 
-    def _redraw(self, parts, batch):
+    def _drawn(self, parts, labels, shown):
+        """Batches on the devices of images for the labels; those whose indices are in `shown` are left there."""
+        how, size = {"batch_size": self._config.evaluate.batch_size, "seed": self._config.seed}, 0
+        for indices, images in generate.batches(self._sample, parts, labels, self._mesh, **how):
+            shown.update({i: images[n].copy() for n, i in enumerate(indices.tolist()) if i in shown})
+            size = max(size, sharding.round_up(len(images), self._mesh))
+            rows = np.arange(size) % len(images)
+            mask = (np.arange(size) < len(images)).astype(np.float32)
+            batch = {"image": images[rows], "label": labels[indices][rows].astype(np.int32), "mask": mask}
+            yield sharding.put_global(batch, self._mesh)
+
+    def _compared(self, parts, batches, reference):
+        """{metric: number} of the images in batches on the devices against a reference."""
+        seen, kept = perception.Seen(keep=("pool", "logits")), _Kept("features", "judged", "label")
+        for out in looks.look(self._glance, parts, batches):
+            seen.add(out.get("seen", {}))
+            kept.add(out)
+        found, (reference_seen, features) = kept.arrays(), reference
+        results = {} if features is None else self._fd(found["features"], features)
+        if "inception" in parts:
+            results.update(perception.compare_sets(seen, reference_seen))
+        if "judged" in found and "label" in found:
+            results["agreement"] = float((found["judged"] == found["label"]).mean())
+        return results
+
+    def _fd(self, found, reference):
+        """Distance to the named reference; or to one half of the held-out images, beside that of the other half."""
+        if self._config.evaluate.reference:
+            return perception.frechet("fd", metrics.moments(found), metrics.moments(reference))
+        half = len(reference) // 2
+        count = min(len(found), half)
+        if count < 2:
+            return {}
+        order = np.random.default_rng(self._config.seed).permutation(half * 2)
+        one, other = (metrics.moments(reference[order[start : start + count]]) for start in (0, half))
+        return {**perception.frechet("fd", metrics.moments(found), one), **perception.frechet("fd_real", other, one)}
+
+    def _batches(self, source, name):
+        sizes = {"batch_size": self._config.evaluate.batch_size, "num_threads": self._config.data.num_threads}
+        return looks.batches(source, self._mesh, **sizes, name=name)
+
+    def _redraw_view(self, parts, batch):
+        """Everything about held-out images and their reconstructions."""
         latents, redrawn = self._reconstruct(parts, batch["image"])
-        return {**self._opinion(parts, batch, latents), **redrawn}
+        opinion = self._opinion(parts, rae.to_float(batch["image"]), latents)
+        return {"image": batch["image"], "label": batch["label"], **opinion, **redrawn}
 
-    def _glance(self, parts, batch):
-        return self._opinion(parts, batch, self._autoencoder.encode(parts["encoder"], rae.to_float(batch["image"])))
+    def _glance_view(self, parts, batch):
+        """Features of images and, with a judge, its opinion; Inception sees them at their own size, as ADM's does."""
+        images = rae.to_float(batch["image"])
+        out = {"label": batch["label"]} if "label" in batch else {}
+        if "inception" in parts:
+            out["seen"] = perception.features(parts["inception"], images)
+        size = self._config.data.image_size
+        if images.shape[1:3] != (size, size):
+            images = jnp.clip(resize.bicubic(images, size, size, antialias=True), 0.0, 1.0)
+        return {**out, **self._opinion(parts, images, self._autoencoder.encode(parts["encoder"], images))}
 
-    def _opinion(self, parts, batch, latents):
-        judged = {}
-        if "judge" in parts:
-            logits = self._judge.apply({"params": parts["judge"]}, rae.to_float(batch["image"]))
-            judged["judged"] = logits.argmax(-1)
-        return {"image": batch["image"], "features": latents.mean((1, 2)), **judged, "label": batch["label"]}
-
-
-def _probes(config, parts, mesh, held_out):
-    """Linear probe accuracy of pooled tokens, beside those of a random-weight encoder and of raw pixels."""
-    logs.say("fitting linear probes")
-    encoder = build.autoencoder(config)
-    size = config.data.image_size
-    blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
-    random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
-    views = {
-        "probe": jax.jit(lambda x: encoder.encode(parts["encoder"], x).mean((1, 2))),
-        "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),
-        "probe_pixels": lambda x: x.reshape(len(x), -1),
-    }
-    source = build.source(config, "train")
-    chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
-    train = [source[i] for i in chosen]
-    images, labels = np.stack([e["image"] for e in train]), np.array([e["label"] for e in train])
-
-    def features(view, images):
-        return np.concatenate(
-            [np.asarray(view(rae.to_float(b))) for b in np.split(images, range(250, len(images), 250))]
-        )
-
-    return {
-        name: metrics.linear_probe(
-            features(view, images),
-            labels,
-            features(view, held_out["image"]),
-            held_out["label"],
-            num_classes=config.data.num_classes,
-        )
-        for name, view in views.items()
-    }
+    def _opinion(self, parts, images, latents):
+        features = {"features": latents.mean((1, 2))}
+        if "judge" not in parts:
+            return features
+        return {**features, "judged": self._judge.apply({"params": parts["judge"]}, images).argmax(-1)}
 
 
-def _reconstructions(config, held_out):
-    names = build.source(config, "heldout").class_names
-    chosen = [np.flatnonzero(held_out["label"] == c)[0] for c in range(len(names))][:SHOWN]
-    pairs = np.concatenate([held_out["image"][chosen], held_out["decoded"][chosen]])
-    return pictures.with_captions(pictures.grid(pairs, len(chosen)), ("held-out", "decoded"), scale=3)
+class _Kept:
+    """Of what is made of batches, the arrays that are kept of every image."""
+
+    def __init__(self, *names):
+        self._batches = {name: [] for name in names}
+
+    def add(self, out):
+        for name, batches in self._batches.items():
+            if name in out:
+                batches.append(out[name])
+
+    def arrays(self):
+        """{name: [N, ...]} of those that there were."""
+        return {name: np.concatenate(batches) for name, batches in self._batches.items() if batches}
+
+
+@contextlib.contextmanager
+def _naming(name):
+    """Whatever the user has to mend inside belongs to `name`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _add_pairs(pairs, out):
+    """{class: (image, reconstruction)}, the first that come."""
+    for i, label in enumerate(out["label"].tolist()):
+        if label not in pairs and len(pairs) < SHOWN:
+            pairs[label] = (out["image"][i].copy(), out["decoded"][i].copy())
+
+
+def _picture(pairs):
+    rows = zip(*(pairs[label] for label in sorted(pairs)), strict=True)
+    picture = pictures.grid(np.concatenate([np.stack(row) for row in rows]), len(pairs))
+    return pictures.with_captions(picture, ("held-out", "decoded"), scale=3)

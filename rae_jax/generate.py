@@ -1,5 +1,7 @@
 """From labels to images: noise, guided trajectory, decoder. One compiled program, any number of images."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +33,14 @@ def make_sampler(config):
     return sample
 
 
-def batches(config, parts, labels, mesh, *, seed, present=frozenset()):
+def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
     """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for the labels [N]; a batch is computed ahead of its use.
 
-    Batches whose indices are all among `present` are left out; the others stay what they are.
+    `sample` is what make_sampler made. Batches whose indices are all among `present` are left out; the others stay what
+    they are.
     """
-    sample, key = make_sampler(config), jax.random.key(seed)
-    size = min(config.evaluate.batch_size, sharding.round_up(len(labels), mesh))
-    gather = jax.jit(
-        lambda images: images, out_shardings=sharding.replicated(mesh)
-    )  # every process can read all of them
+    key, gather = jax.random.key(seed), _gather(mesh)
+    size = min(batch_size, sharding.round_up(len(labels), mesh))
     wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     wanted = [indices for indices in wanted if not present.issuperset(indices)]
     skipped = len(labels) - sum(map(len, wanted))
@@ -60,6 +60,12 @@ def batches(config, parts, labels, mesh, *, seed, present=frozenset()):
             done += len(indices)
             yield np.asarray(indices), np.asarray(images)[: len(indices)]
             progress.update(done)
+
+
+@functools.cache
+def _gather(mesh):
+    """Compiled: all of a batch on every device, so that every process can read it."""
+    return jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
 
 def _guided(config, parts, labels):

@@ -22,6 +22,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
+flags.DEFINE_string(
+    "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
+)
 flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")

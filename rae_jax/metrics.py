@@ -1,5 +1,6 @@
 """Metrics of images and features. Images are [B, H, W, 3] in [0, 1]; features are [N, D]."""
 
+import dataclasses
 from typing import NamedTuple
 
 import dm_pix
@@ -8,6 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.linalg
+import scipy.special
+
+SPLIT = 5000  # images over which the Inception Score is taken: the mean over a set's splits, in order
+NEIGHBOURS = 3  # of precision and recall
+_BLOCK = 1024  # features whose distances to all others are in memory at once
 
 
 def psnr(images, reference):
@@ -35,6 +41,19 @@ class Moments(NamedTuple):
     mean: np.ndarray | float = 0.0
     scatter: np.ndarray | float = 0.0
 
+    @property
+    def covariance(self):
+        """Unbiased, [D, D]; of two features or more."""
+        return self.scatter / (self.count - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Of a set of features all that a Fréchet distance needs: mean [D] and covariance [D, D], float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
 
 def moments(features):
     """Moments of features [N, D], N at least 1."""
@@ -52,17 +71,83 @@ def merge(a, b):
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)) between the Gaussians of two `Moments` of two features or more.
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)) of two `Moments`, of two features or more each, or `Gaussian`s.
 
     The trace of the square root comes from eigenvalues of sqrt(C_a) C_b sqrt(C_a), which is symmetric: no
     complex numbers, and no trouble where a covariance is singular. float64.
     """
-    cov_a, cov_b = (m.scatter / (m.count - 1) for m in (a, b))
-    values, vectors = scipy.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    cross = np.sqrt(np.maximum(scipy.linalg.eigvalsh(root @ cov_b @ root), 0.0)).sum()
+    values, vectors = scipy.linalg.eigh(a.covariance)
+    roots = _roots(values)
+    root = vectors[:, roots > 0] * roots[roots > 0]  # [D, rank]
+    cross = _roots(scipy.linalg.eigvalsh(root.T @ b.covariance @ root)).sum() if root.size else 0.0
     difference = a.mean - b.mean
-    return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+    return float(difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2.0 * cross)
+
+
+def _roots(values):
+    """Square roots of the eigenvalues of a positive semidefinite matrix; those within rounding of zero are zero."""
+    return np.sqrt(np.where(values > np.finfo(np.float64).eps * len(values) * values.max(), values, 0.0))
+
+
+def inception_score(logits, *, split=SPLIT):
+    """exp of the mean KL divergence of softmax(logits [N, K]) from its mean, of each split; their mean. float64.
+
+    The last split may be smaller. Source: ADM's evaluator.
+    """
+    parts = np.split(np.asarray(logits), range(split, len(logits), split))
+    return float(np.mean([_score(part.astype(np.float64)) for part in parts]))
+
+
+def _score(logits):
+    log_p = scipy.special.log_softmax(logits, axis=1)
+    log_mean = scipy.special.logsumexp(log_p, axis=0) - np.log(len(log_p))
+    return np.exp((np.exp(log_p) * (log_p - log_mean)).sum(1).mean())
+
+
+def precision_recall(generated, reference, *, block=_BLOCK, tick=lambda rows: None):
+    """(precision, recall) of features [N, D] against [M, D], more than three each.
+
+    Precision is the fraction of generated features that lie no further from some reference feature than its third
+    nearest fellow does; recall the same the other way round. In float32 on the device, `block` rows of distances at a
+    time, of which `tick` is told: 2 (N + M) in all. Source: Kynkäänniemi et al. 2019, as ADM's evaluator has it.
+    """
+    centre = np.mean(reference, 0)  # distances are differences of squares: from here, little of them cancels
+    generated, reference = (np.asarray(x - centre, np.float32) for x in (generated, reference))
+    within = []
+    for rows, others in ((generated, reference), (reference, generated)):
+        on_device = jnp.asarray(others)
+        radii = jnp.asarray(_in_blocks(_radii, others, on_device, block=block, tick=tick))
+        within.append(_in_blocks(_are_within, rows, on_device, radii, block=block, tick=tick).mean())
+    return tuple(map(float, within))
+
+
+def _in_blocks(function, rows, *others, block, tick):
+    """function(rows, *others), so many rows at a time; the last block is filled up, so that all have one shape."""
+    size, blocks = min(block, len(rows)), []
+    for start in range(0, len(rows), size):
+        some = np.take(rows, range(start, start + size), axis=0, mode="wrap")
+        blocks.append(np.asarray(function(some, *others)))
+        tick(min(size, len(rows) - start))
+    return np.concatenate(blocks)[: len(rows)]
+
+
+@jax.jit
+def _radii(rows, others):
+    """Squared distance of each row, which is one of the others, to its third nearest fellow, [B]."""
+    nearest, _ = jax.lax.top_k(-_distances(rows, others), NEIGHBOURS + 1)  # the first is the row itself
+    return -nearest[:, -1]
+
+
+@jax.jit
+def _are_within(rows, others, radii):
+    """Whether each row lies within the radius of any of the others, [B]."""
+    return (_distances(rows, others) <= radii).any(1)
+
+
+def _distances(a, b):
+    """Squared, [A, B]."""
+    products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.maximum(jnp.square(a).sum(1)[:, None] - 2.0 * products + jnp.square(b).sum(1), 0.0)
 
 
 def linear_probe(train, train_labels, test, test_labels, *, num_classes, steps=200, weight_decay=1e-4):

@@ -22,17 +22,18 @@ def train(config, workdir, mesh, flags):
     for split in ("train", "heldout"):
         build.source(config, split)  # a mistake in the data shows before anything is written
     perception.find(config)  # and so does a network that would be missed when all is trained
+    evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     config_lib.save(config, workdir)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
-        results = _measure(config, _shipped(config, mesh), mesh, workdir, "shipped")
+        results = _measure(evaluator, config, _shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
     for stage_name in config.stages:
-        _run_stage(config, stage_name, workdir, mesh)
+        _run_stage(config, stage_name, workdir, mesh, evaluator)
     parts = _parts(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
-    trained = _measure(config, parts, mesh, workdir, prefix)
+    trained = _measure(evaluator, config, parts, workdir, prefix)
     results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
     _write_results(workdir, name, results)
     print(f"pictures: {workdir / 'samples'}")
@@ -40,9 +41,15 @@ def train(config, workdir, mesh, flags):
 
 
 def evaluate(config, workdir, mesh, flags):
-    """Metrics of the newest checkpoint, or of --step, printed and written to eval/."""
+    """Metrics of the newest checkpoint, of --step, or of --samples, printed and written to eval/."""
+    evaluator = evaluation.Evaluator(config, mesh)
+    if flags.samples is not None:
+        names = ("encoder", *(name for name in ("judge", "inception") if _there(config, name)))
+        parts = {name: stages.load(config, name, workdir, mesh) for name in names}
+        _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
+        return
     parts = _parts(config, workdir, mesh, step=flags.step)
-    results = _measure(config, parts, mesh, workdir, "")
+    results = _measure(evaluator, config, parts, workdir, "")
     suffix = "" if flags.step is None else f"_{flags.step}"
     _write_results(workdir, f"{config.name}{suffix}.json", results)
 
@@ -99,7 +106,7 @@ def reconstruct(config, workdir, mesh, flags):
     print(f"images:  {folder}")
 
 
-def _run_stage(config, name, workdir, mesh):
+def _run_stage(config, name, workdir, mesh, evaluator):
     stage = stages.stage(config, name, workdir, mesh)
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
         logs.say(f"{name}: done before")
@@ -113,7 +120,7 @@ def _run_stage(config, name, workdir, mesh):
         log_every=config.log_every,
         checkpoint_every=config.checkpoint.every,
         keep=config.checkpoint.keep,
-        evaluate=_evaluator(config, stage, workdir, mesh),
+        evaluate=_evaluate_in_training(config, stage, workdir, mesh, evaluator),
         evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
@@ -122,10 +129,11 @@ def _run_stage(config, name, workdir, mesh):
 _EVALUATED = {"decoder": ("encoder",), "dit": ("encoder", "judge", "decoder", "statistics")}  # with what, in training
 
 
-def _evaluator(config, stage, workdir, mesh):
-    """(state, step) -> metrics of the averaged weights, for the loop; pictures go to samples/STAGE/."""
-    config = config.copy_and_resolve_references()
-    config.evaluate.probe = False  # of the encoder, which stays as it is
+def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
+    """(state, step) -> metrics of the averaged weights, for the loop; pictures go to samples/STAGE/.
+
+    Without probes: they are of the encoder, which stays as it is.
+    """
 
     @functools.cache
     def others():
@@ -135,7 +143,7 @@ def _evaluator(config, stage, workdir, mesh):
 
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
-        results, shown = evaluation.evaluate(config, parts, mesh)
+        results, shown = evaluator.weights(parts)
         for kind, picture in shown.items():
             pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
         return results
@@ -145,6 +153,8 @@ def _evaluator(config, stage, workdir, mesh):
 
 def _there(config, name):
     """Whether the run has, or will have, this part."""
+    if name in perception.PARTS:
+        return name in perception.named(config)
     return name in config.stages or bool(config[name].weights)
 
 
@@ -169,9 +179,9 @@ def _guide(config, mesh):
     return {"guide": stages.load_guide(config, mesh)} if config.guidance.method == "autoguidance" else {}
 
 
-def _measure(config, parts, mesh, workdir, name):
+def _measure(evaluator, config, parts, workdir, name):
     began = time.monotonic()
-    results, shown = evaluation.evaluate(config, parts, mesh)
+    results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
     for kind, picture in shown.items():
         pictures.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
     return {**results, "seconds": time.monotonic() - began}

@@ -3,17 +3,19 @@ say of pairs of images and of sets of them."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from rae_jax import logs, metrics, sharding
 from rae_jax.errors import UserError
-from rae_jax.models.inception import Inception
+from rae_jax.models.inception import POOL, SPATIAL, Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.weights import engine, hub, perceptual
 
 # The config's keys of each part's files.
 _KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
 PARTS = tuple(_KEYS)
+MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # features of Inception whose moments count, and their sizes
 
 
 def named(config):
@@ -66,34 +68,76 @@ def features(params, images):
         return Inception().apply({"params": params}, images)
 
 
-class PairMoments:
-    """Moments of Inception's features of images and of their reconstructions, from batches of 'seen' and
-    'seen_decoded'."""
+class Seen:
+    """What Inception sees in a set of images, from batches of its `features`, or of some of them by name.
 
-    def __init__(self):
-        self._given, self._decoded = metrics.Moments(), metrics.Moments()
+    `moments` are those of 'pool' and 'spatial'. Of every image only what is in `keep` is kept.
+    """
 
-    def add(self, batch):
-        """Takes the two out of a batch {name: array [B, ...]}, where they are there."""
-        if "seen" in batch:
-            self._given = metrics.merge(self._given, metrics.moments(batch.pop("seen")))
-            self._decoded = metrics.merge(self._decoded, metrics.moments(batch.pop("seen_decoded")))
+    def __init__(self, keep=()):
+        self.moments = {}
+        self._kept = {name: [] for name in keep}
 
-    def rfid(self):
-        """{'rfid': Fréchet distance between the two}; {} of fewer than two images.
+    def add(self, features):
+        """Takes in a batch {name: [B, ...]}."""
+        for name, values in features.items():
+            if name in MOMENTS_OF:
+                self.moments[name] = metrics.merge(self.moments.get(name, metrics.Moments()), metrics.moments(values))
+            if name in self._kept:
+                self._kept[name].append(values)
 
-        Says so where they are too few for a number to be compared with others'.
-        """
-        count = self._given.count
-        if count < 2:
-            return {}
-        size = len(self._given.mean)
-        if count <= size:
-            logs.say(
-                f"rfid: {count} images leave the covariance of {size} features without full rank: "
-                f"compare it with other numbers on the same images alone"
-            )
-        return {"rfid": metrics.frechet_distance(self._given, self._decoded)}
+    def all(self, name):
+        """[N, ...] of all images; None where there was none, or it was not kept."""
+        kept = self._kept.get(name)
+        return np.concatenate(kept) if kept else None
+
+
+def compare_sets(found, reference):
+    """{'fid', 'sfid', 'inception_score', 'precision', 'recall'} of two sets as `Seen`, as ADM's evaluator has them.
+
+    The score is of the first alone. What cannot be computed for want of images is left out.
+    """
+    names = {"fid": "pool", "sfid": "spatial"}
+    there = {name: kind for name, kind in names.items() if kind in reference.moments}
+    results = {}
+    for name, kind in there.items():
+        results.update(frechet(name, found.moments[kind], reference.moments[kind]))
+    results["inception_score"] = metrics.inception_score(found.all("logits"))
+    pools = found.all("pool"), reference.all("pool")
+    if any(pool is None or len(pool) <= metrics.NEIGHBOURS for pool in pools):
+        logs.say(f"no precision and recall: they take more than {metrics.NEIGHBOURS} images, of the reference too")
+        return results
+    return {**results, **_precision_recall(*pools)}
+
+
+def _precision_recall(found, reference):
+    done, total = 0, 2 * (len(found) + len(reference))
+
+    def tick(rows):
+        nonlocal done
+        done += rows
+        progress.update(done)
+
+    with logs.Progress("precision and recall", total=total, unit="row") as progress:
+        precision, recall = metrics.precision_recall(found, reference, tick=tick)
+    return {"precision": precision, "recall": recall}
+
+
+def frechet(name, a, b):
+    """{name: Fréchet distance} of two `metrics.Moments` or `Gaussian`s; {} of fewer than two images.
+
+    Says so where they are too few for the number to be compared with others'.
+    """
+    count = min(m.count for m in (a, b) if isinstance(m, metrics.Moments))
+    if count < 2:
+        return {}
+    size = len(a.mean)
+    if count <= size:
+        logs.say(
+            f"{name}: {count} images leave the covariance of {size} features without full rank: "
+            f"compare it with other numbers on the same images alone"
+        )
+    return {name: metrics.frechet_distance(a, b)}
 
 
 def _source(config, key):

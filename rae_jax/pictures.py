@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 GAP = 2
 FONT_SIZE = 14
 SHOWN_PER_CLASS = 8
+ROWS = 10
+ENLARGED_TO = 96  # pixels a side, about, where images are smaller
 
 
 def grid(images, columns):
@@ -37,13 +39,27 @@ def with_captions(picture, captions, *, scale):
     return np.asarray(canvas)
 
 
-def class_grid(images, labels, names, *, scale=3):
-    """A row of images for each class of which there are some, with its name."""
-    found = [c for c in range(len(names)) if (labels == c).any()]
-    rows = [images[labels == c][:SHOWN_PER_CLASS] for c in found]
-    columns = min(len(row) for row in rows)
+def chosen(labels):
+    """Indices of the images with these labels [N] that `overview` shows: a few of each of the first classes.
+
+    The first ones, where there is a single class, or one image of each.
+    """
+    classes = list(dict.fromkeys(labels.tolist()))[:ROWS]
+    rows = [np.flatnonzero(labels == c)[:SHOWN_PER_CLASS] for c in classes]
+    if len(rows) > 1 and max(map(len, rows)) > 1:
+        return np.concatenate(rows)
+    return np.arange(min(len(labels), ROWS * SHOWN_PER_CLASS))
+
+
+def overview(images, labels, names):
+    """A picture of `chosen` images [N, H, W, 3]: a row for each class, with its name, where there are several each."""
+    classes = list(dict.fromkeys(labels.tolist()))
+    rows = [images[labels == c] for c in classes]
+    columns = min(map(len, rows))
+    if len(rows) == 1 or columns == 1:
+        return grid(images, min(len(images), SHOWN_PER_CLASS))
     picture = grid(np.concatenate([row[:columns] for row in rows]), columns)
-    return with_captions(picture, [names[c] for c in found], scale=scale)
+    return with_captions(picture, [names[c] for c in classes], scale=max(1, ENLARGED_TO // images.shape[1]))
 
 
 def save(path, picture):

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, logs, perception, pictures, rae, sharding
-from rae_jax.data import pipeline
+from rae_jax import build, looks, perception, pictures, rae
 from rae_jax.data.images import ImageFiles, find_images
 
 SHOWN = 10
@@ -17,7 +16,7 @@ def make(config):
     """Returns pure (parts, images uint8 [B, H, W, 3]) -> (latents, what came of them by name).
 
     That is 'decoded' (uint8), 'psnr' and 'ssim' [B]; with LPIPS among the parts 'lpips' [B]; with Inception 'seen' and
-    'seen_decoded', its pooled features [B, 2048] of both.
+    'seen_decoded', of its features those that FID and sFID take of the images, and those that FID takes of the others.
     """
     autoencoder = build.autoencoder(config)
 
@@ -28,32 +27,37 @@ def make(config):
         again = rae.to_float(decoded)
         results = {"decoded": decoded, **perception.compare(parts, again, images)}
         if "inception" in parts:
-            pools = jax.lax.map(  # one after the other: the network is compiled once
-                lambda seen: perception.features(parts["inception"], seen)["pool"], jnp.stack([images, again])
+            both = jax.lax.map(  # one after the other: the network is compiled once
+                lambda seen: perception.features(parts["inception"], seen), jnp.stack([images, again])
             )
-            results.update(seen=pools[0], seen_decoded=pools[1])
+            results["seen"] = {name: both[name][0] for name in perception.MOMENTS_OF}
+            results["seen_decoded"] = {"pool": both["pool"][1]}
         return latents, results
 
     return redraw
 
 
-def look(function, parts, source, mesh, *, batch_size, num_threads, name):
-    """Yield what pure `function(parts, batch)` makes of a source, batch by batch: {name: numpy array [<= B, ...]}.
+class PairMoments:
+    """rFID from batches of what `make`'s function returns, where Inception is among the parts.
 
-    Every example once, whatever the batch size and the devices.
+    `given` is what Inception sees of the images; with `as_reference`, all that others can be compared with.
     """
 
-    def masked(parts, batch):
-        return function(parts, batch), batch["mask"]
+    def __init__(self, *, as_reference=False):
+        self._kinds = perception.MOMENTS_OF if as_reference else ("pool",)
+        self.given, self._decoded = perception.Seen(keep=("pool",) if as_reference else ()), perception.Seen()
 
-    masked = jax.jit(masked, out_shardings=sharding.replicated(mesh))  # so that every process can read all of it
-    done = 0
-    with logs.Progress(name, total=len(source), unit="image") as progress:
-        for batch in pipeline.one_pass(source, batch_size=batch_size, num_threads=num_threads):
-            out, mask = jax.device_get(masked(parts, sharding.put_batch(batch, mesh)))
-            done += int(mask.sum())
-            progress.update(done)
-            yield {key: values[mask > 0] for key, values in out.items()}
+    def add(self, out):
+        """Takes in a batch."""
+        if "seen" in out:
+            self.given.add({kind: out["seen"][kind] for kind in self._kinds})
+            self._decoded.add(out["seen_decoded"])
+
+    def rfid(self):
+        """{'rfid': Fréchet distance of the reconstructions to the images}; {} without, or of fewer than two."""
+        if not self.given.moments:
+            return {}
+        return perception.frechet("rfid", self.given.moments["pool"], self._decoded.moments["pool"])
 
 
 def reconstruct(config, parts, path, mesh, folder):
@@ -64,17 +68,16 @@ def reconstruct(config, parts, path, mesh, folder):
     files = find_images(path)
     root = path if path.is_dir() else path.parent
     redraw = make(config)
-    looks = look(
-        lambda parts, batch: {**batch, **redraw(parts, batch["image"])[1]},
-        parts,
+    view = looks.compiled(lambda parts, batch: {**batch, **redraw(parts, batch["image"])[1]}, mesh)
+    batches = looks.batches(
         ImageFiles(files, config.data.image_size),
         mesh,
-        batch_size=min(config.evaluate.batch_size, sharding.round_up(len(files), mesh)),
+        batch_size=config.evaluate.batch_size,
         num_threads=config.data.num_threads,
         name="reconstruct",
     )
-    scores, pairs, moments = [], [], perception.PairMoments()
-    for out in looks:
+    scores, pairs, moments = [], [], PairMoments()
+    for out in looks.look(view, parts, batches):
         moments.add(out)
         _write(folder, [files[i].relative_to(root) for i in out["index"]], out)
         pairs += list(zip(out["image"], out["decoded"], strict=True))[: SHOWN - len(pairs)]

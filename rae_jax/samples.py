@@ -11,8 +11,6 @@ from PIL import Image
 from rae_jax import generate, logs, pictures
 from rae_jax.errors import UserError
 
-ROWS = 10  # of the picture
-
 
 def labels_of(kind, num_images, num_classes, seed):
     """Labels [num_images] of the kind 'balanced' (classes in turn), 'random', or a text file with one label a line.
@@ -47,7 +45,8 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
     present = _agreed(_present(folder, request, labels) if writes else frozenset(), len(labels))
     with ThreadPoolExecutor() as pool:
         pending = []
-        for indices, images in generate.batches(config, parts, labels, mesh, seed=config.seed, present=present):
+        how = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
+        for indices, images in generate.batches(generate.make_sampler(config), parts, labels, mesh, **how):
             for future in pending:  # the batch before: no more than two are in memory
                 future.result()
             if writes:
@@ -57,7 +56,9 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
             future.result()
     if writes:
         _write_npz(folder, labels)
-        pictures.save(folder / "sampled.png", _picture(folder, labels, class_names))
+        shown = pictures.chosen(labels)
+        images = np.stack([_read(_path(folder, i)) for i in shown])
+        pictures.save(folder / "sampled.png", pictures.overview(images, labels[shown], class_names))
 
 
 def _present(folder, request, labels):
@@ -126,16 +127,3 @@ def _write_npz(folder, labels):
                 array.write(_read(_path(folder, i)).tobytes())
         with archive.open("labels.npy", "w") as array:
             np.lib.format.write_array(array, labels)
-
-
-def _picture(folder, labels, class_names):
-    """A row for each of the first classes, with its name; the first images where rows would have one image each."""
-    classes = list(dict.fromkeys(labels.tolist()))[:ROWS]
-    shown = np.concatenate([np.flatnonzero(labels == c)[: pictures.SHOWN_PER_CLASS] for c in classes])
-    in_rows = 1 < len(classes) < len(shown)
-    if not in_rows:
-        shown = np.arange(min(len(labels), ROWS * pictures.SHOWN_PER_CLASS))
-    images = np.stack([_read(_path(folder, i)) for i in shown])
-    if not in_rows:
-        return pictures.grid(images, min(len(images), pictures.SHOWN_PER_CLASS))
-    return pictures.class_grid(images, labels[shown], class_names, scale=max(1, 96 // images.shape[1]))

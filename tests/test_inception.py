@@ -13,7 +13,7 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax import perception, reconstruct, resize, sharding, stages
+from rae_jax import evaluate, looks, perception, reconstruct, resize, sharding, stages
 from rae_jax.data.images import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 
@@ -73,17 +73,51 @@ def test_wrong_files_are_refused(tmp_path):
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
+def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
+    """From images of two files to the numbers; by the shipped encoder, which the distance in its space takes."""
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="the judge of this test")
+    from torch_fidelity import metric_fid, metric_isc, metric_prc
+
+    torch = pytest.importorskip("torch")
+    config = cases.config_of({"inception": config.evaluate.inception}, small.get_config())
+    config.stages, config.evaluate.batch_size = (), 8
+    found, reference = (np.stack([cases.image(40, 40, seed + i) for i in range(n)]) for seed, n in ((0, 20), (100, 14)))
+    found = (found * (0.8 + 0.2 * np.random.default_rng(0).random((20, 1, 1, 3)))).astype(np.uint8)
+    paths = {"found": found, "reference": reference}
+    for name, images in paths.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=images)
+    config.evaluate.reference = str(tmp_path / "reference.npz")
+    mesh = _mesh(1)
+    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "inception")}
+    ours = evaluate.Evaluator(config, mesh).images(parts, str(tmp_path / "found.npz"))
+
+    network_file, names = tmp_path / "inception.pth", ["2048", "logits_unbiased"]
+    torch.save({k: torch.from_numpy(v) for k, v in cases.arrays_of("inception").items()}, network_file)
+    network = inception.FeatureExtractorInceptionV3("fid", names, feature_extractor_weights_path=network_file)
+    (a, logits), (b, _) = (network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())) for x in (found, reference))
+    statistics = map(metric_fid.fid_features_to_statistics, (a, b))
+    how = {"prc_neighborhood": 3, "prc_batch_size": 100, "save_cpu_ram": False, "verbose": False}
+    expected = {
+        "fid": metric_fid.fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
+        "inception_score": metric_isc.isc_features_to_metric(logits, splits=1)["inception_score_mean"],
+        **metric_prc.prc_features_to_metric(a, b, **how),
+    }
+    print({name: (ours[name], expected[name]) for name in expected if name in ours}, ours, flush=True)
+    assert min(ours["precision"], ours["recall"]) > 0.2 and max(ours["precision"], ours["recall"]) < 1
+    for name in ("fid", "inception_score", "precision", "recall"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
 def _moments(config, files, devices, batch_size):
     """Of the files and of their reconstructions by the shipped weights."""
     mesh = _mesh(devices)
     parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
-    redraw, moments = reconstruct.make(config), perception.PairMoments()
+    redraw, moments = reconstruct.make(config), reconstruct.PairMoments()
     source, shown = ImageFiles(files, config.data.image_size), []
-    for out in reconstruct.look(
-        lambda parts, batch: redraw(parts, batch["image"])[1],
-        *(parts, source, mesh),
-        **{"batch_size": batch_size, "num_threads": 2, "name": "test"},
-    ):
+    batches = looks.batches(source, mesh, batch_size=batch_size, num_threads=2, name="test")
+    view = looks.compiled(lambda parts, batch: redraw(parts, batch["image"])[1], mesh)
+    for out in looks.look(view, parts, batches):
         moments.add(out)
         shown.append(out["decoded"])
     return moments, np.concatenate(shown)

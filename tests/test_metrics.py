@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.ndimage
 
 from rae_jax import metrics
@@ -31,14 +32,107 @@ def test_frechet_distance_of_commuting_gaussians():
 
 
 def test_frechet_distance_is_the_definition_by_sqrtm():
-    import scipy.linalg
-
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(200, 6)), rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)) + 0.3
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(ca @ cb).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
     assert _distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def _few(num, width, seed):
+    """Two sets of fewer features than dimensions, all at least 0 and of unlike scales, as Inception's are."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(width, width)) * np.exp(-4 * rng.random(width))
+    return (np.maximum(rng.normal(size=(num, width)) @ mix + shift, 0.0) for shift in (0.3, 0.4))
+
+
+@pytest.mark.parametrize("num, width", [(60, 160), pytest.param(500, 2048, marks=pytest.mark.slow)])
+def test_frechet_distance_where_sqrtm_is_complex(num, width):
+    """tr sqrt(C_a C_b) is the sum of the singular values of the product of the centred features themselves."""
+    a, b = _few(num, width, 0)
+    covs = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    assert np.iscomplexobj(scipy.linalg.sqrtm(covs[0] @ covs[1])), "a case that tests nothing"
+    cross = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T, compute_uv=False).sum() / (num - 1)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1]) - 2 * cross
+    assert _distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert _distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert _distance(a, a) == pytest.approx(0, abs=1e-9 * expected)
+
+
+def test_frechet_distance_from_mean_and_covariance():
+    a, b = _few(40, 7, 1)
+    given = metrics.Gaussian(b.mean(0), np.cov(b, rowvar=False))
+    assert metrics.frechet_distance(metrics.moments(a), given) == pytest.approx(_distance(a, b), rel=1e-9)
+    nothing = metrics.Gaussian(np.zeros(7), np.zeros((7, 7)))
+    expected = (b.mean(0) ** 2).sum() + np.trace(given.covariance)
+    assert metrics.frechet_distance(nothing, given) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("num, split", [(30, 100), (30, 12), (24, 12)])
+def test_inception_score_is_adms(num, split):
+    """Of one split, of two and a smaller one, of two; with classes whose probability is nothing at all."""
+    logits = (4 * np.random.default_rng(0).normal(size=(num, 9))).astype(np.float32)
+    logits[:, 3] -= 1e4
+    scores = []
+    for start in range(0, num, split):
+        p = np.exp(logits[start : start + split].astype(np.float64))
+        p /= p.sum(1, keepdims=True)
+        terms = np.zeros_like(p)
+        there = p > 0
+        terms[there] = p[there] * np.log((p / np.maximum(p.mean(0), 1e-300))[there])
+        scores.append(np.exp(terms.sum(1).mean()))
+    assert metrics.inception_score(logits, split=split) == pytest.approx(np.mean(scores), rel=1e-12)
+    assert metrics.inception_score(np.zeros((5, 9))) == pytest.approx(1.0)
+    assert metrics.inception_score(1e3 * np.eye(9)) == pytest.approx(9.0)
+
+
+def _precision_recall(generated, reference):
+    """The definition, in float64."""
+
+    def distances(a, b):
+        return np.linalg.norm(a[:, None] - b[None], axis=-1)
+
+    def covered(points, centres):
+        radii = np.sort(distances(centres, centres), axis=1)[:, 3]  # the first is the point itself
+        return (distances(points, centres) <= radii).any(1).mean()
+
+    return covered(generated, reference), covered(reference, generated)
+
+
+@pytest.mark.parametrize("offset, block", [(0.0, 1024), (0.0, 7), (500.0, 16)])
+def test_precision_and_recall_are_their_definition(offset, block):
+    """Also far from zero, where float32 has few digits left, and whatever the blocks."""
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(50, 12)) + offset
+    generated = np.concatenate([0.7 * rng.normal(size=(30, 12)), 3 + rng.normal(size=(7, 12))]) + offset
+    found = metrics.precision_recall(generated, reference, block=block)
+    expected = _precision_recall(generated, reference)
+    assert min(expected) > 0.05 and max(expected) < 0.95 and expected[0] != expected[1]
+    assert found == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_array_equal(metrics.precision_recall(reference, reference, block=block), (1.0, 1.0))
+
+
+def test_metrics_of_features_are_torch_fidelitys():
+    """Of its own functions from features to numbers."""
+    torch = pytest.importorskip("torch")
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="the judge of this test")
+    from torch_fidelity import metric_isc, metric_prc
+
+    rng = np.random.default_rng(0)
+    a, b = (np.abs(rng.normal(size=(n, 40)) + shift).astype(np.float32) for n, shift in ((300, 0.0), (200, 0.1)))
+    a, b = a * rng.random((300, 1), np.float32), b * rng.random((200, 1), np.float32)
+    theirs = [torch.from_numpy(x) for x in (a, b)]
+    (expected,) = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, theirs), False).values()
+    assert _distance(a, b) == pytest.approx(expected, rel=1e-6)
+    expected = metric_prc.prc_features_to_metric(
+        *theirs, prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=False, verbose=False
+    )
+    assert 0.5 < expected["precision"] < 1 and 0.5 < expected["recall"] < 1
+    found = metrics.precision_recall(a, b, block=64)
+    assert found == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
+    expected = metric_isc.isc_features_to_metric(10 * theirs[0], splits=3, shuffle=False)["inception_score_mean"]
+    assert metrics.inception_score(10 * a, split=100) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 200])

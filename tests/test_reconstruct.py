@@ -59,7 +59,8 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     config.evaluate.batch_size, config.sampler.num_steps = 4, 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     names = ("encoder", "decoder", "statistics", "dit", *perception.named(config))
-    results, _ = evaluate.evaluate(config, {name: stages.load(config, name, "", mesh) for name in names}, mesh)
+    parts = {name: stages.load(config, name, "", mesh) for name in names}
+    results, _ = evaluate.Evaluator(config, mesh).weights(parts)
     for name in METRICS:
         assert results[name] == pytest.approx(found[name], rel=1e-4), name
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from rae_jax import resize
 
 SIZE = 299  # images are resized to it
+POOL, SPATIAL = 2048, 2023  # sizes of the features that FID and sFID are computed from
 _SPATIAL_CHANNELS = 7  # of the 17x17 ones that ADM's sFID takes
 
 

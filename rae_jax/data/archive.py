@@ -1,0 +1,126 @@
+"""Sets of images as evaluators exchange them: ADM's .npz files, with images or moments of features, and folders."""
+
+import zipfile
+import zlib
+
+import numpy as np
+from etils import epath
+
+from rae_jax.data.images import ImageFiles, find_images
+from rae_jax.errors import UserError
+
+IMAGES, LABELS = "arr_0", ("arr_1", "labels")
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+_LOCAL_HEADER = 30  # bytes of a zip member's, before its name and extra field
+_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def open_images(path, image_size):
+    """The images at `path` as a source: an npz's at their own size, a folder's cropped to `image_size`.
+
+    None for an npz without images. Raises UserError where there is nothing, or nothing usable.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise UserError("there is nothing: name an .npz file or a folder of images")
+    if path.suffix != ".npz":
+        return ImageFiles(find_images(path), image_size)
+    return _NpzImages(path) if IMAGES in _names(path) else None
+
+
+def read_moments(path, sizes):
+    """{kind: (mean [D], covariance [D, D]) float64} of those kinds of `sizes`, {kind: D}, that an npz holds.
+
+    Of a folder: {}. Raises UserError where they are incomplete, of another shape or not finite.
+    """
+    path = epath.Path(path)
+    if path.suffix != ".npz":
+        return {}
+    there, found = _names(path), {}
+    for kind, size in sizes.items():
+        names = [name for name in MOMENTS[kind] if name in there]
+        if not names:
+            continue
+        if len(names) == 1:
+            (lacking,) = set(MOMENTS[kind]) - set(names)
+            raise UserError(f"it holds {names[0]} without {lacking}: moments take both")
+        found[kind] = tuple(
+            _moment(path, name, shape) for name, shape in zip(names, ((size,), (size, size)), strict=True)
+        )
+    return found
+
+
+def _moment(path, name, shape):
+    values = _read(path, name)
+    if values.shape != shape:
+        raise UserError(f"{name} has shape {values.shape}, not {shape}: its moments are of other features")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds values that are not finite")
+    return values.astype(np.float64)
+
+
+class _NpzImages:
+    """Random-access source of {'image': uint8 [H, W, 3], and 'label': int32 where the file has labels}."""
+
+    def __init__(self, path):
+        self._images = _map(path, IMAGES)
+        shape, dtype = self._images.shape, self._images.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+            raise UserError(f"{IMAGES} is {dtype} {shape}, not images: uint8 [N, H, W, 3]")
+        self.labels = _labels(path, len(self._images))
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, index):
+        label = {} if self.labels is None else {"label": self.labels[index]}
+        return {"image": np.array(self._images[index]), **label}
+
+
+def _labels(path, count):
+    name = next((name for name in LABELS if name in _names(path)), None)
+    if name is None:
+        return None
+    labels = _read(path, name)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{name} is {labels.dtype} {labels.shape}, not a label for each of the {count} images")
+    return labels.astype(np.int32)
+
+
+def _names(path):
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except _DAMAGED as error:
+        raise _not_whole(error) from error
+
+
+def _read(path, name):
+    try:
+        with path.open("rb") as file, np.load(file) as archive:
+            return archive[name]
+    except _DAMAGED as error:
+        raise _not_whole(error) from error
+
+
+def _not_whole(error):
+    return UserError(f"it is not a whole npz file ({' '.join(str(error).split())}): make it again")
+
+
+def _map(path, name):
+    """An array of an npz, mapped where it lies uncompressed on a local disk: fifty thousand images are 10 GB."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            member = archive.getinfo(f"{name}.npy")
+            file.seek(member.header_offset)
+            header = file.read(_LOCAL_HEADER)
+            file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
+            version = np.lib.format.read_magic(file) if member.compress_type == zipfile.ZIP_STORED else None
+            if "://" in str(path) or version != (1, 0):
+                return _read(path, name)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            if fortran_order or dtype.hasobject or 0 in shape:
+                return _read(path, name)
+            return np.memmap(path, dtype, "r", file.tell(), shape)
+    except _DAMAGED as error:
+        raise _not_whole(error) from error

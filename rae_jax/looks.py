@@ -1,0 +1,34 @@
+"""Passes over images: every one exactly once, whatever the batch size, the devices and the processes."""
+
+import jax
+
+from rae_jax import logs, sharding
+from rae_jax.data import pipeline
+
+
+def compiled(function, mesh):
+    """Pure `function(parts, batch)` -> tree of arrays [B, ...], compiled for `look`: every process can read them."""
+
+    def masked(parts, batch):
+        return function(parts, batch), batch["mask"]
+
+    return jax.jit(masked, out_shardings=sharding.replicated(mesh))
+
+
+def look(view, parts, batches):
+    """Yield what a `compiled` view makes of batches on the devices, as numpy arrays [<= B, ...]."""
+    for batch in batches:
+        out, mask = jax.device_get(view(parts, batch))
+        yield jax.tree.map(lambda values, there=mask > 0: values[there], out)
+
+
+def batches(source, mesh, *, batch_size, num_threads, name):
+    """Yield a source's examples in order, in batches on the devices; 'mask' is 0 where the last one was filled up.
+
+    No batch is larger than the source needs.
+    """
+    size = min(batch_size, sharding.round_up(len(source), mesh))
+    with logs.Progress(name, total=len(source), unit="image") as progress:
+        for n, batch in enumerate(pipeline.one_pass(source, batch_size=size, num_threads=num_threads), 1):
+            yield sharding.put_batch(batch, mesh)
+            progress.update(min(n * size, len(source)))

@@ -1,0 +1,276 @@
+"""Evaluation of weights, of an npz and of a folder: one code, so one result; and what is said of files that are wrong.
+
+A small network stands in for Inception, which test_inception.py has.
+"""
+
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny
+from jax import monitoring
+
+from rae_jax import build, generate, metrics, perception, pictures, sharding, stages
+from rae_jax.errors import UserError
+from rae_jax.evaluate import Evaluator
+
+SIZES = {"pool": 12, "spatial": 9, "logits": 10}
+INCEPTION = ("fid", "sfid", "inception_score", "precision", "recall")
+COMPILING = "/jax/core/compile/backend_compile_duration"
+NUM_IMAGES = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inception():
+    """Weights of the network that stands in for Inception."""
+
+    def features(params, images):
+        height, width = (size // 4 for size in images.shape[1:3])
+        x = images[:, : 4 * height, : 4 * width].reshape(-1, 4, height, 4, width, 3).mean((2, 4)).reshape(-1, 48)
+        return {name: jnp.tanh(x @ params[name]) for name in SIZES}
+
+    rng = np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perception, "features", features)
+        patch.setattr(perception, "MOMENTS_OF", {name: SIZES[name] for name in ("pool", "spatial")})
+        yield {name: jnp.asarray(rng.normal(size=(48, size)), jnp.float32) for name, size in SIZES.items()}
+
+
+def _config(**evaluate):
+    config = tiny()
+    config.data.num_heldout = 40
+    config.evaluate.update({"num_images": NUM_IMAGES, "inception": "its weights are not read here", **evaluate})
+    return config
+
+
+def _evaluator(config, devices=8):
+    return Evaluator(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module")
+def parts(inception):
+    """Random weights, none of them zero."""
+    config, rng = _config(), np.random.default_rng(0)
+    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "judge", "decoder", "dit")}
+    made = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    latent = build.latent_shape(config)
+    made["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
+    mesh = sharding.make_mesh(config.mesh)
+    return jax.device_put({**made, "inception": inception}, sharding.replicated(mesh))
+
+
+@pytest.fixture(scope="module")
+def evaluated(parts):
+    """(The evaluator of the tiny config, what it says of the weights)."""
+    evaluator = _evaluator(_config())
+    return evaluator, evaluator.weights(parts)
+
+
+@pytest.fixture(scope="module")
+def drawn(parts):
+    """(The images that the weights make, their labels)."""
+    config, labels = _config(), np.arange(NUM_IMAGES) % 10
+    mesh = sharding.make_mesh(config.mesh)
+    batches = generate.batches(generate.make_sampler(config), parts, labels, mesh, batch_size=16, seed=config.seed)
+    return np.concatenate([images for _, images in batches]), labels
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    source = build.source(_config(), "heldout")
+    return np.stack([source[i]["image"] for i in range(len(source))])
+
+
+def _npz(folder, name="given.npz", save=np.savez, **arrays):
+    save(folder / name, **arrays)
+    return str(folder / name)
+
+
+def _features(params, images):
+    """{name: [N, D] float64}."""
+    found = perception.features(params, jnp.asarray(images / np.float32(255)))
+    return {name: np.float64(values) for name, values in found.items()}
+
+
+def _same(found, expected, names):
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_the_weights_images_are_judged_alike_from_an_npz_and_from_a_folder(evaluated, parts, drawn, tmp_path):
+    evaluator, (results, shown) = evaluated
+    images, labels = drawn
+    found = evaluator.images(parts, _npz(tmp_path, arr_0=images, arr_1=labels))
+    assert found.keys() == {"fd", "fd_real", "agreement", *INCEPTION}
+    assert results.keys() == found.keys() | {"psnr", "ssim", "rfid", "judge_accuracy"}
+    _same(found, results, found)
+    compressed = evaluator.images(parts, _npz(tmp_path, save=np.savez_compressed, arr_0=images, labels=labels))
+    assert compressed == found
+    for i, image in enumerate(images):
+        pictures.save(tmp_path / "folder" / f"{i:06d}.png", image)
+    del found["agreement"]  # a folder has no labels
+    assert evaluator.images(parts, str(tmp_path / "folder")) == found
+    # The picture shows three rows of ten classes, on which nothing but their captions lies.
+    assert shown["samples"].shape[0] == 3 * (10 * 34 + 2) and shown["samples"].shape[1] > 3 * 3 * 34
+
+
+def test_metrics_are_those_of_the_features(evaluated, parts, drawn, held_out):
+    """Computed once more from the images."""
+    results = evaluated[1][0]
+    a, b = (_features(parts["inception"], images) for images in (drawn[0], held_out))
+    for name, kind in (("fid", "pool"), ("sfid", "spatial")):
+        cov_a, cov_b = np.cov(a[kind], rowvar=False), np.cov(b[kind], rowvar=False)
+        difference = a[kind].mean(0) - b[kind].mean(0)
+        root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+        assert results[name] == pytest.approx(difference @ difference + np.trace(cov_a + cov_b) - 2 * root, rel=1e-4)
+    p = np.exp(a["logits"]) / np.exp(a["logits"]).sum(1, keepdims=True)
+    score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+    assert results["inception_score"] == pytest.approx(score, rel=1e-4)
+
+    def covered(points, centres):
+        radii = np.sort(np.linalg.norm(centres[:, None] - centres, axis=-1), axis=1)[:, 3]
+        return (np.linalg.norm(points[:, None] - centres, axis=-1) <= radii).any(1).mean()
+
+    assert results["precision"] == pytest.approx(covered(a["pool"], b["pool"]))
+    assert results["recall"] == pytest.approx(covered(b["pool"], a["pool"]))
+
+
+def test_batches_and_devices_make_no_difference(evaluated, parts, drawn, tmp_path):
+    """Of thirty images and forty held-out ones: batches of 7 on one device against batches of 16 on eight."""
+    path = _npz(tmp_path, arr_0=drawn[0], arr_1=drawn[1])
+    found = _evaluator(_config(batch_size=7), devices=1).images(jax.device_get(parts), path)
+    assert len(found) == 8
+    _same(found, evaluated[1][0], found)
+
+
+def test_a_second_evaluation_compiles_nothing(evaluated, parts):
+    evaluator, (results, _) = evaluated
+    compiled = []
+    monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    again = jax.tree.map(lambda x: 1.01 * x, parts)
+    jax.block_until_ready(again)
+    compiled.clear()
+    second, _ = evaluator.weights({**again, "inception": parts["inception"]})
+    assert second["fd"] != results["fd"]
+    assert COMPILING not in compiled
+    jax.jit(lambda x: x + 17)(1)  # so that the name is the right one
+    assert COMPILING in compiled
+
+
+def test_references(evaluated, parts, drawn, held_out, tmp_path):
+    """Images, the same with moments, moments alone; each of the held-out images, so that the numbers are known."""
+    results = evaluated[1][0]
+    samples = _npz(tmp_path, "samples.npz", arr_0=drawn[0])
+    seen = _features(parts["inception"], held_out)
+    moments = {
+        **{"mu": seen["pool"].mean(0), "sigma": np.cov(seen["pool"], rowvar=False)},
+        **{"mu_s": seen["spatial"].mean(0), "sigma_s": np.cov(seen["spatial"], rowvar=False)},
+    }
+
+    def found(**arrays):
+        config = _config(reference=_npz(tmp_path, "reference.npz", **arrays))
+        return _evaluator(config).images(parts, samples)
+
+    of_images = found(arr_0=held_out)
+    assert of_images.keys() == {"fd", *INCEPTION}
+    _same(of_images, results, INCEPTION)
+    of_moments = found(**moments)
+    assert of_moments.keys() == {"fid", "sfid", "inception_score"}
+    _same(of_moments, results, of_moments)
+    # Moments come before images: a mean that is 2 further off in every feature, and no spatial ones.
+    nearer = moments["mu"] - 2.0
+    shifted = found(arr_0=held_out, mu=nearer, sigma=moments["sigma"])
+    mean = _features(parts["inception"], drawn[0])["pool"].mean(0)
+    further = ((mean - nearer) ** 2).sum() - ((mean - moments["mu"]) ** 2).sum()
+    assert shifted["fid"] == pytest.approx(results["fid"] + further, rel=1e-4)
+    _same(shifted, results, INCEPTION[1:])
+    _same(shifted, of_images, ["fd"])
+
+
+def test_images_of_another_size(evaluated, parts, tmp_path, capsys):
+    """Inception sees an npz's as they are; the encoder sees them resized. And few images are said to be few."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), np.uint8)
+    seen = metrics.moments(_features(parts["inception"], images)["pool"])
+    config = _config(reference=_npz(tmp_path, arr_0=images))
+    found = _evaluator(config).images(parts, _npz(tmp_path, "samples.npz", arr_0=255 - images))
+    other = metrics.moments(_features(parts["inception"], 255 - images)["pool"])
+    assert found["fid"] == pytest.approx(metrics.frechet_distance(seen, other), rel=1e-4)
+    said = capsys.readouterr().err
+    assert "samples.npz: 48x64 px, which the encoder and the judge see resized to 32x32" in said
+    assert "fid: 8 images leave the covariance of 12 features without full rank" in said
+    three = evaluated[0].images(parts, _npz(tmp_path, arr_0=images[:3]))
+    assert "precision" not in three and "no precision and recall" in capsys.readouterr().err
+
+
+def _cut_off(path, **arrays):
+    np.savez(path, **arrays)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
+MU, SIGMA = np.zeros(12), np.eye(12)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"images": IMAGES}, "it lacks arr_0"),
+        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(4, 32, 32, 3\), not images: uint8 \[N, H, W, 3\]"),
+        ({"arr_0": IMAGES[..., 0]}, r"arr_0 is uint8 \(4, 32, 32\), not images"),
+        ({"arr_0": IMAGES[:0]}, r"arr_0 is uint8 \(0, 32, 32, 3\), not images"),
+        ({"arr_0": IMAGES[:1]}, "it holds a single image"),
+        ({"arr_0": np.array([None, 1])}, "not a whole npz file"),
+        ({"arr_0": IMAGES, "arr_1": np.arange(3)}, r"arr_1 is int64 \(3,\), not a label for each of the 4 images"),
+    ],
+)
+def test_samples_that_are_wrong_are_named(evaluated, parts, tmp_path, arrays, message):
+    path = _npz(tmp_path, **arrays)
+    with pytest.raises(UserError, match=f"--samples={path}: .*{message}") as refusal:
+        evaluated[0].images(parts, path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"images": IMAGES}, r"neither images \(arr_0\) nor moments \(mu and sigma\)"),
+        ({"mu": MU}, "it holds mu without sigma"),
+        ({"arr_0": IMAGES, "sigma_s": SIGMA}, "it holds sigma_s without mu_s"),
+        ({"mu": MU[:-1], "sigma": SIGMA}, r"mu has shape \(11,\), not \(12,\)"),
+        ({"mu": MU, "sigma": SIGMA[:-1]}, r"sigma has shape \(11, 12\), not \(12, 12\)"),
+        ({"mu": MU, "sigma": np.nan * SIGMA}, "sigma holds values that are not finite"),
+    ],
+)
+def test_references_that_are_wrong_are_named(tmp_path, arrays, message):
+    path = _npz(tmp_path, **arrays)
+    with pytest.raises(UserError, match=f"config.evaluate.reference={path}: .*{message}") as refusal:
+        _evaluator(_config(reference=path))
+    assert "\n" not in str(refusal.value)
+
+
+def test_files_that_are_none_are_named(evaluated, parts, tmp_path):
+    _cut_off(tmp_path / "cut.npz", arr_0=IMAGES)
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("arr_0.npy", "something else")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("cut.npz", "not a whole npz file"),
+        ("other.npz", "not a whole npz file"),
+        ("nowhere.npz", "there is nothing: name an .npz file or a folder of images"),
+        ("empty", "holds no image"),
+    ):
+        with pytest.raises(UserError, match=f"--samples={tmp_path / name}: .*{message}") as refusal:
+            evaluated[0].images(parts, str(tmp_path / name))
+        assert "\n" not in str(refusal.value)
+    moments = _npz(tmp_path, mu=MU, sigma=SIGMA)
+    with pytest.raises(UserError, match="its moments take config.evaluate.inception"):
+        _evaluator(_config(reference=moments, inception=""))
+
+
+def test_without_inception_there_is_the_distance_in_the_encoders_space(evaluated, parts, drawn, tmp_path):
+    parts = {name: parts[name] for name in ("encoder", "judge")}
+    found = _evaluator(_config(inception="")).images(parts, _npz(tmp_path, arr_0=drawn[0], arr_1=drawn[1]))
+    assert found.keys() == {"fd", "fd_real", "agreement"}
+    _same(found, evaluated[1][0], found)
