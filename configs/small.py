@@ -150,7 +150,7 @@ def _decoder():
 
 
 def _dit():
-    train = _train(num_steps=24_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
+    train = _train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
     train.time = "logit_normal"  # distribution of training times before the shift; or 'uniform'
     train.time_mean = 1.0
     train.time_std = 1.5

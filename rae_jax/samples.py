@@ -36,7 +36,7 @@ def labels_of(kind, num_images, num_classes, seed):
 
 
 def draw(config, parts, labels, mesh, folder, *, request, class_names):
-    """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0 and labels, as ADM's) and sampled.png, a picture of some.
+    """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0; labels are arr_1: as ADM's) and sampled.png, a picture.
 
     `request` says as plain data what is drawn, but for the labels. Images that are there from the same request with the
     same label are kept, those of another one are replaced. Only the first process writes.
@@ -125,5 +125,5 @@ def _write_npz(folder, labels):
             np.lib.format.write_array_header_1_0(array, header)
             for i in range(len(labels)):
                 array.write(_read(_path(folder, i)).tobytes())
-        with archive.open("labels.npy", "w") as array:
+        with archive.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)

@@ -106,7 +106,7 @@ def test_the_weights_images_are_judged_alike_from_an_npz_and_from_a_folder(evalu
     assert found.keys() == {"fd", "fd_real", "agreement", *INCEPTION}
     assert results.keys() == found.keys() | {"psnr", "ssim", "rfid", "judge_accuracy"}
     _same(found, results, found)
-    compressed = evaluator.images(parts, _npz(tmp_path, save=np.savez_compressed, arr_0=images, labels=labels))
+    compressed = evaluator.images(parts, _npz(tmp_path, save=np.savez_compressed, arr_0=images, arr_1=labels))
     assert compressed == found
     for i, image in enumerate(images):
         pictures.save(tmp_path / "folder" / f"{i:06d}.png", image)

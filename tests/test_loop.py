@@ -220,7 +220,7 @@ def test_sample_and_reconstruct(run, tmp_path):
     modes.sample(config, run, mesh, flags)
     samples = np.load(run / "samples" / "samples.npz")
     assert samples["arr_0"].shape == (20, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
-    assert list(samples["labels"]) == list(range(10)) * 2
+    assert list(samples["arr_1"]) == list(range(10)) * 2
     np.testing.assert_array_equal(Image.open(run / "samples" / "images" / "000013.png"), samples["arr_0"][13])
 
     config.evaluate.batch_size = 8  # the images do not depend on it

@@ -32,7 +32,7 @@ def draw():
         found = {file.name: file.read_bytes() for file in (folder / "images").glob("*.png")}
         with np.load(folder / "samples.npz") as written:
             assert written["arr_0"].dtype == np.uint8 and len(written["arr_0"]) == len(labels)
-            np.testing.assert_array_equal(written["labels"], labels)
+            np.testing.assert_array_equal(written["arr_1"], labels)
             last = folder / "images" / f"{len(labels) - 1:06d}.png"
             np.testing.assert_array_equal(written["arr_0"][-1], Image.open(last))
         return found

@@ -9,7 +9,7 @@ from etils import epath
 from rae_jax.data.images import ImageFiles, find_images
 from rae_jax.errors import UserError
 
-IMAGES, LABELS = "arr_0", ("arr_1", "labels")
+IMAGES, LABELS = "arr_0", "arr_1"
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _LOCAL_HEADER = 30  # bytes of a zip member's, before its name and extra field
 _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -78,12 +78,11 @@ class _NpzImages:
 
 
 def _labels(path, count):
-    name = next((name for name in LABELS if name in _names(path)), None)
-    if name is None:
+    if LABELS not in _names(path):
         return None
-    labels = _read(path, name)
+    labels = _read(path, LABELS)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(f"{name} is {labels.dtype} {labels.shape}, not a label for each of the {count} images")
+        raise UserError(f"{LABELS} is {labels.dtype} {labels.shape}, not a label for each of the {count} images")
     return labels.astype(np.int32)
 
 
