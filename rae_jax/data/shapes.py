@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SUPERSAMPLE = 4  # antialiasing: shapes are drawn this much larger, then averaged
-MAX_ROTATION = 30.0  # degrees, so that "which way is up" stays part of what a shape is
-MIN_CONTRAST = 0.5  # Euclidean RGB distance of the shape from every part of the background
+MAX_ROTATION = 15.0  # degrees, so that "which way is up" stays part of what a shape is
+MIN_CONTRAST = 0.6  # Euclidean RGB distance of the shape from every part of the background
 
 
 def _ring_of_points(num, radius=1.0, start=-90.0, centre=(0.0, 0.0), sweep=360.0):
@@ -81,7 +81,7 @@ def _colours(rng):
 def draw_shape(rng, shape, size):
     """Draw one image: uint8 [size, size, 3]."""
     ends, colour = _colours(rng)
-    radius = rng.uniform(0.24, 0.38) * size
+    radius = rng.uniform(0.34, 0.44) * size
     centre = rng.uniform(radius, size - radius, 2)
     rotation = np.deg2rad(rng.uniform(-MAX_ROTATION, MAX_ROTATION))
     direction = rng.uniform(0.0, 2 * np.pi)
