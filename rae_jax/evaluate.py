@@ -84,6 +84,7 @@ class _Pass:
             batch_size=config.evaluate.batch_size,
             num_threads=config.data.num_threads,
             name="look",
+            on_error=config.data.on_error,
         ):
             self.moments.add(out)
             looks.append(out)

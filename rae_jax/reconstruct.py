@@ -37,10 +37,10 @@ def make(config):
     return redraw
 
 
-def look(function, parts, source, mesh, *, batch_size, num_threads, name):
+def look(function, parts, source, mesh, *, batch_size, num_threads, name, on_error="stop"):
     """Yield what pure `function(parts, batch)` makes of a source, batch by batch: {name: numpy array [<= B, ...]}.
 
-    Every example once, whatever the batch size and the devices.
+    Every example once, whatever the batch size and the devices; `on_error` as in pipeline.one_pass.
     """
 
     def masked(parts, batch):
@@ -49,7 +49,7 @@ def look(function, parts, source, mesh, *, batch_size, num_threads, name):
     masked = jax.jit(masked, out_shardings=sharding.replicated(mesh))  # so that every process can read all of it
     done = 0
     with logs.Progress(name, total=len(source), unit="image") as progress:
-        for batch in pipeline.one_pass(source, batch_size=batch_size, num_threads=num_threads):
+        for batch in pipeline.one_pass(source, batch_size=batch_size, num_threads=num_threads, on_error=on_error):
             out, mask = jax.device_get(masked(parts, sharding.put_batch(batch, mesh)))
             done += int(mask.sum())
             progress.update(done)
