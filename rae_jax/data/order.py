@@ -1,6 +1,8 @@
 """Which image lies in which row of which global batch: pure arithmetic, the same for every number of processes."""
 
-import grain
+import functools
+
+import numpy as np
 
 
 class TrainingOrder:
@@ -13,14 +15,19 @@ class TrainingOrder:
     num_batches = None  # there is no last one
 
     def __init__(self, num_images, batch_size, seed):
-        self._num_images, self._batch_size = num_images, batch_size
-        self._shuffled = grain.MapDataset.range(num_images).seed(seed).shuffle()  # a permutation, then another, ...
+        self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
 
     def places(self, batch, rows):
         """(epoch, index) of some rows of global batch number `batch`."""
         epoch, within = divmod(batch, self._num_images // self._batch_size)
-        start = epoch * self._num_images + within * self._batch_size
-        return [(epoch, int(self._shuffled[start + row])) for row in rows]
+        order = _permutation(self._num_images, self._seed, epoch)
+        return [(epoch, int(order[within * self._batch_size + row])) for row in rows]
+
+
+@functools.lru_cache(maxsize=2)  # batches of two epochs are read at the same time at most
+def _permutation(num_images, seed, epoch):
+    """Four bytes an image. (Grain's own shuffle needs no memory, and took 1 ms an index on 100 images.)"""
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(num_images, dtype=np.int32))
 
 
 class OnePassOrder:

@@ -158,7 +158,7 @@ def _pack_shard(source, rows, file, form):
         return json.loads(done.read_text())
     records, skipped = [], []
     unfinished = file.with_suffix(".unfinished")
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are
     for row in rows:
         try:
             example = source.example(row, form.crop)

@@ -196,8 +196,16 @@ class _TrainingExample:
 
     def _flipped(self, example, rng):
         if self._flip and rng.random() < 0.5:
-            example = {**example, "image": example["image"][:, ::-1]}
+            example = {**example, "image": _mirrored(example["image"])}
         return example
+
+
+def _mirrored(image):
+    """image[:, ::-1], copied one channel after the other: NumPy takes twice as long over pixels of three bytes."""
+    mirrored = np.empty_like(image)
+    for channel in range(image.shape[-1]):
+        mirrored[..., channel] = image[:, ::-1, channel]
+    return mirrored
 
 
 class _PassExample:
