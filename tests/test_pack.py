@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rae_jax import build, stages
 from rae_jax.data import images, packed, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed import PackedImages
@@ -131,6 +132,21 @@ def test_a_label_outside_of_the_classes_is_named(folder, tmp_path):
     found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)
     with pytest.raises(UserError, match=r"record 1 \(.*cat.*\) has label 1, outside of 0 to 0"):
         found[21 - 5]
+
+
+def test_a_config_names_what_is_packed(folder, tmp_path, tiny_config):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    tiny_config.data.update({"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE})
+    with pytest.raises(UserError, match="num_classes=2"):
+        build.source(tiny_config, "train")
+    tiny_config.data.num_classes = 2
+    assert [len(build.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
+    tiny_config.judge.train.update({"batch_size": 8, "crop": "centre"})
+    stage = stages.stage(tiny_config, "judge", tmp_path, None)
+    assert next(iter(stage.batches))["image"].shape == (8, SIZE, SIZE, 3)
+    tiny_config.judge.train.crop = "random"
+    with pytest.raises(UserError, match="packed for crop='centre'"):
+        stages.stage(tiny_config, "judge", tmp_path, None)
 
 
 @pytest.mark.parametrize(

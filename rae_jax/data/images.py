@@ -1,7 +1,8 @@
 """Images from files: decoding and cropping.
 
-Pixels are those of Pillow's decoder and resampling, to the last bit. The EXIF orientation is not followed, as ADM's
-preprocessing, and with it every published FID reference, does not.
+Pixels are those of Pillow's decoder and resampling, to the last bit; where simplejpeg is installed (the extra 'fast'),
+it decodes what it can, by the same libjpeg-turbo in four fifths of the time. The EXIF orientation is not followed, as
+ADM's preprocessing, and with it every published FID reference, does not.
 """
 
 import contextlib
@@ -15,6 +16,11 @@ from etils import epath
 from PIL import Image
 
 from rae_jax.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:  # an extra
+    simplejpeg = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 ENLARGED = 1.5  # short side of an image over the side of its random crop
@@ -80,8 +86,26 @@ def decode(data, name, crop):
     What it is, is read from its content, not from its name. Grey, palette and CMYK become RGB; 16 bits become 8; what
     is transparent lies on white; of an animation the first picture counts. Small images are enlarged.
     """
-    with naming(name), Image.open(io.BytesIO(data)) as image:
-        return crop(_to_rgb(image))
+    with naming(name):
+        image = _fast_jpeg(data)
+        if image is not None:
+            return crop(image)
+        with Image.open(io.BytesIO(data)) as image:
+            return crop(_to_rgb(image))
+
+
+def _fast_jpeg(data):
+    """A PIL image of an ordinary, faultless colour JPEG; None for anything else, of which Pillow is to judge."""
+    if simplejpeg is None or data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours != "YCbCr" or width * height > Image.MAX_IMAGE_PIXELS:
+            return None
+        # Four bytes a pixel, as Pillow holds them: to take them over costs next to nothing.
+        return Image.frombytes("RGB", (width, height), simplejpeg.decode_jpeg(data, "RGBX").data, "raw", "RGBX", 0, 1)
+    except ValueError:
+        return None
 
 
 @contextlib.contextmanager
