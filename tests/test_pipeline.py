@@ -206,3 +206,16 @@ def test_workers_read_the_same_and_a_killed_one_is_reported():
     iterator.close()
     with pytest.raises(UserError, match="image 5 is broken"):
         _take(_training(Numbers(broken=(5,)), num_workers=1), 4)
+
+
+def test_a_checkpoint_without_its_position_is_named(tmp_path):
+    """As earlier versions wrote them, with a file for each process."""
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, {"step": jnp.int32(5)}, iter(_training()))
+    for file in (tmp_path / "5" / "data").iterdir():
+        file.rename(file.with_name("process_0-of-1.json"))
+    with (
+        checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(UserError, match=f"{tmp_path}/5 is not a whole checkpoint"),
+    ):
+        checkpoints.restore(5, {"step": jnp.int32(0)}, iter(_training()))
