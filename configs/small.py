@@ -57,14 +57,19 @@ def _evaluate():
 def _data():
     return ConfigDict(
         {
-            "source": "shapes",  # or 'image_folder'
-            "path": "",  # image_folder: a folder with one subfolder of images per class
+            "source": "shapes",  # or 'image_folder', 'array_record' (packed by rae_jax.data.pack), 'tfds'
+            # image_folder: a folder with one subfolder of images per class, a .zip archive of such, or a list with a
+            # line `IMAGE LABEL` for each; array_record: what was packed; tfds: its data_dir ('': TFDS' own)
+            "path": "",
             "heldout_path": "",  # image_folder: the same for evaluation; empty: every 20th image of path
+            "tfds": {"name": "", "split": "train", "heldout_split": "validation"},
+            "on_error": "stop",  # at an image that cannot be read; or 'skip': reported, another one in its place
             "image_size": 32,
             "num_classes": 10,
             "num_train": 50_000,  # shapes: how many there are
             "num_heldout": 2_000,
-            "num_threads": 2,
+            "num_threads": 2,  # that read images, in this process or in each worker; 0: none besides the main one
+            "num_workers": 0,  # processes that read images; 0: only this one
         }
     )
 

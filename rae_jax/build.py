@@ -16,7 +16,8 @@ from rae_jax import (
 )
 from rae_jax.augment import diff_augment
 from rae_jax.config import input_size, latent_shape
-from rae_jax.data.images import ImageFolder
+from rae_jax.data import sources
+from rae_jax.data.packed import PackedImages
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
 from rae_jax.models import sd_vae
@@ -170,15 +171,30 @@ def judge(config):
     return ConvNet(tuple(config.judge.widths), config.data.num_classes)
 
 
-def source(config, split):
-    """Random-access source of 'train' or 'heldout' images. Raises UserError where its classes are not the config's."""
+def source(config, split, crop=None):
+    """Random-access source of 'train' or 'heldout' images; `crop`, if given, is what will be asked of it.
+
+    Raises UserError where its classes are not the config's.
+    """
     data = config.data
     match data.source:
         case "shapes":
             num_images = {"train": data.num_train, "heldout": data.num_heldout}[split]
             found = Shapes(split=split, num_images=num_images, image_size=data.image_size, seed=config.seed)
         case "image_folder":
-            found = ImageFolder(path=data.path, heldout_path=data.heldout_path, split=split, image_size=data.image_size)
+            found = sources.image_folder(
+                path=data.path,
+                heldout_path=data.heldout_path,
+                split=split,
+                image_size=data.image_size,
+                num_classes=data.num_classes,
+            )
+        case "array_record":
+            options = {"image_size": data.image_size, "crop": crop, "on_error": data.on_error}
+            found = PackedImages(path=data.path, split=split, **options)
+        case "tfds":
+            part = {"train": data.tfds.split, "heldout": data.tfds.heldout_split}[split]
+            found = sources.tfds(name=data.tfds.name, data_dir=data.path, split=part, image_size=data.image_size)
         case other:
             raise ValueError(f"unknown data source {other!r}")
     if len(found.class_names) != data.num_classes:

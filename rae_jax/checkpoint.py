@@ -1,9 +1,10 @@
 """Checkpoints of a stage: its whole state and the position of its data iterator, through Orbax."""
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+from rae_jax.errors import UserError
 
 
 class Checkpoints:
@@ -31,17 +32,28 @@ class Checkpoints:
         return self._folder / str(self.latest)
 
     def save(self, step, state, iterator):
-        """Write in the background; the state is copied first, the iterator's position is the one consumed."""
-        parts = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        """Write in the background; the state is copied first, the iterator's position is the one consumed.
+
+        That position is a few numbers that hold for every process, so that another number of them can go on.
+        """
+        parts = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(iterator.get_state())}
         self._manager.save(step, args=ocp.args.Composite(**parts))
 
     def restore(self, step, abstract_state, iterator):
-        """The state, placed as `abstract_state` says; `iterator` is moved to its position."""
-        parts = {
-            "state": ocp.args.StandardRestore(abstract_state),
-            "data": grain.checkpoint.CheckpointRestore(iterator),
-        }
-        return self._manager.restore(step, args=ocp.args.Composite(**parts))["state"]
+        """The state, placed as `abstract_state` says; `iterator` is moved to its position.
+
+        Raises UserError where the checkpoint's position is missing, or that of other data.
+        """
+        parts = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self._folder / str(step)} is not a whole checkpoint ({error}): remove that folder to go on from "
+                f"the one before, or take another --workdir"
+            ) from error
+        iterator.set_state(restored["data"])
+        return restored["state"]
 
 
 def latest_step(folder):

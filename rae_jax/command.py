@@ -31,6 +31,17 @@ def parser(config_flag):
     return parse
 
 
+def plain_parser(argv):
+    """absl's parser for a command without a config, with its complaints as one line."""
+    try:
+        arguments = flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(_one_line(error))
+    if len(arguments) > 1:
+        fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
+    return arguments
+
+
 def fail(message):
     """End the command."""
     print(f"error: {message}", file=sys.stderr)

@@ -18,14 +18,15 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
     *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
-    *("sampler", "guidance", "evaluate", "data.num_threads", "dit.average"),
+    *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "data.source": ("shapes", "image_folder"),
+    "data.source": ("shapes", "image_folder", "array_record", "tfds"),
+    "data.on_error": ("stop", "skip"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
     "encoder.mlp": _MLPS,
     "discriminator.backbone.family": ("encoder", *_PUBLISHED),
@@ -63,6 +64,8 @@ def check(config, mesh):
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
+    for key in ("data.num_threads", "data.num_workers"):
+        _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()

@@ -176,8 +176,8 @@ class Evaluator:
         return {**perception.frechet("fd", metrics.moments(found), one), **perception.frechet("fd_real", other, one)}
 
     def _batches(self, source, name):
-        sizes = {"batch_size": self._config.evaluate.batch_size, "num_threads": self._config.data.num_threads}
-        return looks.batches(source, self._mesh, **sizes, name=name)
+        reading = {key: self._config.data[key] for key in ("num_threads", "on_error")}
+        return looks.batches(source, self._mesh, batch_size=self._config.evaluate.batch_size, name=name, **reading)
 
     def _redraw_view(self, parts, batch):
         """Everything about held-out images and their reconstructions."""

@@ -40,7 +40,7 @@ def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset(
     they are.
     """
     key, gather = jax.random.key(seed), _gather(mesh)
-    size = min(batch_size, sharding.round_up(len(labels), mesh))
+    size = sharding.even_batch(len(labels), batch_size, mesh)
     wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     wanted = [indices for indices in wanted if not present.issuperset(indices)]
     skipped = len(labels) - sum(map(len, wanted))

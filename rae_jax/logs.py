@@ -87,9 +87,12 @@ class Progress:
         say(f"{self._name}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left  {note}".rstrip())
 
 
-def say(text):
-    """A line for the person at the terminal; results go to standard output, this goes to standard error."""
-    if jax.process_index() == 0:
+def say(text, *, everywhere=False):
+    """A line for the person at the terminal; results go to standard output, this goes to standard error.
+
+    Of several processes the first one speaks; with `everywhere`, each does.
+    """
+    if everywhere or jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
 

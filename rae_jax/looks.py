@@ -22,13 +22,14 @@ def look(view, parts, batches):
         yield jax.tree.map(lambda values, there=mask > 0: values[there], out)
 
 
-def batches(source, mesh, *, batch_size, num_threads, name):
+def batches(source, mesh, *, batch_size, num_threads, name, on_error="stop"):
     """Yield a source's examples in order, in batches on the devices; 'mask' is 0 where the last one was filled up.
 
-    No batch is larger than the source needs.
+    Batches are of one size, as small as their number allows; `on_error` as in pipeline.one_pass.
     """
-    size = min(batch_size, sharding.round_up(len(source), mesh))
+    size = sharding.even_batch(len(source), batch_size, mesh)
     with logs.Progress(name, total=len(source), unit="image") as progress:
-        for n, batch in enumerate(pipeline.one_pass(source, batch_size=size, num_threads=num_threads), 1):
+        passed = pipeline.one_pass(source, batch_size=size, num_threads=num_threads, on_error=on_error)
+        for n, batch in enumerate(passed, 1):
             yield sharding.put_batch(batch, mesh)
             progress.update(min(n * size, len(source)))

@@ -63,6 +63,11 @@ def round_up(number, mesh):
     return -(-number // ways) * ways
 
 
+def even_batch(number, largest, mesh):
+    """The size of equal batches for `number` examples, as few as `largest` allows, and each split over the mesh."""
+    return round_up(-(-number // -(-number // largest)), mesh)
+
+
 def shardings(shapes, mesh):
     """Tree of NamedSharding for a tree of shapes, by RULES. Raises ValueError for a leaf without a rule."""
 

@@ -17,11 +17,12 @@ SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
 def stage(config, name, workdir, mesh):
     """Everything the loop needs to run stage `name`; weights of earlier stages are loaded here."""
-    images = build.source(config, "train")
+    images = build.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
+    reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     if name == "statistics":
         batch_size = config.statistics.batch_size
         num_steps = pipeline.num_batches(images, batch_size)
-        batches = pipeline.one_pass(images, batch_size=batch_size, num_threads=config.data.num_threads)
+        batches = pipeline.one_pass(images, batch_size=batch_size, **reading)
     else:
         batch_size = config[name].train.batch_size
         if len(images) < batch_size:
@@ -37,7 +38,7 @@ def stage(config, name, workdir, mesh):
             seed=stage_seed(config, name),
             random_crop=train.crop == "random",
             flip=train.flip,
-            num_threads=config.data.num_threads,
+            **reading,
         )
     frozen = {part: load(config, part, workdir, mesh) for part in FROZEN[name]}
     if name == "decoder":

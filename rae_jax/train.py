@@ -1,5 +1,6 @@
 """The training loop, the same for every stage: restore, step, log, evaluate, save. It knows no loss and no model."""
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -24,7 +25,7 @@ class Stage:
     init: Callable
     step: Callable
     frozen: dict
-    batches: object  # Grain dataset of this process's part of each global batch
+    batches: object  # this process's part of each global batch (data.pipeline.Batches)
     batch_size: int
     num_steps: int
 
@@ -48,15 +49,15 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
     placed = sharding.shardings(shapes, mesh)
     abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
-    iterator = iter(stage.batches)
+    feed = _Feed(iter(stage.batches), mesh)
 
     folder = workdir / "checkpoints" / stage.name
-    with checkpoint.Checkpoints(folder, keep=keep) as checkpoints, _Signals() as signals:
+    with checkpoint.Checkpoints(folder, keep=keep) as checkpoints, _Signals() as signals, contextlib.closing(feed):
         start = checkpoints.latest
         if start is None:
             start, state = 0, jax.jit(stage.init, out_shardings=placed)(key)
         else:
-            state = checkpoints.restore(start, abstract, iterator)
+            state = checkpoints.restore(start, abstract, feed)
             logs.say(f"{stage.name}: going on from step {start}")
         if start == 0 and "params" in shapes:
             logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
@@ -66,10 +67,11 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
         clock = _Clock(stage.batch_size)
         with logs.Progress(stage.name, total=stage.num_steps, start=start) as progress:
             for step in range(start + 1, stage.num_steps + 1):
-                batch = sharding.put_batch(clock.next_batch(iterator), mesh)
-                state, metrics = step_fn(state, frozen, batch, key)
-                clock.tick(metrics)
                 last = step == stage.num_steps
+                state, metrics = step_fn(state, frozen, clock.wait_for(feed.take), key)
+                clock.tick(metrics)
+                if not (last or signals.received):
+                    clock.wait_for(feed.fetch)  # while the devices compute this step
                 log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
                 if log:  # only here, and before a checkpoint, does the host wait for this very step
                     _check_finite(stage.name, step, metrics, checkpoints)
@@ -82,7 +84,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 stopping = signals.received
                 if save or stopping:
                     _check_finite(stage.name, step, metrics, checkpoints)
-                    checkpoints.save(step, state, iterator)
+                    checkpoints.save(step, state, feed)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
 
@@ -110,6 +112,36 @@ def _note(metrics):
     return " ".join(f"{name} {float(metrics[name]):.4g}" for name in names)
 
 
+class _Feed:
+    """Batches on the devices, the next one on its way there; its position is that of the batches taken."""
+
+    def __init__(self, iterator, mesh):
+        self._iterator, self._mesh = iterator, mesh
+        self._fetched, self._position = None, iterator.get_state()
+
+    def fetch(self):
+        """Begin to move the next batch to the devices."""
+        self._fetched = sharding.put_batch(next(self._iterator), self._mesh)
+
+    def take(self):
+        """The next batch."""
+        if self._fetched is None:
+            self.fetch()
+        batch, self._fetched = self._fetched, None
+        self._position = self._iterator.get_state()
+        return batch
+
+    def get_state(self):
+        return self._position
+
+    def set_state(self, position):
+        self._iterator.set_state(position)
+        self._fetched, self._position = None, position
+
+    def close(self):
+        self._iterator.close()
+
+
 class _Clock:
     """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more."""
 
@@ -118,9 +150,10 @@ class _Clock:
         self._previous = None
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
 
-    def next_batch(self, iterator):
+    def wait_for(self, fetch):
+        """What `fetch` returns; the time that it takes is the data's."""
         began = time.monotonic()
-        batch = next(iterator)
+        batch = fetch()
         self._waited += time.monotonic() - began
         return batch
 

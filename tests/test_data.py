@@ -1,6 +1,5 @@
 """Sources and pipelines."""
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +7,9 @@ from PIL import Image
 
 from rae_jax import metrics
 from rae_jax.data import pipeline
-from rae_jax.data.images import ImageFolder, centre_crop, random_crop, read_image
+from rae_jax.data.images import centre_crop, random_crop
 from rae_jax.data.shapes import CLASS_NAMES, Shapes
+from rae_jax.data.sources import image_folder
 from rae_jax.errors import UserError
 
 
@@ -35,38 +35,6 @@ def test_raw_pixels_do_not_give_the_class_away():
     train, test = arrays(_shapes(num_images=2000)), arrays(_shapes("heldout", num_images=500))
     accuracy = metrics.linear_probe(*train, *test, num_classes=len(CLASS_NAMES), steps=50)
     assert 0.05 < accuracy <= 0.6
-
-
-def test_every_epoch_is_a_fresh_permutation():
-    class Numbers:
-        def __len__(self):
-            return 30
-
-        def __getitem__(self, i):
-            return {"image": np.full((2, 2, 3), i, np.uint8), "label": np.int32(i)}
-
-    batches = pipeline.training_batches(Numbers(), batch_size=10, seed=0, random_crop=False, flip=False, num_threads=2)
-    iterator = iter(batches)
-    epochs = [np.concatenate([next(iterator)["label"] for _ in range(3)]) for _ in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(30))
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-def test_an_iterator_goes_on_where_it_was():
-    batches = pipeline.training_batches(_shapes(), batch_size=8, seed=3, random_crop=False, flip=True, num_threads=2)
-    iterator = iter(batches)
-    for _ in range(5):
-        next(iterator)
-    state = iterator.get_state()
-    expected = [next(iterator)["image"] for _ in range(20)]
-    again = iter(
-        pipeline.training_batches(_shapes(), batch_size=8, seed=3, random_crop=False, flip=True, num_threads=2)
-    )
-    again.set_state(state)
-    for batch in expected:
-        np.testing.assert_array_equal(next(again)["image"], batch)
-    assert isinstance(iterator, grain.DatasetIterator)
 
 
 @pytest.mark.parametrize("batch_size", [7, 10, 64])
@@ -99,7 +67,7 @@ def _folder(root, counts):
 
 def test_image_folder_splits_and_labels(tmp_path):
     root = _folder(tmp_path / "images", {"cat": 30, "ant": 12})
-    parts = {s: ImageFolder(path=str(root), heldout_path="", split=s, image_size=16) for s in ("train", "heldout")}
+    parts = {s: image_folder(path=str(root), heldout_path="", split=s, image_size=16) for s in ("train", "heldout")}
     assert len(parts["train"]) + len(parts["heldout"]) == 42
     assert len(parts["heldout"]) == 3
     assert parts["train"].class_names == ("ant", "cat")
@@ -116,7 +84,7 @@ def test_bad_folders_and_files_are_named(tmp_path, kind):
         (root / "cat" / "a.png").write_bytes(b"not a picture")
         (root / "cat" / "b.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="b.png" if kind == "broken" else "config.data.path"):
-        ImageFolder(path=str(root), heldout_path="", split="train", image_size=16)[0]
+        image_folder(path=str(root), heldout_path="", split="train", image_size=16)[0]
 
 
 def test_floats_and_bytes_round_trip():
@@ -153,7 +121,7 @@ def test_random_crops_are_squares_of_the_enlarged_image(tmp_path):
 
 def test_random_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
     _photograph(tmp_path)
-    source = ImageFolder(path=str(tmp_path), heldout_path=str(tmp_path), split="train", image_size=32)
+    source = image_folder(path=str(tmp_path), heldout_path=str(tmp_path), split="train", image_size=32)
 
     def epochs(seed, threads=2, skip=0):
         options = {"random_crop": True, "flip": True, "num_threads": threads}
@@ -164,17 +132,3 @@ def test_random_crops_depend_on_seed_epoch_and_index_alone(tmp_path):
     first = epochs(0)
     np.testing.assert_array_equal(first, epochs(0, threads=0))
     assert (first != epochs(1)).any() and all((first[i] != first[j]).any() for i in range(4) for j in range(i))
-
-
-def test_large_jpegs_are_decoded_at_a_fraction_of_their_size(tmp_path):
-    exact = _photograph(tmp_path)
-    sizes = []
-
-    def crop(image, size):
-        sizes.append(image.size)
-        return random_crop(image, size, np.random.default_rng(0))
-
-    crops = [read_image(tmp_path / "cat" / name, 64, crop, at_least=96) for name in ("a.jpg", "b.png")]
-    assert sizes == [(225, 175), (900, 700)]  # a quarter; an eighth would have a side below 96
-    assert np.abs(crops[0].astype(float) - crops[1]).mean() < 2.0
-    np.testing.assert_array_equal(crops[1], random_crop(exact, 64, np.random.default_rng(0)))

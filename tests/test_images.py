@@ -1,6 +1,7 @@
 """Image files of every kind: what the 8-bit RGB of them is, or the line that names them."""
 
 import functools
+import io
 import struct
 import zlib
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rae_jax.data import images
 from rae_jax.data.images import random_crop, read_image
 from rae_jax.errors import UserError
 
@@ -123,3 +125,23 @@ def test_a_strip_is_too_narrow_for_a_random_crop_as_well(tmp_path):
     crop = functools.partial(random_crop, rng=np.random.default_rng(0))
     with pytest.raises(UserError, match="too narrow a strip"):
         read_image(tmp_path / "strip.png", 256, crop)
+
+
+def test_the_faster_decoder_gives_the_same_pixels_and_leaves_the_rest_to_pillow(tmp_path, monkeypatch):
+    pytest.importorskip("simplejpeg", reason="needs the extra 'fast'")
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 256, (61, 83, 3), np.uint8)).resize((183, 161), Image.Resampling.BICUBIC)
+    colour = [{"quality": q, "subsampling": s, "progressive": p} for q in (60, 95) for s in (0, 1, 2) for p in (0, 1)]
+    files = []
+    for mode, options in [("RGB", each) for each in colour] + [("L", {}), ("CMYK", {})]:
+        file = io.BytesIO()
+        rough.convert(mode).save(file, "JPEG", **options)
+        files.append(file.getvalue())
+    decoded = [images.decode(data, "name", np.asarray) for data in files]
+    assert sum(images._fast_jpeg(data) is not None for data in files) == len(colour)
+    cut_off = files[0][: len(files[0]) // 2]
+    with pytest.raises(UserError, match="cannot read the image name"):
+        images.decode(cut_off, "name", np.asarray)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    for data, ours in zip(files, decoded, strict=True):
+        np.testing.assert_array_equal(ours, images.decode(data, "name", np.asarray))

@@ -1,0 +1,228 @@
+"""Images packed once, so that training reads them fast: cropped or resized, encoded again, in ArrayRecord shards.
+
+    python -m rae_jax.data.pack --path=IMAGENET/train --heldout_path=IMAGENET/val --output=PACKED
+    python -m rae_jax.data.pack --tfds=imagenet2012 --output=PACKED --crop=random
+
+--path is what config.data.path is for image folders: a folder with one subfolder per class, a .zip archive of such, or
+a list. --crop=centre keeps ADM's crop at --image_size; --crop=random keeps the training images whole, with a short side
+of 1.5 times that, for random crops in training. Use the result by config.data.source='array_record' and
+config.data.path. All cores work; every shard is read back and compared before it counts; the same command goes on where
+it was interrupted.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from rae_jax import command, logs
+from rae_jax.data import images, packed, sources
+from rae_jax.errors import UserError
+
+SPLITS = ("train", "heldout")
+ENCODINGS = ("jpeg", "png")
+IMAGES_PER_SHARD = 2048
+_REQUEST = "request.json"
+
+_PATH = flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such, or a list.")
+_HELDOUT = flags.DEFINE_string("heldout_path", "", "The same for evaluation; empty: every 20th image of --path.")
+_TFDS = flags.DEFINE_string("tfds", None, "Instead of --path: a TFDS data set prepared as array_record.")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "TFDS' folder; empty: its own default.")
+_PARTS = flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout parts.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
+_SIZE = flags.DEFINE_integer("image_size", 256, "config.data.image_size", lower_bound=1)
+_CROP = flags.DEFINE_enum("crop", "centre", ("centre", "random"), "What config.STAGE.train.crop will be.")
+_ENCODING = flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png keeps pixels as they are, and takes more room.")
+_QUALITY = flags.DEFINE_integer("quality", 95, "Of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
+_SHARD = flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("num_workers", len(os.sched_getaffinity(0)), "Processes; 1: this one.", lower_bound=1)
+_ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "skip: leave out and report what cannot be read.")
+
+
+def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard, num_workers, on_error):
+    """Write the sources `parts` {split: ImageSource} to the folder `output`; returns the index as written.
+
+    Raises UserError for an image that cannot be read (with `on_error`='stop'), and where the folder holds something
+    else, or what was read back is not what was written.
+    """
+    output = Path(output)
+    form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
+    _claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
+    jobs = []
+    for split, source in parts.items():
+        count = -(-len(source) // images_per_shard)
+        for shard in range(count):
+            rows = range(shard * images_per_shard, min(len(source), (shard + 1) * images_per_shard))
+            file = output / f"{split}-{shard:05d}-of-{count:05d}.array_record"
+            jobs.append((split, file, functools.partial(_pack_shard, source, rows, file, _Form(split=split, **form))))
+    shards = {split: [] for split in parts}
+    for (split, _, _), shard in zip(jobs, _run([job for *_, job in jobs], parts, num_workers), strict=True):
+        shards[split].append(shard)
+    class_names = list(parts["train"].class_names)
+    index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": shards}
+    _write(output / packed.INDEX, json.dumps(index, indent=1))
+    return index
+
+
+def _claim(output, request):
+    """Begin, or go on with the same request; anything else that lies there is left alone."""
+    path = output / _REQUEST
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if path.exists() and json.loads(path.read_text()) != request:
+            raise UserError(f"--output={output} holds other images, or these in another form: choose another folder")
+        if not path.exists() and any(output.iterdir()):
+            raise UserError(f"--output={output} is not empty: choose another folder")
+        _write(path, json.dumps(request))
+    except OSError as error:
+        raise UserError(f"cannot write to --output={output} ({error.strerror}): choose another folder") from error
+
+
+def _digest(parts):
+    """Of the names of all images, so that a pack is gone on with from the same ones only."""
+    digest = hashlib.sha256()
+    for split, source in parts.items():
+        for index in range(len(source)):
+            digest.update(f"{split} {source.name(index)}\n".encode())
+    return digest.hexdigest()
+
+
+def _run(jobs, parts, num_workers):
+    """What the jobs return, in their order, with progress."""
+    total = sum(len(source) for source in parts.values())
+    results, done = {}, 0
+    with logs.Progress("pack", total=total, unit="image") as progress:
+        for number, result in _finished(jobs, num_workers):
+            results[number] = result
+            done += result["num_images"] + len(result["skipped"])
+            progress.update(done)
+            for report in result["skipped"]:
+                logs.say(f"skipped: {report}")
+    return [results[number] for number in range(len(jobs))]
+
+
+def _finished(jobs, num_workers):
+    if num_workers == 1:
+        yield from ((number, job()) for number, job in enumerate(jobs))
+        return
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(job): number for number, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that packs was killed, perhaps for want of memory: run the same command again, with a lower "
+                "--num_workers; finished shards stay"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Form:
+    """How an image is cropped and encoded."""
+
+    def __init__(self, *, split, image_size, crop, encoding, quality, on_error):
+        self._size, self._encoding, self._quality = image_size, encoding, quality
+        self._enlarge = crop == "random" and split == "train"
+        self.on_error = on_error
+
+    def crop(self, image):
+        """Pixels from a PIL image."""
+        return np.asarray(images.enlarge(image, self._size)) if self._enlarge else images.centre_crop(image, self._size)
+
+    def encode(self, pixels):
+        """Bytes of pixels."""
+        file = io.BytesIO()
+        if self._encoding == "png":
+            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+        else:
+            Image.fromarray(pixels).save(file, "JPEG", quality=self._quality, subsampling=0)
+        return file.getvalue()
+
+
+def _pack_shard(source, rows, file, form):
+    """Write one shard, read it back, put it in place; one that is there already is taken as it is."""
+    done = file.with_suffix(".json")  # written last: with it, the shard is whole
+    if done.exists() and file.exists():
+        return json.loads(done.read_text())
+    records, skipped = [], []
+    unfinished = file.with_suffix(".unfinished")
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are
+    for row in rows:
+        try:
+            example = source.example(row, form.crop)
+        except UserError as error:
+            if form.on_error == "stop":
+                writer.close()
+                raise
+            skipped.append(str(error))
+            continue
+        data = packed.record(int(example["label"]), source.name(row), form.encode(example["image"]))
+        writer.write(data)
+        records.append(hashlib.sha256(data).digest())
+    writer.close()
+    _verify(unfinished, records)
+    unfinished.replace(file)
+    result = {"file": file.name, "num_images": len(records), "skipped": skipped}
+    _write(done, json.dumps(result))
+    return result
+
+
+def _verify(file, records):
+    """Raises UserError unless the file has the records of these digests, each with an image that can be decoded."""
+    try:
+        reader = packed.open_shard(file)
+        found = [reader.read([row])[0] for row in range(reader.num_records())]
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{file} cannot be read back ({error}): is the disk full or failing?") from error
+    if [hashlib.sha256(data).digest() for data in found] != records:
+        raise UserError(f"{file} does not hold what was written: is the disk full or failing?")
+    for data in found:
+        images.decode(packed.parse(data)[2], file, np.asarray)
+
+
+def _write(path, text):
+    """All of a file or nothing."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _sources():
+    size = _SIZE.value
+    if (_PATH.value is None) == (_TFDS.value is None):
+        raise UserError("there is nothing to pack: name images by --path, or a data set by --tfds (not both)")
+    if _TFDS.value is None:
+        options = {"path": _PATH.value, "heldout_path": _HELDOUT.value, "image_size": size}
+        return {split: sources.image_folder(split=split, **options) for split in SPLITS}
+    if len(_PARTS.value) != 2:
+        raise UserError(f"--tfds_splits={','.join(_PARTS.value)} cannot work: name two, for train and heldout")
+    options = {"name": _TFDS.value, "data_dir": _DATA_DIR.value, "image_size": size}
+    return {split: sources.tfds(split=part, **options) for split, part in zip(SPLITS, _PARTS.value, strict=True)}
+
+
+def _main(argv):
+    logging.set_verbosity(logging.ERROR)
+    flags_of = (_SIZE, _CROP, _ENCODING, _QUALITY, _SHARD, _WORKERS, _ON_ERROR)
+    try:
+        index = pack(_sources(), _OUTPUT.value, **{flag.name: flag.value for flag in flags_of})
+    except UserError as error:
+        command.fail(str(error))
+    for split, shards in index["splits"].items():
+        skipped = sum(len(shard["skipped"]) for shard in shards)
+        print(f"{split}: {sum(s['num_images'] for s in shards)} images in {len(shards)} shards, {skipped} skipped")
+
+
+if __name__ == "__main__":
+    app.run(_main, flags_parser=command.plain_parser)

@@ -1,0 +1,164 @@
+"""The packed form: images cropped or resized once, encoded again, in ArrayRecord shards.
+
+A folder with SPLIT-NNNNN-of-NNNNN.array_record and index.json: 'image_size', 'crop', 'class_names', and for each of
+the splits 'train' and 'heldout' a list of {'file', 'num_images', 'skipped'}. A record is the label (int32) and the
+length of the key (uint32), both little-endian, the key (UTF-8) and the encoded image.
+"""
+
+import bisect
+import functools
+import itertools
+import json
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from rae_jax import logs
+from rae_jax.data import images
+from rae_jax.errors import UserError
+
+INDEX = "index.json"
+_HEAD = struct.Struct("<iI")
+
+
+def record(label, key, image):
+    """The bytes of a record."""
+    key = key.encode()
+    return _HEAD.pack(label, len(key)) + key + image
+
+
+def parse(data):
+    """(label, key, encoded image) of a record's bytes. Raises ValueError where they are not one."""
+    if len(data) < _HEAD.size:
+        raise ValueError("it is too short")
+    label, length = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    if len(body) <= length:
+        raise ValueError("it is too short")
+    return label, body[:length].decode(), body[length:]
+
+
+class PackedImages:
+    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from a packed split.
+
+    The training images are packed for one `crop`, 'centre' or 'random'; None takes either, to look at. Raises UserError
+    for another size or crop than was packed, and for missing shards; with `on_error`='skip' those are reported instead,
+    and their images are left out.
+    """
+
+    def __init__(self, *, path, split, image_size, crop=None, on_error="stop"):
+        folder = Path(path)
+        index = _read_index(folder, path)
+        self.class_names = tuple(index["class_names"])
+        self._size = image_size
+        packed_for = index["crop"] if split == "train" else "centre"
+        if index["image_size"] != image_size:
+            size = index["image_size"]
+            raise UserError(f"{path} was packed for config.data.image_size={size}, not {image_size}: pack it again")
+        if crop not in (None, packed_for):
+            raise UserError(
+                f"{path} was packed for crop={packed_for!r}, and this stage takes crop={crop!r}: "
+                f"pack it again with --crop={crop}, into another folder"
+            )
+        shards = [shard for shard in index["splits"][split] if _is_there(folder / shard["file"], shard, on_error)]
+        if not sum(shard["num_images"] for shard in shards):
+            raise UserError(f"config.data.path={path!r} holds no images of the {split} part: pack it again")
+        self._records = Records([str(folder / s["file"]) for s in shards], [s["num_images"] for s in shards])
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._example(index, np.asarray, (self._size, self._size))
+
+    def random_crop(self, index, rng):
+        """Like self[index], but a random crop of an image packed for that."""
+        return self._example(index, lambda image: images.random_square(image, self._size, rng))
+
+    def _example(self, index, crop, sides=None):
+        name = self._records.name(index)
+        with images.naming(name):
+            label, key, data = parse(self._records[index])
+        name = f"{name} ({key})"
+        if not 0 <= label < len(self.class_names):
+            raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: pack it again")
+        image = images.decode(data, name, lambda image: crop(_of_size(image, sides)))
+        return {"image": image, "label": np.int32(label)}
+
+
+class Records:
+    """Random access to the records of ArrayRecord files with known numbers of them; files are opened when needed."""
+
+    def __init__(self, files, counts):
+        self._files, self._ends = files, list(itertools.accumulate(counts))
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def __getitem__(self, index):
+        shard, row = self._place(index)
+        try:
+            return self._reader(shard).read([row])[0]
+        except (RuntimeError, IndexError) as error:  # Riegeli's word for damage
+            raise ValueError(str(error)) from error
+
+    def name(self, index):
+        """Shard and row."""
+        shard, row = self._place(index)
+        return f"{self._files[shard]}, record {row}"
+
+    def _place(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, int(index) - (self._ends[shard - 1] if shard else 0)
+
+    def _reader(self, shard):
+        with self._opened[1]:
+            readers = self._opened[0]
+            if shard not in readers:
+                readers[shard] = open_shard(self._files[shard])
+            return readers[shard]
+
+    @functools.cached_property  # of this process: a worker opens the files itself
+    def _opened(self):
+        return {}, threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+
+def open_shard(file):
+    """A reader for single records; many threads may use it. Raises ValueError where the file is not a whole shard."""
+    try:
+        return ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_index(folder, path):
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"config.data.path={path!r} has no {INDEX}: name a folder that `python -m rae_jax.data.pack` has finished"
+        ) from error
+
+
+def _is_there(file, shard, on_error):
+    if file.exists():
+        return True
+    lost = f"the shard {file} with {shard['num_images']} images is missing"
+    if on_error == "stop":
+        raise UserError(f"{lost}: bring it back, or pack again")
+    logs.say(f"skipped: {lost}", everywhere=True)
+    return False
+
+
+def _of_size(image, sides):
+    if sides is not None and image.size != sides:
+        raise ValueError(f"it has {image.width}x{image.height} pixels, not {sides[0]}x{sides[1]}")
+    return image

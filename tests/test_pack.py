@@ -1,0 +1,234 @@
+"""Packed images: what is written, what is read back, and what becomes of damage."""
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rae_jax import build, stages
+from rae_jax.data import images, packed, sources
+from rae_jax.data.pack import pack
+from rae_jax.data.packed import PackedImages
+from rae_jax.errors import UserError
+
+SIZE = 16
+FORM = {"image_size": SIZE, "crop": "centre", "encoding": "png", "quality": 95, "images_per_shard": 5}
+FORM |= {"num_workers": 1, "on_error": "stop"}
+
+
+def _folder(root, count=12):
+    rng = np.random.default_rng(0)
+    for name in ("ant", "cat"):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (40 + i, 70, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:03d}.png", compress_level=1)
+    return root
+
+
+def _parts(path):
+    options = {"path": str(path), "heldout_path": "", "image_size": SIZE}
+    return {split: sources.image_folder(split=split, **options) for split in ("train", "heldout")}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return _folder(tmp_path / "images")
+
+
+def test_packed_pixels_are_those_of_the_files(folder, tmp_path):
+    parts = _parts(folder)
+    index = pack(parts, tmp_path / "packed", **FORM)
+    assert [shard["num_images"] for shard in index["splits"]["train"]] == [5, 5, 5, 5, 2]
+    for split, source in parts.items():
+        found = PackedImages(path=tmp_path / "packed", split=split, image_size=SIZE, crop="centre")
+        assert len(found) == len(source) and found.class_names == ("ant", "cat")
+        for i in range(len(source)):
+            np.testing.assert_array_equal(found[i]["image"], source[i]["image"])
+            assert found[i]["label"] == source[i]["label"]
+
+
+def test_random_crops_of_the_packed_are_those_of_the_files(folder, tmp_path):
+    parts = _parts(folder)
+    pack(parts, tmp_path / "packed", **{**FORM, "crop": "random"})
+    found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE, crop="random")
+    for i in range(len(found)):
+        ours, theirs = (s.random_crop(i, np.random.default_rng(i))["image"] for s in (found, parts["train"]))
+        np.testing.assert_array_equal(ours, theirs)
+    heldout = PackedImages(path=tmp_path / "packed", split="heldout", image_size=SIZE, crop="centre")
+    np.testing.assert_array_equal(heldout[0]["image"], parts["heldout"][0]["image"])
+
+
+def test_jpeg_records_are_close(tmp_path):
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64))
+    for i in range(2):
+        smooth.save(tmp_path / "images" / "cat" / f"{i}.png")
+    parts = _parts(tmp_path / "images")
+    pack(parts, tmp_path / "packed", **{**FORM, "encoding": "jpeg"})
+    found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)
+    assert np.abs(found[0]["image"].astype(int) - parts["train"][0]["image"]).mean() < 3
+
+
+def test_packing_goes_on_where_it_was(folder, tmp_path):
+    parts, output = _parts(folder), tmp_path / "packed"
+    pack(parts, output, **FORM)
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in output.glob("train*.array_record")}
+    (output / "index.json").unlink()
+    (output / "train-00001-of-00005.json").unlink()  # as if it had been killed before it had verified this one
+    (output / "train-00001-of-00005.array_record").write_bytes(b"half a shard")
+    pack(parts, output, **FORM)
+    after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in output.glob("train*.array_record")}
+    changed = [name for name in before if before[name] != after[name]]
+    assert changed == ["train-00001-of-00005.array_record"]
+    assert len(PackedImages(path=output, split="train", image_size=SIZE)) == 22
+    with pytest.raises(UserError, match="in another form"):
+        pack(parts, output, **{**FORM, "encoding": "jpeg"})
+
+
+def test_bad_files_stop_the_packing_or_are_left_out(folder, tmp_path):
+    (folder / "ant" / "003.png").write_bytes(b"")
+    with pytest.raises(UserError, match="003.png"):
+        pack(_parts(folder), tmp_path / "one", **FORM)
+    index = pack(_parts(folder), tmp_path / "two", **{**FORM, "on_error": "skip"})
+    skipped = [report for shard in index["splits"]["train"] for report in shard["skipped"]]
+    assert len(skipped) == 1 and "003.png" in skipped[0]
+    assert len(PackedImages(path=tmp_path / "two", split="train", image_size=SIZE)) == 21
+
+
+def test_a_missing_shard_is_named_or_left_out(folder, tmp_path, capfd):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    (tmp_path / "packed" / "train-00002-of-00005.array_record").unlink()
+    options = {"path": tmp_path / "packed", "split": "train", "image_size": SIZE}
+    with pytest.raises(UserError, match="train-00002-of-00005.array_record with 5 images is missing"):
+        PackedImages(**options)
+    assert len(PackedImages(**options, on_error="skip")) == 17
+    assert "train-00002-of-00005.array_record with 5 images is missing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbled", "empty"])
+def test_a_damaged_shard_is_named(folder, tmp_path, damage):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    file = tmp_path / "packed" / "train-00000-of-00005.array_record"
+    data = file.read_bytes()
+    garbled = data[:200] + bytes(byte ^ 0x55 for byte in data[200:-200]) + data[-200:]
+    file.write_bytes({"cut": data[: len(data) // 2], "garbled": garbled, "empty": b""}[damage])
+    found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)
+    with pytest.raises(UserError, match="train-00000-of-00005.array_record, record 1"):
+        found[1]
+    assert found[7]["image"].shape == (SIZE, SIZE, 3)
+
+
+def test_a_label_outside_of_the_classes_is_named(folder, tmp_path):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    index = json.loads((tmp_path / "packed" / "index.json").read_text())
+    index["class_names"] = ["ant"]
+    (tmp_path / "packed" / "index.json").write_text(json.dumps(index))
+    found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)
+    with pytest.raises(UserError, match=r"record 1 \(.*cat.*\) has label 1, outside of 0 to 0"):
+        found[21 - 5]
+
+
+def test_a_config_names_what_is_packed(folder, tmp_path, tiny_config):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    tiny_config.data.update({"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE})
+    with pytest.raises(UserError, match="num_classes=2"):
+        build.source(tiny_config, "train")
+    tiny_config.data.num_classes = 2
+    assert [len(build.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
+    tiny_config.judge.train.update({"batch_size": 8, "crop": "centre"})
+    stage = stages.stage(tiny_config, "judge", tmp_path, None)
+    assert next(iter(stage.batches))["image"].shape == (8, SIZE, SIZE, 3)
+    tiny_config.judge.train.crop = "random"
+    with pytest.raises(UserError, match="packed for crop='centre'"):
+        stages.stage(tiny_config, "judge", tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"image_size": 32}, "image_size=16, not 32"), ({"crop": "random"}, "crop")]
+)
+def test_another_size_or_crop_than_packed_is_refused(folder, tmp_path, change, said):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    with pytest.raises(UserError, match=said):
+        PackedImages(**{"path": tmp_path / "packed", "split": "train", "image_size": SIZE, **change})
+
+
+def _zip(path, entries):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), "red").save(file, "PNG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry in entries:
+            archive.writestr(entry, file.getvalue())
+    return str(path)
+
+
+def _open(path, **options):
+    return sources.image_folder(path=path, heldout_path=path, split="train", image_size=SIZE, **options)
+
+
+def test_archives_are_read_in_place(tmp_path):
+    found = _open(_zip(tmp_path / "a.zip", ["train/cat/1.png", "train/ant/2.png", "train/ant/3.png", "train/read.me"]))
+    assert found.class_names == ("ant", "cat") and len(found) == 3
+    assert [int(found[i]["label"]) for i in range(3)] == [0, 0, 1] and found[2]["image"].shape == (SIZE, SIZE, 3)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.zip"]
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[60:70] = bytes(10)
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(UserError, match="a.zip:train/cat/1.png"):
+        _open(str(tmp_path / "a.zip"))[2]
+
+
+@pytest.mark.parametrize("entry", ["../cat/1.png", "/cat/1.png", "cat/../../1.png", "cat\\..\\..\\1.png"])
+def test_archives_that_climb_out_are_refused(tmp_path, entry):
+    with pytest.raises(UserError, match="climbs out of the archive"):
+        _open(_zip(tmp_path / "a.zip", ["cat/2.png", entry]))
+
+
+def test_lists_name_images_and_labels(tmp_path):
+    _folder(tmp_path / "images", count=2)
+    (tmp_path / "list.txt").write_text("images/cat/000.png 2\nimages/ant/001.png 0\n")
+    found = _open(str(tmp_path / "list.txt"), num_classes=3)
+    assert [int(found[i]["label"]) for i in range(2)] == [2, 0] and found.class_names == ("0", "1", "2")
+    with pytest.raises(UserError, match="list.txt, line 1: label 2 is outside of 0 to 1"):
+        _open(str(tmp_path / "list.txt"), num_classes=2)
+    (tmp_path / "list.txt").write_text("images/cat/000.png\n")
+    with pytest.raises(UserError, match="list.txt, line 1"):
+        _open(str(tmp_path / "list.txt"))
+
+
+def test_the_orientation_is_not_followed_and_the_extension_not_believed(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:10] = 255
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image.save(tmp_path / "liar.png", "JPEG", quality=95)
+    for name in ("turned.jpg", "liar.png"):
+        found = images.read_image(tmp_path / name, SIZE).astype(int)
+        assert found[:6].mean() > 250 and found[-6:].mean() < 5, name
+
+
+def test_records_are_parsed_or_refused():
+    assert packed.parse(packed.record(-3, "a/ä.png", b"image")) == (-3, "a/ä.png", b"image")
+    for data in (b"", b"1234567", packed.record(1, "key", b"")):
+        with pytest.raises(ValueError, match="too short"):
+            packed.parse(data)
+
+
+@pytest.mark.slow
+def test_the_command_packs_on_all_cores(folder, tmp_path):
+    command = [sys.executable, "-m", "rae_jax.data.pack", f"--path={folder}", f"--output={tmp_path / 'packed'}"]
+    command += [f"--image_size={SIZE}", "--images_per_shard=5", "--num_workers=2", "--encoding=png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "train: 22 images in 5 shards, 0 skipped" in done.stdout
+    assert len(PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)) == 22
+    (folder / "ant" / "003.png").write_bytes(b"")
+    command[4] = f"--output={tmp_path / 'other'}"
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "003.png" in refused.stderr and "Traceback" not in refused.stderr
