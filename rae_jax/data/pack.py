@@ -33,20 +33,7 @@ SPLITS = ("train", "heldout")
 ENCODINGS = ("jpeg", "png")
 IMAGES_PER_SHARD = 2048
 _REQUEST = "request.json"
-
-_PATH = flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such, or a list.")
-_HELDOUT = flags.DEFINE_string("heldout_path", "", "The same for evaluation; empty: every 20th image of --path.")
-_TFDS = flags.DEFINE_string("tfds", None, "Instead of --path: a TFDS data set prepared as array_record.")
-_DATA_DIR = flags.DEFINE_string("data_dir", "", "TFDS' folder; empty: its own default.")
-_PARTS = flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout parts.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
-_SIZE = flags.DEFINE_integer("image_size", 256, "config.data.image_size", lower_bound=1)
-_CROP = flags.DEFINE_enum("crop", "centre", ("centre", "random"), "What config.STAGE.train.crop will be.")
-_ENCODING = flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png keeps pixels as they are, and takes more room.")
-_QUALITY = flags.DEFINE_integer("quality", 95, "Of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
-_SHARD = flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
-_WORKERS = flags.DEFINE_integer("num_workers", len(os.sched_getaffinity(0)), "Processes; 1: this one.", lower_bound=1)
-_ON_ERROR = flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "skip: leave out and report what cannot be read.")
+_OPTIONS = ("image_size", "crop", "encoding", "quality", "images_per_shard", "num_workers", "on_error")  # flags
 
 
 def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard, num_workers, on_error):
@@ -199,24 +186,41 @@ def _write(path, text):
     unfinished.replace(path)
 
 
-def _sources():
-    size = _SIZE.value
-    if (_PATH.value is None) == (_TFDS.value is None):
+def _sources(given):
+    size = given.image_size
+    if (given.path is None) == (given.tfds is None):
         raise UserError("there is nothing to pack: name images by --path, or a data set by --tfds (not both)")
-    if _TFDS.value is None:
-        options = {"path": _PATH.value, "heldout_path": _HELDOUT.value, "image_size": size}
+    if given.tfds is None:
+        options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size}
         return {split: sources.image_folder(split=split, **options) for split in SPLITS}
-    if len(_PARTS.value) != 2:
-        raise UserError(f"--tfds_splits={','.join(_PARTS.value)} cannot work: name two, for train and heldout")
-    options = {"name": _TFDS.value, "data_dir": _DATA_DIR.value, "image_size": size}
-    return {split: sources.tfds(split=part, **options) for split, part in zip(SPLITS, _PARTS.value, strict=True)}
+    if len(given.tfds_splits) != 2:
+        raise UserError(f"--tfds_splits={','.join(given.tfds_splits)} cannot work: name two, for train and heldout")
+    options = {"name": given.tfds, "data_dir": given.data_dir, "image_size": size}
+    return {split: sources.tfds(split=part, **options) for split, part in zip(SPLITS, given.tfds_splits, strict=True)}
+
+
+def _define_flags():
+    """Not when the module is imported: other commands have flags of these names."""
+    flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such, or a list.")
+    flags.DEFINE_string("heldout_path", "", "The same for evaluation; empty: every 20th image of --path.")
+    flags.DEFINE_string("tfds", None, "Instead of --path: a TFDS data set prepared as array_record.")
+    flags.DEFINE_string("data_dir", "", "TFDS' folder; empty: its own default.")
+    flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout parts.")
+    flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
+    flags.DEFINE_integer("image_size", 256, "config.data.image_size", lower_bound=1)
+    flags.DEFINE_enum("crop", "centre", ("centre", "random"), "What config.STAGE.train.crop will be.")
+    flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png keeps pixels as they are, and takes more room.")
+    flags.DEFINE_integer("quality", 95, "Of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
+    flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
+    flags.DEFINE_integer("num_workers", len(os.sched_getaffinity(0)), "Processes; 1: this one.", lower_bound=1)
+    flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "skip: leave out and report what cannot be read.")
 
 
 def _main(argv):
     logging.set_verbosity(logging.ERROR)
-    flags_of = (_SIZE, _CROP, _ENCODING, _QUALITY, _SHARD, _WORKERS, _ON_ERROR)
+    given = flags.FLAGS
     try:
-        index = pack(_sources(), _OUTPUT.value, **{flag.name: flag.value for flag in flags_of})
+        index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
     except UserError as error:
         command.fail(str(error))
     for split, shards in index["splits"].items():
@@ -225,4 +229,5 @@ def _main(argv):
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(_main, flags_parser=command.plain_parser)
