@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests, on CPU: bash launch/test.sh [pytest arguments], for instance `-m slow` or `-k sampling`.
+# The tests, on CPU: bash launch/test.sh [pytest arguments], for instance `-k sampling`, or `-m slow -n 0`: those that take
+# minutes and much memory, one after the other.
 # Makes .venv and installs on the first run.
 set -euo pipefail
 
@@ -8,4 +9,4 @@ source launch/venv.sh
 ensure_venv test
 
 export JAX_PLATFORMS=cpu
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
 )
 
+# pytest-xdist's workers inherit it, and compile nothing that another one has.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rae_jax_cache_"))
+
 import jax
 import numpy as np
 import pytest
@@ -19,7 +22,6 @@ from rae_jax import malloc
 
 malloc.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="rae_jax_cache_"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
