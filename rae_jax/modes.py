@@ -42,6 +42,8 @@ def train(config, workdir, mesh, flags):
 
 def evaluate(config, workdir, mesh, flags):
     """Metrics of the newest checkpoint, of --step, or of --samples, printed and written to eval/."""
+    if flags.samples is not None and flags.step is not None:
+        raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
     evaluator = evaluation.Evaluator(config, mesh)
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if _there(config, name)))

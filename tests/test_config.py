@@ -171,6 +171,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
         (["--mode=dream"], "--mode=dream"),
         (["--mode=reconstruct", "--images=.", "--config.stages=()", *_PUBLISHED], "'nowhere/at/all'"),
         (["--mode=evaluate", "--samples=nowhere.npz"], "--samples=nowhere.npz: there is nothing"),
+        (["--mode=evaluate", "--samples=a.npz", "--step=5"], "leave one out"),
         (["--config.data.source=image_folder", "--config.data.path=nowhere"], "config.data.path='nowhere'"),
         (["--workdir=/dev/null/run"], "--workdir=/dev/null/run"),
     ],
