@@ -68,7 +68,8 @@ def restore_entries(folder, step, abstract):
         args = ocp.args.PyTreeRestore(
             item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
         )
-        return checkpointer.restore(epath.Path(folder) / str(step) / "state", args=args)
+        # Orbax takes absolute paths alone here.
+        return checkpointer.restore(epath.Path(folder).resolve() / str(step) / "state", args=args)
 
 
 def _restore_arg(leaf):

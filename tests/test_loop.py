@@ -200,6 +200,14 @@ def test_exported_weights_come_back(run, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read, stages.load(config, name, run, mesh))
 
 
+def test_a_workdir_may_be_relative(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    config = tiny()
+    mesh = sharding.make_mesh(config.mesh)
+    ours, theirs = (stages.load(config, "judge", workdir, mesh) for workdir in (run.name, run))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
 def test_weights_of_another_model_are_refused(run, tmp_path):
     convert.export(run, tmp_path)
     config = tiny()
