@@ -11,7 +11,7 @@ class Checkpoints:
     """The checkpoints of one stage in `folder`/STEP; a context manager that ends with every write finished."""
 
     def __init__(self, folder, *, keep):
-        self._folder = epath.Path(folder)
+        self._folder = epath.Path(folder).resolve()  # Orbax takes absolute paths alone
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
