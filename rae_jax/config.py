@@ -80,18 +80,21 @@ def check(config, mesh):
 
 
 def check_workdir(config, workdir):
-    """Raise UserError where `workdir` holds the run of another config; nothing is written."""
+    """Raise UserError where `workdir` holds the run of another config; nothing is written.
+
+    A key that the run's config.json lacks came with a later version of this package: the run goes on with it.
+    """
     path = epath.Path(workdir) / "config.json"
     if not path.exists() or not (epath.Path(workdir) / "checkpoints").exists():
         return
     theirs = flatten(json.loads(path.read_text()))
     ours = flatten(json.loads(config.to_json()))
     only_measured = () if "decoder" in config.stages else ("lpips",)
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in sorted(theirs):
         free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_KEYS, *only_measured))
-        if not free and ours.get(key) != theirs.get(key):
+        if not free and ours.get(key) != theirs[key]:
             raise UserError(
-                f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, not {ours.get(key)!r}: "
+                f"{workdir} holds a run with config.{key}={theirs[key]!r}, not {ours.get(key)!r}: "
                 f"take another --workdir, or set the key back"
             )
 

@@ -1,6 +1,7 @@
 """A user's mistakes: one line that names the thing and the mend, exit status 2, nothing written."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,18 @@ def test_guidance_by_labels_takes_labels(tiny_config):
         config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
     tiny_config.guidance.method = "none"
     config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+
+
+def test_a_run_goes_on_with_keys_that_a_later_version_brought(tiny_config, tmp_path):
+    config_lib.save(tiny_config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["data"]["on_error"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config_lib.check_workdir(tiny_config, tmp_path)
+    tiny_config.data.image_size = 64
+    with pytest.raises(UserError, match="config.data.image_size=32, not 64"):
+        config_lib.check_workdir(tiny_config, tmp_path)
 
 
 def test_a_mesh_that_does_not_fit_is_named(tiny_config):
