@@ -177,11 +177,10 @@ class _TrainingExample:
     def __call__(self, place):
         epoch, index = place
         rng = np.random.default_rng((self._seed, epoch, index))
-        flip = self._flip and rng.random() < 0.5
         reports = []
         for _ in range(STAND_INS):
             try:
-                return self._read(index, flip, rng), reports
+                return self._read(index, rng), reports
             except UserError as error:
                 if self._on_error == "stop":
                     raise
@@ -189,11 +188,14 @@ class _TrainingExample:
                 index = int(rng.integers(len(self._source)))
         raise UserError(f"{STAND_INS} images in a row cannot be read, the last: {reports[-1]}")
 
-    def _read(self, index, flip, rng):
-        if flip and hasattr(self._source, "mirrored"):  # what cannot be mirrored now was before it was stored
-            return self._source.mirrored(index)
+    def _read(self, index, rng):
+        if hasattr(self._source, "mirrored"):  # what cannot be mirrored now was before it was stored
+            return self._source.mirrored(index) if self._flips(rng) else self._source[index]
         example = self._source.random_crop(index, rng) if self._random_crop else self._source[index]
-        return {**example, "image": _mirrored(example["image"])} if flip else example
+        return {**example, "image": _mirrored(example["image"])} if self._flips(rng) else example
+
+    def _flips(self, rng):
+        return self._flip and rng.random() < 0.5
 
 
 def _mirrored(image):
