@@ -14,6 +14,9 @@ _BATCH = 250
 def probes(config, parts, images, labels):
     """Accuracy of pooled tokens on uint8 images, beside those of a random-weight encoder and of raw pixels."""
     logs.say("fitting linear probes")
+    source = build.source(config, "train")
+    chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
+    train_images, train_labels = _read(_Chosen(source, chosen), config.data)
     encoder = build.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
@@ -23,9 +26,6 @@ def probes(config, parts, images, labels):
         "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),
         "probe_pixels": lambda x: x.reshape(len(x), -1),
     }
-    source = build.source(config, "train")
-    chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
-    train_images, train_labels = _read(_Chosen(source, chosen), config.data)
 
     def features(view, images):
         batches = np.split(images, range(_BATCH, len(images), _BATCH))

@@ -1,5 +1,6 @@
 """Packed latents: training from them is training with the encoder in the step, to their precision."""
 
+import functools
 import json
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import random_like, tiny
 from etils import epath
+from flax import linen as nn
 
-from rae_jax import build, logs, pack_latents, sharding, stages
+from rae_jax import build, build_flow, logs, pack_latents, sharding, stage_dit, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import fit
@@ -57,14 +59,46 @@ def test_batches_are_those_of_the_images(config, packed, tmp_path):
     """The same labels, and the latents of the same images, flipped where those are, over three epochs."""
     images, latents = (_stage(each, tmp_path) for each in (config, _with(config, packed)))
     assert "encoder" in images.frozen and "encoder" not in latents.frozen
-    encode = jax.jit(build.autoencoder(config).encode)
-    for _, theirs, ours in zip(range(6), images.batches, latents.batches, strict=False):
+    encode, iterator = jax.jit(build.autoencoder(config).encode), iter(latents.batches)
+    for _, theirs in zip(range(6), images.batches, strict=False):
+        state = iterator.get_state()
+        iterator.set_state(state)  # as after an interruption
+        ours = next(iterator)
         np.testing.assert_array_equal(ours["label"], theirs["label"])
         expected = np.asarray(encode(images.frozen["encoder"], theirs["image"] / np.float32(255)))
         assert ours["latent"].dtype == np.float16 and ours["latent"].shape == (16, 8, 8, 16)
         np.testing.assert_allclose(ours["latent"].astype(np.float32), expected, rtol=1e-3, atol=1e-5)
 
 
+class _Pixels:
+    def encode(self, params, images):
+        return params * images
+
+
+class _Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x, t, label):
+        return nn.Dense(x.shape[-1])(x) * t[:, None, None, None] + nn.Embed(11, x.shape[-1])(label)[:, None, None]
+
+
+def test_a_step_takes_images_or_their_latents():
+    """In miniature what the next one does with the real models."""
+    config = tiny()
+    parts = {"autoencoder": _Pixels(), "dit": _Linear(), "num_classes": 10, "latent_shape": (4, 4, 3)}
+    flow = {name: getattr(build_flow, name)(config) for name in ("path", "target_fn", "time_fn")}
+    init, step = stage_dit.make(**parts, **flow, train=config.dit.train)
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
+    latents = (3.0 * images / 255).astype(np.float16)
+    state, label, statistics = init(jax.random.key(0)), np.arange(8), {"statistics": None}
+    ours, theirs = (
+        jax.jit(step)(state, {**statistics, **frozen}, {"label": label, **batch}, jax.random.key(1))
+        for frozen, batch in (({}, {"latent": latents}), ({"encoder": 3.0}, {"image": images}))
+    )
+    compare = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5)
+    jax.tree.map(compare, ours, theirs)
+
+
+@pytest.mark.slow
 def test_training_is_the_same_to_their_precision(config, packed, tmp_path):
     rows = []
     for name, each in (("images", config), ("latents", _with(config, packed))):
