@@ -9,7 +9,8 @@ from rae_jax import probes, stages
 from rae_jax.errors import UserError
 
 
-def test_an_image_that_cannot_be_read_stops_or_is_left_out(tiny_config, tmp_path, capfd):
+@pytest.mark.parametrize("on_error", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
+def test_an_image_that_cannot_be_read_stops_or_is_left_out(tiny_config, tmp_path, capfd, on_error):
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
         (tmp_path / name).mkdir()
@@ -22,9 +23,11 @@ def test_an_image_that_cannot_be_read_stops_or_is_left_out(tiny_config, tmp_path
     parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
     labels = np.arange(4) % 2
     images = np.broadcast_to((150 * labels).astype(np.uint8)[:, None, None, None], (4, 32, 32, 3))
-    with pytest.raises(UserError, match="light/3.png"):
-        probes.probes(tiny_config, parts, images, labels)
-    tiny_config.data.on_error = "skip"
+    tiny_config.data.on_error = on_error
+    if on_error == "stop":
+        with pytest.raises(UserError, match="light/3.png"):
+            probes.probes(tiny_config, parts, images, labels)
+        return
     found = probes.probes(tiny_config, parts, images, labels)
     assert set(found) == {"probe", "probe_random", "probe_pixels"} and found["probe_pixels"] == 1.0
     assert "light/3.png" in capfd.readouterr().err
