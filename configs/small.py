@@ -63,6 +63,7 @@ def _data():
             "path": "",
             "heldout_path": "",  # image_folder: the same for evaluation; empty: every 20th image of path
             "tfds": {"name": "", "split": "train", "heldout_split": "validation"},
+            "latents": "",  # the DiT trains from what rae_jax.pack_latents put there; '': the encoder runs in its step
             "on_error": "stop",  # at an image that cannot be read; or 'skip': reported, another one in its place
             "image_size": 32,
             "num_classes": 10,

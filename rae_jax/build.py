@@ -17,6 +17,7 @@ from rae_jax import (
 from rae_jax.augment import diff_augment
 from rae_jax.config import input_size, latent_shape
 from rae_jax.data import sources
+from rae_jax.data.latents import PackedLatents
 from rae_jax.data.packed import PackedImages
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
@@ -197,10 +198,20 @@ def source(config, split, crop=None):
             found = sources.tfds(name=data.tfds.name, data_dir=data.path, split=part, image_size=data.image_size)
         case other:
             raise ValueError(f"unknown data source {other!r}")
-    if len(found.class_names) != data.num_classes:
-        count = len(found.class_names)
-        raise UserError(f"the data has {count} classes: set --config.data.num_classes={count}, not {data.num_classes}")
-    return found
+    return _of_classes(found, data.num_classes)
+
+
+def packed_latents(config, form):
+    """Random-access source of the latents that config.data.latents names, for the DiT stage; see PackedLatents."""
+    options = {"form": form, "mirrored": config.dit.train.flip, "on_error": config.data.on_error}
+    return _of_classes(PackedLatents(path=config.data.latents, **options), config.data.num_classes)
+
+
+def _of_classes(source, expected):
+    count = len(source.class_names)
+    if count != expected:
+        raise UserError(f"the data has {count} classes: set --config.data.num_classes={count}, not {expected}")
+    return source
 
 
 def init_and_step(config, name):

@@ -72,6 +72,8 @@ def check(config, mesh):
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
     for stage in TRAINED:
         _check_training(config, f"{stage}.train", mesh)
+    if config.data.latents:
+        _check_latents(config)
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)
     _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
     for key in ("statistics.batch_size", "evaluate.batch_size"):
@@ -172,6 +174,12 @@ def _check_training(config, section, mesh):
     drawn = config.data.source == "shapes"
     _require(not (drawn and train.crop == "random"), config, f"{section}.crop", "shapes are drawn at their size")
     sharding.check_batch(train.batch_size, mesh, f"config.{section}.batch_size")
+
+
+def _check_latents(config):
+    fixed = "encoder" not in config.stages
+    _require(fixed, config, "data.latents", "they are not of the encoder that this run trains: set it to ''")
+    _require(config.dit.train.crop == "centre", config, "dit.train.crop", "latents are packed of centre crops")
 
 
 def _check_shapes(config):

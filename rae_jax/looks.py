@@ -29,7 +29,8 @@ def batches(source, mesh, *, batch_size, num_threads, name, on_error="stop"):
     """
     size = sharding.even_batch(len(source), batch_size, mesh)
     with logs.Progress(name, total=len(source), unit="image") as progress:
-        passed = pipeline.one_pass(source, batch_size=size, num_threads=num_threads, on_error=on_error)
+        reading = {"num_threads": num_threads, "on_error": on_error, "rows": sharding.local_rows(size, mesh)}
+        passed = pipeline.one_pass(source, batch_size=size, **reading)
         for n, batch in enumerate(passed, 1):
             yield sharding.put_batch(batch, mesh)
             progress.update(min(n * size, len(source)))

@@ -21,6 +21,8 @@ def train(config, workdir, mesh, flags):
     """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
     for split in ("train", "heldout"):
         build.source(config, split)  # a mistake in the data shows before anything is written
+    if config.data.latents:
+        stages.packed_latents(config, mesh)
     perception.find(config)  # and so does a network that would be missed when all is trained
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     config_lib.save(config, workdir)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import build, logs, metrics, rae
+from rae_jax.data import pipeline
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
 _BATCH = 250
@@ -13,6 +14,9 @@ _BATCH = 250
 def probes(config, parts, images, labels):
     """Accuracy of pooled tokens on uint8 images, beside those of a random-weight encoder and of raw pixels."""
     logs.say("fitting linear probes")
+    source = build.source(config, "train")
+    chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
+    train_images, train_labels = _read(_Chosen(source, chosen), config.data)
     encoder = build.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
@@ -22,10 +26,6 @@ def probes(config, parts, images, labels):
         "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),
         "probe_pixels": lambda x: x.reshape(len(x), -1),
     }
-    source = build.source(config, "train")
-    chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
-    train = [source[i] for i in chosen]
-    train_images, train_labels = np.stack([e["image"] for e in train]), np.array([e["label"] for e in train])
 
     def features(view, images):
         batches = np.split(images, range(_BATCH, len(images), _BATCH))
@@ -41,3 +41,24 @@ def probes(config, parts, images, labels):
         )
         for name, view in views.items()
     }
+
+
+class _Chosen:
+    """Some examples of a source."""
+
+    def __init__(self, source, indices):
+        self._source, self._indices = source, indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        return self._source[self._indices[index]]
+
+
+def _read(source, data):
+    """Images and labels of a source; what cannot be read stops or is left out, as everywhere."""
+    reading = {"num_threads": data.num_threads, "on_error": data.on_error}
+    batches = list(pipeline.one_pass(source, batch_size=_BATCH, **reading))
+    there = np.concatenate([batch["mask"] for batch in batches]) > 0
+    return tuple(np.concatenate([batch[key] for batch in batches])[there] for key in ("image", "label"))

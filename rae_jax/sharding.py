@@ -96,7 +96,13 @@ def put_global(batch, mesh):
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placed, lambda part: x[part]), batch)
 
 
+def local_rows(batch_size, mesh):
+    """The rows of a global batch that this process's devices hold, in order: what it has to read, and no more."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
+
+
 def put_batch(batch, mesh):
-    """This process's part of a batch (numpy) -> global arrays split over the mesh."""
+    """This process's part of a batch (numpy), its `local_rows` -> global arrays split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -9,7 +9,8 @@ from rae_jax import flow, optim, rae
 def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, train):
     """Returns (init, step) of this stage; `train` is the config section dit.train.
 
-    `time_fn(key, batch_size)` draws unshifted times, `target_fn(x, noise, t)` is what the model is to say at x_t.
+    `time_fn(key, batch_size)` draws unshifted times, `target_fn(x, noise, t)` is what the model is to say at x_t. A
+    batch holds images, or 'latent', which was encoded before.
     """
     optimiser = optim.make(train)
     factor = flow.shift_factor(latent_shape)
@@ -25,7 +26,10 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
 
     def step(state, frozen, batch, key):
         time_key, noise_key, drop_key = jax.random.split(key, 3)
-        latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
+        if "latent" in batch:
+            latents = batch["latent"].astype(jnp.float32)
+        else:
+            latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
         x = rae.normalise(latents, frozen["statistics"])
         t = flow.shift_time(time_fn(time_key, x.shape[0]), factor)
         noise = jax.random.normal(noise_key, x.shape)

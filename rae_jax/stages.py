@@ -1,12 +1,14 @@
 """The parts of a run: the stages that train them, and their weights, wherever those come from."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from rae_jax import build, checkpoint, perception, published, sharding, stage_statistics
-from rae_jax.config import in_steps, input_size, latent_shape, section
+from rae_jax.config import flatten, in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.train import Stage
@@ -17,12 +19,17 @@ SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
 def stage(config, name, workdir, mesh):
     """Everything the loop needs to run stage `name`; weights of earlier stages are loaded here."""
-    images = build.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
+    from_latents = name == "dit" and config.data.latents
+    if from_latents:
+        images = packed_latents(config, mesh)
+    else:
+        images = build.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
     reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     if name == "statistics":
         batch_size = config.statistics.batch_size
         num_steps = pipeline.num_batches(images, batch_size)
-        batches = pipeline.one_pass(images, batch_size=batch_size, **reading)
+        rows = sharding.local_rows(batch_size, mesh)
+        batches = pipeline.one_pass(images, batch_size=batch_size, rows=rows, **reading)
     else:
         batch_size = config[name].train.batch_size
         if len(images) < batch_size:
@@ -38,13 +45,28 @@ def stage(config, name, workdir, mesh):
             seed=stage_seed(config, name),
             random_crop=train.crop == "random",
             flip=train.flip,
+            rows=sharding.local_rows(batch_size, mesh),
             **reading,
         )
-    frozen = {part: load(config, part, workdir, mesh) for part in FROZEN[name]}
+    parts = [part for part in FROZEN[name] if not (from_latents and part == "encoder")]
+    frozen = {part: load(config, part, workdir, mesh) for part in parts}
     if name == "decoder":
         frozen.update(_opponents(config, frozen["encoder"], workdir, mesh))
     init, step = build.init_and_step(config, name)
     return Stage(name, init, step, frozen, batches, batch_size, num_steps)
+
+
+def packed_latents(config, mesh):
+    """The source of config.data.latents. Raises UserError where the config's encoder would make other ones."""
+    return build.packed_latents(config, latent_form(config, load(config, "encoder", "", mesh)))
+
+
+def latent_form(config, encoder_params):
+    """What latents depend on, by name, as JSON has it: keys of the config, and the weights themselves."""
+    encoder = {key: value for key, value in config.encoder.to_dict().items() if key not in ("weights", "train")}
+    keys = {"encoder": encoder, "data": {"image_size": config.data.image_size}, "dtype": config.dtype}
+    form = {**flatten(keys, "config."), "the encoder's weights": store.digest(encoder_params)}
+    return json.loads(json.dumps(form))
 
 
 def _opponents(config, encoder_params, workdir, mesh):

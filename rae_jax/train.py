@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -64,11 +65,13 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
         metrics_file = logs.Metrics(workdir, stage.name, step=start)
         step_fn = _compiled_step(stage, placed, mesh)
 
-        clock = _Clock(stage.batch_size)
-        with logs.Progress(stage.name, total=stage.num_steps, start=start) as progress:
+        progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
+        with progress, contextlib.closing(_Clock(stage.batch_size)) as clock:
+            if start < stage.num_steps:
+                clock.wait_for(feed.fetch)
             for step in range(start + 1, stage.num_steps + 1):
                 last = step == stage.num_steps
-                state, metrics = step_fn(state, frozen, clock.wait_for(feed.take), key)
+                state, metrics = step_fn(state, frozen, feed.take(), key)
                 clock.tick(metrics)
                 if not (last or signals.received):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
@@ -120,13 +123,12 @@ class _Feed:
         self._fetched, self._position = None, iterator.get_state()
 
     def fetch(self):
-        """Begin to move the next batch to the devices."""
+        """Begin to move the next batch to the devices; it may still be on its way."""
         self._fetched = sharding.put_batch(next(self._iterator), self._mesh)
+        return self._fetched
 
     def take(self):
-        """The next batch."""
-        if self._fetched is None:
-            self.fetch()
+        """The batch that was fetched."""
         batch, self._fetched = self._fetched, None
         self._position = self._iterator.get_state()
         return batch
@@ -143,28 +145,34 @@ class _Feed:
 
 
 class _Clock:
-    """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more."""
+    """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more.
+
+    A thread sees when a step ends and when the next batch has come to the devices. In between they wait for data.
+    """
 
     def __init__(self, batch_size):
         self._batch_size = batch_size
-        self._previous = None
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="clock")
+        self._previous, self._idle_since, self._fed = None, None, None
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
 
     def wait_for(self, fetch):
-        """What `fetch` returns; the time that it takes is the data's."""
+        """Let `fetch` bring the next batch. What it takes while a step still runs costs nothing."""
         began = time.monotonic()
         batch = fetch()
-        self._waited += time.monotonic() - began
-        return batch
+        self._fed = self._watcher.submit(self._count, batch, began, self._idle_since)
 
     def tick(self, metrics):
+        """A step has begun that will give these metrics; wait for the one before it."""
+        self._idle_since = self._watcher.submit(_when_ready, metrics)
         if self._previous is not None:
             jax.block_until_ready(self._previous)
         self._previous = metrics
         self._steps += 1
 
     def read(self):
-        """Rates since the last reading."""
+        """Rates since the last reading, data_wait as a part of the time; the batch that was fetched is waited for."""
+        self._fed.result()
         elapsed = time.monotonic() - self._began
         rates = {
             "perf/steps_per_second": self._steps / elapsed,
@@ -173,6 +181,20 @@ class _Clock:
         }
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
         return rates
+
+    def close(self):
+        """End the thread."""
+        self._watcher.shutdown(wait=False, cancel_futures=True)
+
+    def _count(self, batch, began, idle_since):
+        """In the watcher, after `idle_since` has its result: one thread does things in order."""
+        start = began if idle_since is None else max(began, idle_since.result())
+        self._waited += max(0.0, _when_ready(batch) - start)
+
+
+def _when_ready(arrays):
+    jax.block_until_ready(arrays)
+    return time.monotonic()
 
 
 class _Signals:

@@ -100,11 +100,25 @@ def _saved(tmp_path, image):
     return next(tmp_path.glob("whole.*")).read_bytes()
 
 
+def _saved_as_jpeg(image, *, sides):
+    """A JPEG file whose header has other sides."""
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    data = bytearray(file.getvalue())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", sides, sides)
+    return bytes(data)
+
+
 DAMAGED = {
     "empty.png": lambda path: b"",
     "text.jpg": lambda path: b"no image at all",
     "cut_off.png": lambda path: _saved(path, Image.fromarray(COLOUR))[:60],
     "bomb.png": lambda path: _png(50_000, 50_000),
+    "no_pixels.png": lambda path: _png(0, 0),
+    "no_pixels.gif": lambda path: b"GIF89a" + bytes(4) + b"\x80\0\0" + bytes(6) + b"," + bytes(9) + b"\x02\0;",
+    "no_pixels.bmp": lambda path: b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0),
+    "no_pixels.jpg": lambda path: _saved_as_jpeg(Image.fromarray(COLOUR), sides=0),
     "strip.png": lambda path: _saved(path, Image.new("L", (2, 60_000))),
     "floats.tif": lambda path: _saved(path, Image.new("F", (SIZE, SIZE))),
 }

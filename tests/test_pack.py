@@ -2,16 +2,21 @@
 
 import io
 import json
+import multiprocessing
+import os
+import signal
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import build, stages
-from rae_jax.data import images, packed, sources
+from rae_jax import build, sharding, stages
+from rae_jax.data import images, packed, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed import PackedImages
 from rae_jax.errors import UserError
@@ -101,6 +106,102 @@ def test_bad_files_stop_the_packing_or_are_left_out(folder, tmp_path):
     assert len(PackedImages(path=tmp_path / "two", split="train", image_size=SIZE)) == 21
 
 
+def _no_pixels():
+    """A PNG file of 0x0 pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+ODD = {
+    "no_pixels.png": lambda folder: _no_pixels(),
+    "empty.jpg": lambda folder: b"",
+    "text.png": lambda folder: b"none",
+    "cut_off.png": lambda folder: (folder / "000.png").read_bytes()[:900],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_policy_knows_what_to_do_with_odd_files(tmp_path, capfd, name):
+    """Through training, a pass and packing: what is not an image is named or skipped, 30 megapixels are read."""
+    root = _folder(tmp_path / "images", count=4)
+    (root / "cat" / name).write_bytes(ODD[name](root / "cat"))
+    if name == "no_pixels.png":  # once is enough: it takes long
+        Image.new("RGB", (6000, 5000), "red").save(root / "ant" / "000.png", compress_level=1)
+    source = sources.image_folder(path=str(root), heldout_path=str(root), split="train", image_size=SIZE)
+    reading = {"num_threads": 2, "batch_size": 3}
+
+    def train(on_error):
+        options = {"seed": 0, "random_crop": False, "flip": True, "on_error": on_error}
+        iterator = iter(pipeline.training_batches(source, **reading, **options))
+        return [next(iterator) for _ in range(3)]  # an epoch
+
+    def look(on_error):
+        return list(pipeline.one_pass(source, on_error=on_error, **reading))
+
+    def packed_as(on_error):
+        return pack({"train": source}, tmp_path / on_error, **{**FORM, "on_error": on_error})
+
+    for each in (train, look, packed_as):
+        with pytest.raises(UserError, match=name):
+            each("stop")
+    assert [len(batch["label"]) for batch in train("skip")] == [3, 3, 3]
+    assert sum(batch["mask"].sum() for batch in look("skip")) == 8
+    assert sum(shard["num_images"] for shard in packed_as("skip")["splits"]["train"]) == 8
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert len(said) >= 3 and all(name in line for line in said), said  # a stand-in may be the same one again
+
+
+def test_a_damaged_request_is_one_line(folder, tmp_path):
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    request = tmp_path / "packed" / "request.json"
+    request.write_text(request.read_text()[:20])
+    with pytest.raises(UserError, match="request.json is damaged") as refusal:
+        pack(_parts(folder), tmp_path / "packed", **FORM)
+    assert "\n" not in str(refusal.value)
+
+
+class _Deadly:
+    """Images that kill the process that packs them, once."""
+
+    class_names = ("only",)
+
+    def __init__(self, killed, last):
+        self._killed, self._last = killed, last
+
+    def __len__(self):
+        return 12
+
+    def name(self, index):
+        return f"image {index}"
+
+    def example(self, index, crop):
+        if index == self._last and not self._killed.exists():
+            self._killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"image": crop(Image.new("RGB", (20, 20), (index, 0, 0))), "label": np.int32(0)}
+
+
+@pytest.mark.slow
+def test_a_killed_packer_is_reported_and_gone_on_after(tmp_path):
+    """A worker, then the whole command; the archive is the one of a packing that nothing happened to."""
+    form = {**FORM, "num_workers": 2}
+    parts = {"train": _Deadly(tmp_path / "killed", 7)}
+    with pytest.raises(UserError, match="a process that packs was killed.*run the same command again"):
+        pack(parts, tmp_path / "packed", **form)
+    assert (tmp_path / "killed").exists() and not (tmp_path / "packed" / "index.json").exists()
+    pack(parts, tmp_path / "packed", **form)
+    pack(parts, tmp_path / "other", **form)
+    child = multiprocessing.get_context("spawn").Process(
+        target=pack, args=({"train": _Deadly(tmp_path / "again", 11)}, tmp_path / "third"), kwargs=FORM
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / "third" / "train-00001-of-00003.json").exists()
+    pack({"train": _Deadly(tmp_path / "again", 11)}, tmp_path / "third", **FORM)
+    archives = [{f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("packed", "other", "third")]
+    assert archives[0] == archives[1] == archives[2]
+
+
 def test_a_missing_shard_is_named_or_left_out(folder, tmp_path, capfd):
     pack(_parts(folder), tmp_path / "packed", **FORM)
     (tmp_path / "packed" / "train-00002-of-00005.array_record").unlink()
@@ -142,11 +243,12 @@ def test_a_config_names_what_is_packed(folder, tmp_path, tiny_config):
     tiny_config.data.num_classes = 2
     assert [len(build.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
     tiny_config.judge.train.update({"batch_size": 8, "crop": "centre"})
-    stage = stages.stage(tiny_config, "judge", tmp_path, None)
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    stage = stages.stage(tiny_config, "judge", tmp_path, mesh)
     assert next(iter(stage.batches))["image"].shape == (8, SIZE, SIZE, 3)
     tiny_config.judge.train.crop = "random"
     with pytest.raises(UserError, match="packed for crop='centre'"):
-        stages.stage(tiny_config, "judge", tmp_path, None)
+        stages.stage(tiny_config, "judge", tmp_path, mesh)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rae_jax import checkpoint
+from rae_jax import checkpoint, logs
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 
@@ -39,13 +42,16 @@ class Numbers:
 def _training(source=None, *, batch_size=8, seed=3, process=(0, 1), num_threads=2, **options):
     options = {"random_crop": True, "flip": True, **options}
     source = Numbers() if source is None else source
-    index, count = process
     return pipeline.training_batches(
         source,
         **{"batch_size": batch_size, "seed": seed, "num_threads": num_threads, **options},
-        process_index=index,
-        process_count=count,
+        rows=_rows(batch_size, *process),
     )
+
+
+def _rows(batch_size, index, count):
+    """The rows of a process, where its devices follow each other."""
+    return range(batch_size)[index * batch_size // count : (index + 1) * batch_size // count]
 
 
 def _take(batches, count):
@@ -145,9 +151,7 @@ def test_a_position_in_other_data_is_refused(other):
 @pytest.mark.parametrize("num_images", [30, 32])
 def test_a_pass_counts_every_image_once(num_images, processes):
     source, options = Numbers(num_images), {"batch_size": 8, "num_threads": 2}
-    parts = [
-        list(pipeline.one_pass(source, process_index=p, process_count=processes, **options)) for p in range(processes)
-    ]
+    parts = [list(pipeline.one_pass(source, rows=_rows(8, p, processes), **options)) for p in range(processes)]
     batches = _joined(parts)
     mask = np.concatenate([batch["mask"] for batch in batches]) > 0
     np.testing.assert_array_equal(np.concatenate([batch["label"] for batch in batches])[mask], range(num_images))
@@ -204,8 +208,37 @@ def test_workers_read_the_same_and_a_killed_one_is_reported():
             next(iterator)
     assert time.monotonic() - began < 60
     iterator.close()
-    with pytest.raises(UserError, match="image 5 is broken"):
-        _take(_training(Numbers(broken=(5,)), num_workers=1), 4)
+    with pytest.raises(UserError, match="image 3 is broken"):
+        _take(_training(Numbers(broken=(3,)), num_workers=1), 4)
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_ends_in_one_line_and_goes_on(tmp_path):
+    """The whole command, with two processes that read."""
+    command = [sys.executable, "-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.stages=('judge',)", "--config.judge.widths=(8,)", "--config.data.num_workers=2"]
+    command += ["--config.checkpoint.every=5", "--config.log_every=1", "--config.judge.train.num_steps=100000"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    options = {"cwd": Path(__file__).parents[1], "env": environment, "stderr": subprocess.PIPE, "text": True}
+    metrics = tmp_path / "run" / "metrics" / "judge.jsonl"
+    steps = []
+    for _ in range(2):  # the second one goes on where the first was left
+        run = subprocess.Popen(command, **options)
+        while len(logs.read(metrics)) < 12 + len(steps):
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.2)
+        children = [c for f in Path(f"/proc/{run.pid}/task").glob("*/children") for c in f.read_text().split()]
+        workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        said = run.communicate(timeout=100)[1]
+        assert run.returncode == 2, said
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "a worker process that reads data is gone" in errors[0], said
+        assert "Traceback" not in said
+        steps = [row["step"] for row in logs.read(metrics)]
+        assert steps == list(range(1, len(steps) + 1))
+    assert "going on from step" in said
 
 
 def test_a_checkpoint_without_its_position_is_named(tmp_path):

@@ -1,9 +1,14 @@
 """A TFDS data set that was prepared as array_record, read where TensorFlow cannot be imported."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from rae_jax import logs
+from rae_jax.data.packed import PackedImages
 
 pytest.importorskip("tensorflow_datasets", reason="needs the tfds extra")
 
@@ -64,6 +69,45 @@ print("all read")
 """
 
 
-def test_a_prepared_data_set_is_read_without_tensorflow(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Folder of the data set, and what its reader said."""
+    folder = tmp_path_factory.mktemp("tfds")
+    return folder, subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
+
+
+def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
+    done = prepared[1]
     assert done.stdout.strip().endswith("all read"), done.stderr[-2000:]
+
+
+def _command(module, *arguments):
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=500)
+
+
+@pytest.mark.slow
+def test_the_command_packs_it(prepared, tmp_path):
+    arguments = [f"--data_dir={prepared[0]}", f"--output={tmp_path / 'packed'}", "--image_size=16", "--num_workers=1"]
+    done = _command("rae_jax.data.pack", "--tfds=tiny", "--encoding=png", *arguments)
+    assert "train: 6 images in 1 shards" in done.stdout and "heldout: 3 images" in done.stdout, done.stderr[-2000:]
+    found = PackedImages(path=tmp_path / "packed", split="train", image_size=16)
+    assert sorted(int(found[i]["image"].max()) for i in range(6)) == [0, 10, 20, 30, 40, 50]
+    refused = _command("rae_jax.data.pack", "--tfds=tiny", "--tfds_splits=train", *arguments)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_it(prepared, tmp_path):
+    arguments = ["--config=configs/small.py", f"--workdir={tmp_path / 'run'}", "--config.stages=('judge',)"]
+    arguments += ["--config.data.source=tfds", f"--config.data.path={prepared[0]}", "--config.data.num_classes=2"]
+    arguments += ["--config.judge.train.num_steps=4", "--config.judge.train.batch_size=4", "--config.judge.widths=(8,)"]
+    arguments += ["--config.evaluate.probe=False", "--config.dit.weights=", "--config.log_every=2"]
+    refused = _command("rae_jax.main", *arguments, "--config.data.tfds.name=nothing")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+    assert "config.data.tfds.name='nothing'" in refused.stderr and not (tmp_path / "run").exists()
+    done = _command("rae_jax.main", *arguments, "--config.data.tfds.name=tiny")
+    assert done.returncode == 0 and "judge_accuracy" in done.stdout, done.stderr[-2000:]
+    assert [row["step"] for row in logs.read(tmp_path / "run" / "metrics" / "judge.jsonl")] == [2, 4]

@@ -36,7 +36,7 @@ def _ours(source, num_batches):
     batches = pipeline.training_batches(
         source,
         **{"batch_size": _BATCH.value, "seed": 0, "random_crop": False, "flip": True},
-        **{"num_threads": 0, "process_index": 0, "process_count": 1},
+        num_threads=0,
     )
     iterator = iter(batches)
     for _ in range(num_batches):

@@ -40,14 +40,3 @@ class OnePassOrder:
     def places(self, batch, rows):
         """(0, index) of some rows of global batch number `batch`."""
         return [(0, batch * self._batch_size + row) for row in rows]
-
-
-def rows_of(batch_size, process_index, process_count):
-    """The rows of a global batch that a process reads: together, in the order of processes, they are the batch.
-
-    Raises ValueError where it cannot be shared out evenly.
-    """
-    if batch_size % process_count:
-        raise ValueError(f"a global batch of {batch_size} cannot be shared out to {process_count} processes")
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)

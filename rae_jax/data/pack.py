@@ -22,17 +22,15 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from rae_jax import command, logs
-from rae_jax.data import images, packed, sources
+from rae_jax.data import images, packed, shards, sources
 from rae_jax.errors import UserError
 
 SPLITS = ("train", "heldout")
 ENCODINGS = ("jpeg", "png")
 IMAGES_PER_SHARD = 2048
-_REQUEST = "request.json"
 _OPTIONS = ("image_size", "crop", "encoding", "quality", "images_per_shard", "num_workers", "on_error")  # flags
 
 
@@ -44,35 +42,21 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
     """
     output = Path(output)
     form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
-    _claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
+    shards.claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
     jobs = []
     for split, source in parts.items():
         count = -(-len(source) // images_per_shard)
         for shard in range(count):
             rows = range(shard * images_per_shard, min(len(source), (shard + 1) * images_per_shard))
-            file = output / f"{split}-{shard:05d}-of-{count:05d}.array_record"
-            jobs.append((split, file, functools.partial(_pack_shard, source, rows, file, _Form(split=split, **form))))
-    shards = {split: [] for split in parts}
-    for (split, _, _), shard in zip(jobs, _run([job for *_, job in jobs], parts, num_workers), strict=True):
-        shards[split].append(shard)
+            file = output / shards.name(split, shard, count)
+            jobs.append((split, functools.partial(_pack_shard, source, rows, file, _Form(split=split, **form))))
+    packed_shards = {split: [] for split in parts}
+    for (split, _), shard in zip(jobs, _run([job for _, job in jobs], parts, num_workers), strict=True):
+        packed_shards[split].append(shard)
     class_names = list(parts["train"].class_names)
-    index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": shards}
-    _write(output / packed.INDEX, json.dumps(index, indent=1))
+    index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": packed_shards}
+    shards.write_text(output / packed.INDEX, json.dumps(index, indent=1))
     return index
-
-
-def _claim(output, request):
-    """Begin, or go on with the same request; anything else that lies there is left alone."""
-    path = output / _REQUEST
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and json.loads(path.read_text()) != request:
-            raise UserError(f"--output={output} holds other images, or these in another form: choose another folder")
-        if not path.exists() and any(output.iterdir()):
-            raise UserError(f"--output={output} is not empty: choose another folder")
-        _write(path, json.dumps(request))
-    except OSError as error:
-        raise UserError(f"cannot write to --output={output} ({error.strerror}): choose another folder") from error
 
 
 def _digest(parts):
@@ -139,51 +123,25 @@ class _Form:
 
 
 def _pack_shard(source, rows, file, form):
-    """Write one shard, read it back, put it in place; one that is there already is taken as it is."""
-    done = file.with_suffix(".json")  # written last: with it, the shard is whole
-    if done.exists() and file.exists():
-        return json.loads(done.read_text())
-    records, skipped = [], []
-    unfinished = file.with_suffix(".unfinished")
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are
-    for row in rows:
-        try:
-            example = source.example(row, form.crop)
-        except UserError as error:
-            if form.on_error == "stop":
-                writer.close()
-                raise
-            skipped.append(str(error))
-            continue
-        data = packed.record(int(example["label"]), source.name(row), form.encode(example["image"]))
-        writer.write(data)
-        records.append(hashlib.sha256(data).digest())
-    writer.close()
-    _verify(unfinished, records)
-    unfinished.replace(file)
-    result = {"file": file.name, "num_images": len(records), "skipped": skipped}
-    _write(done, json.dumps(result))
-    return result
+    """Write one shard; one that is there already is taken as it is."""
+    done = shards.finished(file)
+    if done is not None:
+        return done
+    skipped = []
 
+    def records():
+        for row in rows:
+            try:
+                example = source.example(row, form.crop)
+            except UserError as error:
+                if form.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+                continue
+            yield packed.record(int(example["label"]), source.name(row), form.encode(example["image"]))
 
-def _verify(file, records):
-    """Raises UserError unless the file has the records of these digests, each with an image that can be decoded."""
-    try:
-        reader = packed.open_shard(file)
-        found = [reader.read([row])[0] for row in range(reader.num_records())]
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file} cannot be read back ({error}): is the disk full or failing?") from error
-    if [hashlib.sha256(data).digest() for data in found] != records:
-        raise UserError(f"{file} does not hold what was written: is the disk full or failing?")
-    for data in found:
-        images.decode(packed.parse(data)[2], file, np.asarray)
-
-
-def _write(path, text):
-    """All of a file or nothing."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    count = shards.write(file, records(), lambda data: images.decode(packed.parse(data)[2], file, np.asarray))
+    return shards.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
 
 
 def _sources(given):
@@ -223,9 +181,9 @@ def _main(argv):
         index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
     except UserError as error:
         command.fail(str(error))
-    for split, shards in index["splits"].items():
-        skipped = sum(len(shard["skipped"]) for shard in shards)
-        print(f"{split}: {sum(s['num_images'] for s in shards)} images in {len(shards)} shards, {skipped} skipped")
+    for split, written in index["splits"].items():
+        skipped = sum(len(shard["skipped"]) for shard in written)
+        print(f"{split}: {sum(s['num_images'] for s in written)} images in {len(written)} shards, {skipped} skipped")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class PackedImages:
 
     def __init__(self, *, path, split, image_size, crop=None, on_error="stop"):
         folder = Path(path)
-        index = _read_index(folder, path)
+        index = read_index(folder, f"config.data.path={path!r}", "rae_jax.data.pack")
         self.class_names = tuple(index["class_names"])
         self._size = image_size
         packed_for = index["crop"] if split == "train" else "centre"
@@ -63,7 +63,7 @@ class PackedImages:
                 f"{path} was packed for crop={packed_for!r}, and this stage takes crop={crop!r}: "
                 f"pack it again with --crop={crop}, into another folder"
             )
-        shards = [shard for shard in index["splits"][split] if _is_there(folder / shard["file"], shard, on_error)]
+        shards = [shard for shard in index["splits"][split] if is_there(folder / shard["file"], shard, on_error)]
         if not sum(shard["num_images"] for shard in shards):
             raise UserError(f"config.data.path={path!r} holds no images of the {split} part: pack it again")
         self._records = Records([str(folder / s["file"]) for s in shards], [s["num_images"] for s in shards])
@@ -139,16 +139,16 @@ def open_shard(file):
         raise ValueError(str(error)) from error
 
 
-def _read_index(folder, path):
+def read_index(folder, given, command):
+    """The index of what `command` has written to a folder, which the user has `given` by a key or a flag."""
     try:
         return json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"config.data.path={path!r} has no {INDEX}: name a folder that `python -m rae_jax.data.pack` has finished"
-        ) from error
+        raise UserError(f"{given} has no {INDEX}: name a folder that `python -m {command}` has finished") from error
 
 
-def _is_there(file, shard, on_error):
+def is_there(file, shard, on_error):
+    """Whether a shard of the index is there. Raises UserError where it is not, or reports it, by `on_error`."""
     if file.exists():
         return True
     lost = f"the shard {file} with {shard['num_images']} images is missing"

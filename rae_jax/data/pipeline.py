@@ -1,8 +1,9 @@
 """From a random-access source to batches: endless shuffled ones for training, and one exact pass.
 
-A batch is {'image': uint8 [B, H, W, 3], 'label': int32 [B]}, this process's rows of the global batch; a pass
-adds 'mask': float32 [B], 0 where the last batch was filled up or an image could not be read. Global batch n is a pure
-function of source, seed and n: threads, workers, processes and restarts do not change it.
+A batch is {'image': uint8 [B, H, W, 3], 'label': int32 [B]}, this process's rows of the global batch, or has 'latent'
+in place of the images where the source holds latents; a pass adds 'mask': float32 [B], 0 where the last batch was
+filled up or an image could not be read. Global batch n is a pure function of source, seed and n: threads, workers,
+processes and restarts do not change it.
 """
 
 import functools
@@ -14,12 +15,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
-import jax
 import numpy as np
 from absl import flags
 
 from rae_jax import logs
-from rae_jax.data.order import OnePassOrder, TrainingOrder, rows_of
+from rae_jax.data.order import OnePassOrder, TrainingOrder
 from rae_jax.errors import UserError
 
 BATCHES_AHEAD = 2  # read before they are asked for, by this process or by each worker
@@ -38,31 +38,31 @@ def training_batches(
     num_threads,
     num_workers=0,
     on_error="stop",
-    process_index=None,
-    process_count=None,
+    rows=None,
 ):
     """Endless shuffled batches: a fresh permutation each epoch; what is random depends on (seed, epoch, index).
 
-    `random_crop` takes the source's `random_crop(index, rng)` where otherwise source[index] is taken. `num_workers`
+    `random_crop` takes the source's `random_crop(index, rng)` where otherwise source[index] is taken, and `flip` its
+    `mirrored(index)` where it has that; otherwise images are mirrored here. `num_workers`
     processes (0: this one) read with `num_threads` threads each. `on_error` says what becomes of an image that
     cannot be read: 'stop' raises its UserError; 'skip' reports it, and shows another one, drawn by (seed, epoch,
-    index), in its row. By default the process is jax's.
+    index), in its row. `rows` are those of each global batch that this process reads (sharding.local_rows); by default
+    all.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
     example = _TrainingExample(source, seed=seed, random_crop=random_crop, flip=flip, on_error=on_error)
     read = _Reader(TrainingOrder(len(source), batch_size, seed), rows, example, num_threads)
     identity = {"num_images": len(source), "batch_size": batch_size, "seed": seed}
     return Batches(read, identity, num_threads=num_threads, num_workers=num_workers)
 
 
-def one_pass(
-    source, *, batch_size, num_threads, num_workers=0, on_error="stop", process_index=None, process_count=None
-):
+def one_pass(source, *, batch_size, num_threads, num_workers=0, on_error="stop", rows=None):
     """Every image exactly once, in order; the last batch is filled up and masked.
 
     With `on_error`='skip' images that cannot be read are reported and masked; otherwise their UserError is raised.
+    `rows` as in training_batches.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
     read = _Reader(OnePassOrder(len(source), batch_size), rows, _PassExample(source, on_error), num_threads)
     identity = {"num_images": len(source), "batch_size": batch_size}
     return Batches(read, identity, num_threads=num_threads, num_workers=num_workers)
@@ -71,11 +71,6 @@ def one_pass(
 def num_batches(source, batch_size):
     """Batches that `one_pass` yields."""
     return OnePassOrder(len(source), batch_size).num_batches
-
-
-def _rows(batch_size, process_index, process_count):
-    index = jax.process_index() if process_index is None else process_index
-    return rows_of(batch_size, index, jax.process_count() if process_count is None else process_count)
 
 
 class Batches:
@@ -185,8 +180,7 @@ class _TrainingExample:
         reports = []
         for _ in range(STAND_INS):
             try:
-                example = self._source.random_crop(index, rng) if self._random_crop else self._source[index]
-                return self._flipped(example, rng), reports
+                return self._read(index, rng), reports
             except UserError as error:
                 if self._on_error == "stop":
                     raise
@@ -194,10 +188,14 @@ class _TrainingExample:
                 index = int(rng.integers(len(self._source)))
         raise UserError(f"{STAND_INS} images in a row cannot be read, the last: {reports[-1]}")
 
-    def _flipped(self, example, rng):
-        if self._flip and rng.random() < 0.5:
-            example = {**example, "image": _mirrored(example["image"])}
-        return example
+    def _read(self, index, rng):
+        if hasattr(self._source, "mirrored"):  # what cannot be mirrored now was before it was stored
+            return self._source.mirrored(index) if self._flips(rng) else self._source[index]
+        example = self._source.random_crop(index, rng) if self._random_crop else self._source[index]
+        return {**example, "image": _mirrored(example["image"])} if self._flips(rng) else example
+
+    def _flips(self, rng):
+        return self._flip and rng.random() < 0.5
 
 
 def _mirrored(image):

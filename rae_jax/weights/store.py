@@ -1,6 +1,10 @@
 """Parameter trees in safetensors files, strictly checked."""
 
+import hashlib
+import json
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -44,3 +48,20 @@ def check(source, wanted, found):
     for key, shape in wanted.items():
         if found[key] != shape:
             raise UserError(f"{source}: {key!r} has shape {found[key]}, the config's model needs {shape}")
+
+
+def digest(tree):
+    """A hexadecimal word for float32 arrays by name and bit, wherever their parts lie."""
+
+    @jax.jit
+    def sums(tree):
+        """Of the bits, each times an odd number of its own, modulo 2^32: exact in any order."""
+
+        def add_up(leaf):
+            bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)
+            return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+        return jax.tree.map(add_up, tree)
+
+    flat = traverse_util.flatten_dict(jax.device_get(sums(tree)), sep="/")
+    return hashlib.sha256(json.dumps({key: int(flat[key]) for key in sorted(flat)}).encode()).hexdigest()[:16]

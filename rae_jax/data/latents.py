@@ -1,0 +1,76 @@
+"""Latents that were encoded once, so that the DiT stage needs no encoder: a source, and its records.
+
+A folder with shards as those of rae_jax.data.packed and index.json: 'form' (what the latents depend on, by name),
+'dtype' ('bfloat16' or 'float16'), 'shape' (h, w, D), 'mirrored', 'class_names', 'shards'. In a record the numbers of a
+latent are where packed images have the encoded image. With 'mirrored', that of the mirrored image comes after each.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from rae_jax.data import images, packed
+from rae_jax.errors import UserError
+
+DTYPES = ("bfloat16", "float16")
+
+
+class PackedLatents:
+    """Random-access source of {'latent': [h, w, D] in the stored dtype, 'label': int32}.
+
+    Raises UserError where what was packed has another `form` than is asked for, where mirrored latents are asked for
+    and were not packed, and for missing shards; with `on_error`='skip' those are reported instead, and left out.
+    """
+
+    def __init__(self, *, path, form, mirrored, on_error="stop"):
+        folder, given = Path(path), f"config.data.latents={path!r}"
+        index = packed.read_index(folder, given, "rae_jax.pack_latents")
+        for key, ours in form.items():
+            theirs = index["form"].get(key)
+            if theirs != ours:
+                raise UserError(
+                    f"{given} was packed with {key}={theirs!r}, not {ours!r}: set it back, or pack again into another "
+                    f"folder"
+                )
+        if mirrored and not index["mirrored"]:
+            raise UserError(f"{given} has no mirrored latents: pack again, or set config.dit.train.flip=False")
+        self.class_names = tuple(index["class_names"])
+        self._dtype, self._shape = jnp.dtype(index["dtype"]), tuple(index["shape"])
+        self._each = 2 if index["mirrored"] else 1
+        there = [shard for shard in index["shards"] if packed.is_there(folder / shard["file"], shard, on_error)]
+        if not sum(shard["num_images"] for shard in there):
+            raise UserError(f"{given} holds no latents: pack again")
+        counts = [self._each * shard["num_images"] for shard in there]
+        self._records = packed.Records([str(folder / shard["file"]) for shard in there], counts)
+
+    def __len__(self):
+        return len(self._records) // self._each
+
+    def __getitem__(self, index):
+        return self._example(self._each * index)
+
+    def mirrored(self, index):
+        """Like self[index], but of the mirrored image."""
+        return self._example(self._each * index + 1)
+
+    def _example(self, row):
+        name = self._records.name(row)
+        with images.naming(name):
+            label, _, data = packed.parse(self._records[row])
+            latent = np.frombuffer(data, self._dtype).reshape(self._shape)
+        if not 0 <= label < len(self.class_names):
+            raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: pack again")
+        return {"latent": latent, "label": np.int32(label)}
+
+
+def records(latents, labels, numbers):
+    """Bytes of the records of latents [B, 1 or 2 (plain, mirrored), h, w, D]; `numbers` are the images'.
+
+    Raises UserError for a latent that is not finite in this dtype.
+    """
+    for pair, label, number in zip(latents, labels, numbers, strict=True):
+        if not np.isfinite(pair).all():
+            raise UserError(f"the latent of image {number} is not finite in {pair.dtype}: choose another --dtype")
+        for latent in pair:
+            yield packed.record(int(label), str(number), latent.tobytes())
