@@ -190,6 +190,7 @@ def _sampler():
             "num_steps": 50,
             "grid": "plain",  # or 'published': num_steps points, so one step less, that end just before data
             "reuse": 1,  # euler on DiT^DH: steps for which one output of the trunk serves
+            "refresh": (),  # instead of every `reuse`-th: the steps, from 0, that make the trunk's output anew
             "rtol": 1e-3,  # of the adaptive solver
             "atol": 1e-6,
             "diffusion": "sigma",  # sde: or 'constant', 'score_based', 'linear', 'decreasing', 'increasing_decreasing'

@@ -102,7 +102,7 @@ def solve(config, halves, x, times, noise_fn):
 
     match c.method:
         case "euler":
-            if c.reuse == 1:
+            if c.reuse == 1 and not c.refresh:
                 return sampling.euler(velocity_fn, x, times)
             return sampling.euler_reusing(condition_fn, rest, x, times, refreshed(config, times))
         case "heun":
@@ -116,12 +116,17 @@ def solve(config, halves, x, times, noise_fn):
 
 
 def refreshed(config, times):
-    """Which steps make the trunk's output anew: every `reuse`-th, and the first inside the guidance interval."""
+    """Which steps make the trunk's output anew: every `reuse`-th, or those of `refresh`.
+
+    In either case the first inside the guidance interval does, too.
+    """
     with jax.ensure_compile_time_eval():
         starts = np.asarray(times)[:-1]
     inside = (starts >= config.guidance.t_min) & (starts <= config.guidance.t_max)
     enters = inside & ~np.concatenate([[False], inside[:-1]])
-    return (np.arange(len(starts)) % config.sampler.reuse == 0) | enters
+    steps, c = np.arange(len(starts)), config.sampler
+    chosen = np.isin(steps, c.refresh) if c.refresh else steps % c.reuse == 0
+    return chosen | enters
 
 
 def _sde(config, velocity_fn, x, times, noise_fn):

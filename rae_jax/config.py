@@ -237,10 +237,15 @@ def _check_sampling(config):
     _require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
     whole = train.batch_size % train.microbatches == 0
     _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
-    reusable = sampler.reuse == 1 or (sampler.method == "euler" and config.dit.head_depth > 0)
-    _require(
-        reusable, config, "sampler.reuse", "only euler steps of a DiT^DH can share its trunk's output: set it to 1"
-    )
+    reusable = sampler.method == "euler" and config.dit.head_depth > 0
+    share = "only euler steps of a DiT^DH can share its trunk's output: set it to"
+    _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
+    _require(reusable or not sampler.refresh, config, "sampler.refresh", f"{share} ()")
+    last = sampler.num_steps - (2 if sampler.grid == "published" else 1)  # there, they are points
+    inside = all(0 <= step <= last for step in sampler.refresh)
+    _require(inside, config, "sampler.refresh", f"they are steps, from 0 to {last}")
+    alone = not sampler.refresh or sampler.reuse == 1
+    _require(alone, config, "sampler.reuse", "config.sampler.refresh names the steps: set it to 1")
     _require(0 < sampler.last_step_size < 1, config, "sampler.last_step_size", "it must be between 0 and 1")
     there = sampler.method != "adaptive" or importlib.util.find_spec("diffrax") is not None
     _require(there, config, "sampler.method", "it needs diffrax (pip install -e '.[adaptive]')")

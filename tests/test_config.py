@@ -122,6 +122,7 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("decoder.train.lpips_weight", -1.0),
         ("sampler.method", "midpoint"),
         ("sampler.reuse", 0),
+        ("sampler.refresh", (0, 3)),
         ("sampler.rtol", 0.0),
         ("sampler.last_step_size", 1.0),
         ("dit.train.microbatches", 3),

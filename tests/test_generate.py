@@ -77,13 +77,13 @@ def test_guided_euler_on_the_published_grid(case, method):
     _close(out, x)
 
 
-@pytest.mark.parametrize("reuse", [2, 3])
-def test_the_trunk_s_output_serves_several_steps(case, reuse):
+@pytest.mark.parametrize("reuse, refresh", [(2, ()), (3, ()), (1, (1, 2, 7))])
+def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
     """And is made anew where the guidance interval begins, where the weak one is asked for the first time."""
     config, latent, parts = case
     config = config.copy_and_resolve_references()
     config.guidance.update({"scale": 1.5, "t_min": 0.2, "t_max": 0.65})
-    config.sampler.update({"num_steps": 10, "reuse": reuse})
+    config.sampler.update({"num_steps": 10, "reuse": reuse, "refresh": refresh})
     x, times, out = _run(config, latent, parts)
     dit, nobody = build.dit(config), jnp.full_like(LABELS, config.data.num_classes)
 
@@ -93,7 +93,8 @@ def test_the_trunk_s_output_serves_several_steps(case, reuse):
     entered = False
     for n, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         inside, batch_t = 0.2 <= t <= 0.65, jnp.full(3, t)
-        if n % reuse == 0 or (inside and not entered):
+        again = n in (0, *refresh) if refresh else n % reuse == 0
+        if again or (inside and not entered):
             made = [apply("condition", x, batch_t, labels) for labels in (LABELS, nobody)]
         entered = inside
         v, v_null = (apply("velocity", x, batch_t, s) for s in made)
