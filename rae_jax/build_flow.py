@@ -67,7 +67,8 @@ def times(config, factor):
     c = config.sampler
     first, last = ends(config)
     if c.method == "sde":
-        first = min(first, 0.999)  # where no coefficient is infinite
+        if c.diffusion == "score_based":
+            first = min(first, 0.999)  # it is infinite at 1
         last = last if c.last_step == "none" else c.last_step_size
     match c.grid:
         case "plain":

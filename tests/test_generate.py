@@ -128,6 +128,8 @@ def test_sde_steps_and_the_last_one(case):
     config.guidance.method = "none"
     config.sampler.update({"method": "sde", "num_steps": 5, "diffusion": "sigma", "last_step": "mean"})
     x, times, out = _run(config, latent, parts)
+    factor = flow.shift_factor(latent)
+    np.testing.assert_allclose(times, flow.shift_time(np.linspace(1.0, 0.04, 6), factor), rtol=1e-6)  # as published
     model = _velocities(config, parts)[0]
 
     def drift(x, t):
