@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import command, published, sharding, stages
+from rae_jax import command, descriptions, published, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
@@ -66,6 +66,7 @@ def _write(config, trees, output, form):
         case "rae_jax":
             for part, tree in trees.items():
                 store.write(output / f"{part}.safetensors", tree)
+            descriptions.write(config, output)  # so that rae_jax.load_rae and load_dit know what they are
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published.write_released(config, trees, output, pickled=form == "released_pt")
