@@ -1,6 +1,7 @@
-"""What the command line can do: train, evaluate, sample, reconstruct."""
+"""What the command line can do: train, evaluate, sample, reconstruct, demo."""
 
 import functools
+import importlib.util
 import json
 import time
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, logs, perception, pictures, report, samples, stages
+from rae_jax import build, exhibits, logs, perception, pictures, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -90,10 +91,8 @@ def _only_how(key):
 
 def _class_names(config):
     """From the data set; numbers where it is not here."""
-    try:
-        return build.source(config, "heldout").class_names
-    except UserError:
-        return [str(c) for c in range(config.data.num_classes)]
+    found = _held_out(config)
+    return found.class_names if found else [str(c) for c in range(config.data.num_classes)]
 
 
 def reconstruct(config, workdir, mesh, flags):
@@ -108,6 +107,40 @@ def reconstruct(config, workdir, mesh, flags):
     _write_results(workdir, "reconstruct.json", results)
     print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
     print(f"images:  {folder}")
+
+
+def demo(config, workdir, mesh, flags):
+    """A page on this machine: samples on their way from noise, reconstructions, what is between two pictures."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("--mode=demo needs gradio: pip install -e '.[demo]'")
+    from rae_jax import demo as page  # and only it needs gradio, whose import takes seconds
+
+    page.refuse_more_processes()
+    sampled = _there(config, "dit")
+    names = ("encoder", "decoder", *(("statistics", "dit") if sampled else ()))
+    parts = {part: stages.load(config, part, workdir, mesh) for part in names}
+    if sampled:
+        parts.update(_guide(config, mesh))
+    trained = any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
+    page.serve(
+        exhibits.Exhibits(config, parts),
+        title=f"rae_jax: {config.name}",
+        what=f"weights of {workdir}" if trained else "weights as the config names them",
+        class_names=_class_names(config) if sampled else (),
+        held_out=_held_out(config),
+        image_size=config.data.image_size,
+        scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
+        host=flags.host,
+        port=flags.port,
+    )
+
+
+def _held_out(config):
+    """The source of held-out images; None where the data is not here."""
+    try:
+        return build.source(config, "heldout")
+    except UserError:
+        return None
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):
