@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, exhibits, logs, perception, pictures, report, samples, stages
+from rae_jax import build, environment, exhibits, logs, perception, pictures, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -27,6 +27,7 @@ def train(config, workdir, mesh, flags):
     perception.find(config)  # and so does a network that would be missed when all is trained
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     config_lib.save(config, workdir)
+    environment.record(workdir)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
