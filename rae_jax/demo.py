@@ -4,6 +4,8 @@ Served from this machine, with everything it needs; nothing is sent anywhere.
 """
 
 import os
+import signal
+import threading
 
 import gradio as gr
 import jax
@@ -65,8 +67,12 @@ def serve(shown, *, title, what, class_names, held_out, image_size, scale, host,
         )
     except OSError as error:
         raise UserError(f"cannot listen on --host={host} --port={port} ({error}): choose others") from error
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     print(f"demo: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    ended.wait()
+    page.close(verbose=False)
 
 
 def build_page(shown, *, title, what, class_names, held_out, image_size, scale):

@@ -33,8 +33,9 @@ def train(config, workdir, mesh, flags):
         logs.say("the shipped weights, as they are:")
         results = _measure(evaluator, config, _shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
-    for stage_name in config.stages:
-        _run_stage(config, stage_name, workdir, mesh, evaluator)
+    with logs.tracker(config.wandb, workdir, config.to_dict()) as tracker:
+        for stage_name in config.stages:
+            _run_stage(config, stage_name, workdir, mesh, evaluator, tracker)
     parts = _parts(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
     trained = _measure(evaluator, config, parts, workdir, prefix)
@@ -87,7 +88,7 @@ def sample(config, workdir, mesh, flags):
 
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
-    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+    return key.split(".")[0] in ("name", "log_every", "wandb", "mesh", "checkpoint", "evaluate", "unroll", "remat")
 
 
 def _class_names(config):
@@ -144,7 +145,7 @@ def _held_out(config):
         return None
 
 
-def _run_stage(config, name, workdir, mesh, evaluator):
+def _run_stage(config, name, workdir, mesh, evaluator, tracker):
     stage = stages.stage(config, name, workdir, mesh)
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
         logs.say(f"{name}: done before")
@@ -160,6 +161,7 @@ def _run_stage(config, name, workdir, mesh, evaluator):
         keep=config.checkpoint.keep,
         evaluate=_evaluate_in_training(config, stage, workdir, mesh, evaluator),
         evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
+        tracker=tracker,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
 

@@ -38,7 +38,7 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
     ends = {}
     for steps, scale in ((3, 2.5), (12, 2.5), (3, 1.0)):
         found = list(exhibit.trajectory(4, 9, scale, steps))
-        assert len(found) == min(steps + 1, exhibits.SNAPSHOTS)
+        assert 4 <= len(found) <= min(steps + 1, exhibits.SNAPSHOTS)
         times = [t for t, _ in found]
         assert times[0] == 1.0 and times[-1] == 0.0 and times == sorted(times, reverse=True)
         ends[steps, scale] = np.int32(found[-1][1])
