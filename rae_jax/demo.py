@@ -31,22 +31,9 @@ _HEAD = """
 """
 
 
-def serve(shown, *, title, what, class_names, held_out, image_size, scale, host, port):
-    """Serve the page of an `exhibits.Exhibits` until it is interrupted; returns nothing.
-
-    `class_names` is empty where nothing can be sampled; `held_out` is a source of example pictures, or None; `scale` of
-    the guidance is where its slider begins. Raises UserError where nobody may listen there.
-    """
+def serve(page, *, host, port):
+    """Serve what `build_page` made until a signal ends it. Raises UserError where nobody may listen there."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build_page(
-        shown,
-        title=title,
-        what=what,
-        class_names=class_names,
-        held_out=held_out,
-        image_size=image_size,
-        scale=scale,
-    )
     try:
         page.launch(
             server_name=host,
@@ -76,7 +63,11 @@ def serve(shown, *, title, what, class_names, held_out, image_size, scale, host,
 
 
 def build_page(shown, *, title, what, class_names, held_out, image_size, scale):
-    """The page as Gradio's Blocks; see `serve`."""
+    """The page of an `exhibits.Exhibits` as Gradio's Blocks.
+
+    `class_names` is empty where nothing can be sampled; `held_out` is a source of example pictures, or None; `scale` of
+    the guidance is where its slider begins.
+    """
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_HEAD.format(name=title, what=what))
         if class_names:
@@ -97,7 +88,9 @@ def _sample_tab(shown, class_names, scale):
         with gr.Column(scale=1, min_width=240):
             label = gr.Dropdown([(name, i) for i, name in enumerate(class_names)], value=0, label="Class")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-            guidance = gr.Slider(0.0, 8.0, scale, step=0.1, label="Guidance scale", visible=shown.guided)
+            guidance = gr.Slider(
+                0.0, max(8.0, 2 * scale), scale, step=0.1, label="Guidance scale", visible=shown.guided
+            )
             steps = gr.Radio(STEPS, value=25, label="Steps", elem_id="steps")
             button = gr.Button("Sample", variant="primary", elem_id="sample")
         with gr.Column(scale=3):
@@ -106,7 +99,7 @@ def _sample_tab(shown, class_names, scale):
     strip = _picture("From noise (left) to data (right)", "sample-strip")
 
     def run(label, seed, guidance, steps):
-        if not 0 <= seed <= MAX_SEED:
+        if seed is None or not 0 <= seed <= MAX_SEED:
             yield None, None, f"The seed must be a whole number from 0 to {MAX_SEED}."
             return
         yield None, None, "Computing; the first time also compiles."
@@ -114,8 +107,9 @@ def _sample_tab(shown, class_names, scale):
         for t, images in shown.trajectory(int(label), int(seed), float(guidance), int(steps)):
             columns.append(images)
             rows = np.stack(columns, 1).reshape(-1, *images.shape[1:])
-            said = f"t = {t:.3f}" if t > 0 else "t = 0: done"
-            yield _row(images), _enlarged(pictures.grid(rows, len(columns)), SHOWN * 4), said
+            shown_now = _row(images), _enlarged(pictures.grid(rows, len(columns)), SHOWN * 4)
+            yield *shown_now, f"t = {t:.3f}"
+        yield *shown_now, f"Done, at t = {t:.3f}."
 
     button.click(run, [label, seed, guidance, steps], [now, strip, said], **_EVENT)
 

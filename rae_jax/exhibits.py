@@ -1,7 +1,6 @@
 """What the demo shows: samples on their way from noise, reconstructions, what is between two pictures. No page here."""
 
 import functools
-import threading
 from pathlib import Path
 
 import jax
@@ -26,8 +25,7 @@ class Exhibits:
     """A config and its weights `parts`; without a 'dit' among these there are no samples.
 
     Guidance is that of the config, classifier-free where it is none and there are classes; its scale and the number of
-    steps are arguments of compiled single Euler steps, so that other values compile nothing. Threads may share it: one
-    at a time computes.
+    steps are arguments of compiled single Euler steps, so that other values compile nothing.
     """
 
     def __init__(self, config, parts):
@@ -35,7 +33,6 @@ class Exhibits:
         if self._config.guidance.method == "none" and self._config.dit.class_conditional:
             self._config.guidance.method = "cfg"
         self._autoencoder = build.autoencoder(config)
-        self._lock = threading.Lock()
 
     @property
     def guided(self):
@@ -52,26 +49,21 @@ class Exhibits:
         # More of them near the noise, where most is decided; the last one is the end.
         shown = set((np.linspace(0.0, 1.0, SNAPSHOTS - 1) ** 2 * (len(times) - 2)).round().astype(int).tolist())
         for n in range(len(times) - 1):
-            with self._lock:
-                x, seen = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
-                picture = np.asarray(self._decode(parts, seen)) if n in shown else None
-            if picture is not None:
-                yield float(times[n]), picture
-        with self._lock:
-            yield float(times[-1]), np.asarray(self._decode(parts, rae.denormalise(x, parts["statistics"])))
+            x, seen = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
+            if n in shown:
+                yield float(times[n]), np.asarray(self._decode(parts, seen))
+        yield float(times[-1]), np.asarray(self._decode(parts, rae.denormalise(x, parts["statistics"])))
 
     def reconstruct(self, image):
         """(decoded uint8 [H, W, 3], latents [h, w, D], {'psnr', 'ssim'}) of a uint8 image."""
-        with self._lock:
-            latents, out = jax.device_get(self._redraw(self._parts, image[None]))
+        latents, out = jax.device_get(self._redraw(self._parts, image[None]))
         return out["decoded"][0], latents[0], {name: float(out[name][0]) for name in ("psnr", "ssim")}
 
     def between(self, one, other):
         """uint8 [BETWEEN, H, W, 3]: decoded latents on the straight line between those of two uint8 images."""
-        with self._lock:
-            ends, _ = self._redraw(self._parts, np.stack([one, other]))
-            weights = jnp.linspace(0.0, 1.0, BETWEEN).reshape(-1, 1, 1, 1)
-            return np.asarray(self._decode(self._parts, (1.0 - weights) * ends[:1] + weights * ends[1:]))
+        ends, _ = self._redraw(self._parts, np.stack([one, other]))
+        weights = jnp.linspace(0.0, 1.0, BETWEEN).reshape(-1, 1, 1, 1)
+        return np.asarray(self._decode(self._parts, (1.0 - weights) * ends[:1] + weights * ends[1:]))
 
     @functools.cached_property
     def _noise(self):

@@ -124,7 +124,7 @@ def demo(config, workdir, mesh, flags):
     if sampled:
         parts.update(_guide(config, mesh))
     trained = any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
-    page.serve(
+    built = page.build_page(
         exhibits.Exhibits(config, parts),
         title=f"rae_jax: {config.name}",
         what=f"weights of {workdir}" if trained else "weights as the config names them",
@@ -132,9 +132,8 @@ def demo(config, workdir, mesh, flags):
         held_out=_held_out(config),
         image_size=config.data.image_size,
         scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
-        host=flags.host,
-        port=flags.port,
     )
+    page.serve(built, host=flags.host, port=flags.port)
 
 
 def _held_out(config):

@@ -235,7 +235,7 @@ def test_sampling_in_a_browser_by_two_users_at_once(address, browsers):
     _sample(one, 100)
     _sample(other, 5)
     for browser in (one, other):
-        _until(lambda browser=browser: "done" in _said(browser, "sample"))
+        _until(lambda browser=browser: "Done" in _said(browser, "sample"))
         _until(lambda browser=browser: _pixels(browser, "sample-now") and _pixels(browser, "sample-strip"))
     _shot(one, "sample")
     _shot(other, "sample_of_another")
