@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def decode(rae: RAE, latents: ArrayLike) -> jax.Array:
 def sample(
     rae: RAE,
     dit: DiT,
-    labels: ArrayLike,
+    labels: ArrayLike | Sequence[int],
     *,
     seed: ArrayLike = 0,
     num_steps: int | None = None,

@@ -8,33 +8,43 @@ from rae_jax.meanings import CURVES, RESULTS
 
 MAX_POINTS = 600  # of a curve
 MAX_PICTURES = 40  # of a run, and of one kind by step
+FILM_BYTES = 20_000_000  # about, of the pictures of one kind by step
 PAGE_WIDTH = 1060  # pixels, inside the margins
 
 
 def pictures(runs):
-    figures, left_out = "", 0
+    """Those of the runs as a whole; of several runs, those of one name side by side."""
     names = list(dict.fromkeys(name for run in runs for name in run.pictures))
+    groups = []
     for name in names[:MAX_PICTURES]:
-        there = [(run, run.pictures[name]) for run in runs if name in run.pictures]
-        group = "".join(_picture(file, _caption(runs, run, name), PAGE_WIDTH // len(runs)) for run, file in there)
-        figures += f"<div class=pictures>{group}</div>" if len(runs) > 1 else group
+        there = [run for run in runs if name in run.pictures]
+        figures = (_picture(run.pictures[name], _caption(runs, run, name), len(runs)) for run in there)
+        groups.append("".join(figures))
+    rows = groups if len(runs) > 1 else ["".join(groups)]
     left_out = len(names) - MAX_PICTURES
     more = f"<p>{left_out} more in samples/.</p>" if left_out > 0 else ""
-    figures = figures if len(runs) > 1 else f"<div class=pictures>{figures}</div>"
-    return f"<h2>Pictures</h2>{figures}{more}" if names else ""
+    return f"<h2>Pictures</h2>{''.join(_side_by_side(row, runs) for row in rows)}{more}" if names else ""
+
+
+def _side_by_side(figures, runs):
+    return f"<div class=pictures style='--runs:{len(runs)}'>{figures}</div>"
 
 
 def _caption(runs, run, name):
     return words(name) if len(runs) == 1 else f"{words(name)}, {html.escape(run.name)}"
 
 
-def _picture(file, words, width_there):
+def _picture(file, caption, columns):
     width, data = _png(file)
-    shown = width * max(1, min(4, width_there // width))  # whole multiples keep the pixels square
     return (
-        f'<figure><img width={shown} alt="{words}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{words}</figcaption></figure>"
+        f'<figure><img width={_shown(width, columns)} alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def _shown(width, columns):
+    """The width on the page: whole multiples keep the pixels square."""
+    return width * max(1, min(4, PAGE_WIDTH // columns // width))
 
 
 def _png(file):
@@ -50,23 +60,24 @@ def pictures_by_step(runs):
     for stage, kind in kinds:
         there = [(run, run.pictures_by_step.get((stage, kind))) for run in runs]
         films = "".join(_film(_caption(runs, run, kind), found, len(runs)) for run, found in there if found)
-        text += f"<h3>{words(stage)}: {words(kind)}</h3><div class=pictures>{films}</div>"
+        text += f"<h3>{words(stage)}: {words(kind)}</h3>{_side_by_side(films, runs)}"
     return f"<h2>Pictures by step</h2>{text}" if kinds else ""
 
 
-def _film(words, found, columns):
-    kept = _evenly(found, MAX_PICTURES)
+def _film(caption, found, columns):
+    fitting = FILM_BYTES // max(1, found[-1][1].stat().length)
+    kept = _evenly(found, max(2, min(MAX_PICTURES, fitting)))
     frames = [(step, *_png(file)) for step, file in kept]
-    shown = frames[-1][1] * max(1, min(4, PAGE_WIDTH // columns // frames[-1][1]))
+    shown = _shown(frames[-1][1], columns)
     images = "".join(
-        f'<img width={shown} alt="{words}, step {step}" data-step={step} src="data:image/png;base64,{data}"'
+        f'<img width={shown} alt="{caption}, step {step}" data-step={step} src="data:image/png;base64,{data}"'
         f"{'' if i == len(frames) - 1 else ' hidden'}>"
         for i, (step, _, data) in enumerate(frames)
     )
     last = len(frames) - 1
     slider = f"<input type=range min=0 max={last} value={last} aria-label='step'>" if last else ""
-    caption = f"<figcaption>{words}, step <output>{frames[-1][0]:,}</output> {slider}</figcaption>"
-    return f"<figure class=film>{caption}{images}</figure>"
+    said = f"<figcaption>{caption}, step <output>{frames[-1][0]:,}</output> {slider}</figcaption>"
+    return f"<figure class=film>{said}{images}</figure>"
 
 
 def curves(runs):
