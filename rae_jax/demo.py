@@ -53,7 +53,7 @@ def serve(page, *, host, port):
             css=_CSS,
         )
     except OSError as error:
-        raise UserError(f"cannot listen on --host={host} --port={port} ({error}): choose others") from error
+        raise UserError(f"cannot listen on --host={host} --port={port}: it is taken, or not of this machine") from error
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -66,8 +66,8 @@ class WandB:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._run.finish()
+    def __exit__(self, kind, *_):
+        self._run.finish(exit_code=0 if kind is None else 1)
 
     def write(self, stage, step, values):
         """The numbers by name after that step of a stage."""

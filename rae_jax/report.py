@@ -1,7 +1,9 @@
 """report.html: what runs have recorded, on one page that opens anywhere and offline.
 
-python -m rae_jax.report --workdir=runs/small                                  # writes runs/small/report.html anew
-python -m rae_jax.report --workdir=runs/a --workdir=runs/b --output=both.html  # side by side
+    python -m rae_jax.report --workdir=runs/small                                  # writes runs/small/report.html anew
+    python -m rae_jax.report --workdir=runs/a --workdir=runs/b --output=both.html  # side by side
+
+The curves are drawn by a script in the page, report.html; the series that it draws are in there, too.
 """
 
 import datetime

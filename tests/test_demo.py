@@ -127,6 +127,18 @@ def test_requests_are_bounded():
     assert ask("/gradio_api/upload", 30_000_000, True) == 413
 
 
+def test_a_port_that_is_taken_is_named():
+    demo = pytest.importorskip("rae_jax.demo", reason="gradio is not installed")
+    import gradio
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port={port}: it is taken"):
+            demo.serve(gradio.Blocks(analytics_enabled=False), host="127.0.0.1", port=port)
+
+
 # The browser.
 
 _WAIT = 240.0  # seconds, on a machine that others use as well
