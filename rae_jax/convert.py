@@ -70,7 +70,7 @@ def _write(config, trees, output, form):
         case "rae_jax":
             for part, tree in trees.items():
                 store.write(output / f"{part}.safetensors", tree)
-            descriptions.write(config, output)  # so that rae_jax.load_rae and load_dit know what they are
+            descriptions.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published.write_released(config, trees, output, pickled=form == "released_pt")

@@ -39,10 +39,16 @@ def complete(found):
     return ConfigDict(_merged(json.loads(_SHIPPED.read_text()), found))
 
 
-def write(config, folder):
-    """Write what describes the models of a config: no paths of data, no training."""
+def write(config, folder, parts):
+    """Write what describes the models of a config, for a folder that holds `parts`: no paths of data, no training.
+
+    What the run trained and the folder lacks is not replaced by what the run would have begun with: it has no weights.
+    """
     plain = json.loads(config.to_json())
-    kept = {key: _without_training(plain[key]) for key in _OF_A_MODEL}
+    kept = {key: _without_training(plain[key]) for key in _OF_A_MODEL if key in plain}
+    for part in set(config.stages) - set(parts):
+        if part in kept:
+            kept[part]["weights"] = ""
     kept["data"] = {key: plain["data"][key] for key in ("image_size", "num_classes")}
     path = epath.Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     parts["statistics"] = {"mean": np.full(latent, 0.1, np.float32), "var": np.full(latent, 0.5, np.float32)}
     for part, tree in parts.items():
         store.write(folder / f"{part}.safetensors", tree)
-    descriptions.write(config, folder)
+    descriptions.write(config, folder, parts)
     return folder
 
 
