@@ -115,9 +115,7 @@ def test_the_library_and_the_report_read_a_run(run):
     assert found.keys() == {"encoder", "decoder", "statistics", "dit"}
     for part, params in found.items():
         jax.tree.map(np.testing.assert_array_equal, params, stages.load(tiny(), part, run, mesh))
-    convert.export(
-        run, run / "converted", parts=["statistics", "dit"]
-    )  # without what it trained as well: that is missed
+    convert.export(run, run / "converted", parts=["statistics", "dit"])  # what it trained besides is missed there
     jax.tree.map(np.testing.assert_array_equal, rae_jax.load_dit(run / "converted").params["dit"], found["dit"])
     with pytest.raises(UserError, match="config.encoder.weights is empty"):
         rae_jax.load_rae(run / "converted")
