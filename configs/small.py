@@ -16,6 +16,7 @@ def get_config():
     c.dtype = "float32"  # of matrix products: 'float32' or 'bfloat16'; parameters stay float32
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20
+    c.wandb = ""  # a project of Weights & Biases that is shown the metrics as well; '': none
     c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
     c.remat = False  # compute blocks again in the backward pass: less memory, a third more work
 

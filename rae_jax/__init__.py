@@ -1,1 +1,26 @@
-"""Representation Autoencoders (RAE) and the diffusion transformers that live in their latent space."""
+"""Representation Autoencoders (RAE) and the diffusion transformers that live in their latent space.
+
+    rae, dit = rae_jax.load_rae("small"), rae_jax.load_dit("small")
+
+See rae_jax.library, which is imported when one of its names is first asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rae_jax.errors import UserError
+    from rae_jax.library import RAE, DiT, decode, encode, load_dit, load_rae, sample
+
+__all__ = ["RAE", "DiT", "UserError", "decode", "encode", "load_dit", "load_rae", "sample"]
+
+
+def __getattr__(name):
+    if name not in __all__:
+        raise AttributeError(f"module 'rae_jax' has no attribute {name!r}")
+    from rae_jax import errors, library
+
+    return getattr(errors if name == "UserError" else library, name)
+
+
+def __dir__():
+    return [*globals(), *__all__]

@@ -85,12 +85,16 @@ def ends(config):
     return (1.0, 0.0) if whole else (0.999, 0.001)
 
 
-def guided(config, strong, weak):
-    """(condition_fn, velocity_fn) with the config's guidance, of such pairs; `weak` may be None without guidance."""
+def guided(config, strong, weak, scale=None):
+    """(condition_fn, velocity_fn) with the config's guidance, of such pairs; `weak` may be None without guidance.
+
+    `scale`, a number or an array, takes the place of the config's.
+    """
     g = config.guidance
     if g.method == "none":
         return strong
-    return guidance.guided_halves(strong, weak, scale=g.scale, t_min=g.t_min, t_max=g.t_max)
+    scale = g.scale if scale is None else scale
+    return guidance.guided_halves(strong, weak, scale=scale, t_min=g.t_min, t_max=g.t_max)
 
 
 def solve(config, halves, x, times, noise_fn):

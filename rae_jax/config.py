@@ -17,7 +17,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
+    *("name", "log_every", "wandb", "unroll", "remat", "mesh", "checkpoint"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
@@ -67,6 +67,8 @@ def check(config, mesh):
     for key in ("data.num_threads", "data.num_workers"):
         _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
+    there = not config.wandb or importlib.util.find_spec("wandb") is not None
+    _require(there, config, "wandb", "it needs wandb (pip install -e '.[wandb]'); '' does without")
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import command, published, sharding, stages
+from rae_jax import command, descriptions, logs, published, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
@@ -45,7 +45,11 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     if workdir is None:
         config = ConfigDict({**config, "stages": ()})
     mesh = sharding.make_mesh(_ALL_DEVICES)
-    trees = {part: jax.device_get(stages.load(config, part, workdir or "", mesh)) for part in parts}
+    trees = {}
+    with logs.Progress("read", total=len(parts), unit="part") as progress:
+        for done, part in enumerate(parts, 1):
+            trees[part] = jax.device_get(stages.load(config, part, workdir or "", mesh))
+            progress.update(done, part)
     try:
         return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:
@@ -66,6 +70,7 @@ def _write(config, trees, output, form):
         case "rae_jax":
             for part, tree in trees.items():
                 store.write(output / f"{part}.safetensors", tree)
+            descriptions.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published.write_released(config, trees, output, pickled=form == "released_pt")

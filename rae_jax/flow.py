@@ -56,6 +56,12 @@ def noise_of(v, x_t, t, path=LINEAR):
     return (alpha * v - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
 
 
+def data_of(v, x_t, t, path=LINEAR):
+    """The data that goes with a velocity at x_t."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
+    return (d_sigma * x_t - sigma * v) / (alpha * d_sigma - d_alpha * sigma)
+
+
 def velocity_from_noise(noise, x_t, t, path=LINEAR):
     """The velocity that goes with a predicted noise at x_t; not defined at t = 1."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)

@@ -16,21 +16,54 @@ def make_sampler(config):
     where the guidance is AutoGuidance.
     """
     autoencoder = build.autoencoder(config)
-    shape = build.latent_shape(config)
-    times = build_flow.times(config, flow.shift_factor(shape))
 
     @jax.jit
     def sample(parts, key, indices, labels):
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-
-        def noise_fn(n):
-            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
-
-        latents = build_flow.solve(config, _guided(config, parts, labels), noise, times, noise_fn)
-        return rae.to_uint8(autoencoder.decode(parts["decoder"], rae.denormalise(latents, parts["statistics"])))
+        latents = draw(config, parts, key, indices, labels)
+        return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
 
     return sample
+
+
+def draw(config, parts, key, indices, labels, *, scale=None):
+    """Latents [B, h, w, D] as the decoder takes them, for indices and labels [B]; pure. `scale`: config's guidance's.
+
+    `parts` are the DiT, its statistics, and 'guide' where the guidance is AutoGuidance.
+    """
+    shape = build.latent_shape(config)
+    keys = _keys(key, indices)
+
+    def noise_fn(n):
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
+
+    halves = _guided(config, parts, labels, scale)
+    latents = build_flow.solve(config, halves, first_noise(config, key, indices), times(config), noise_fn)
+    return rae.denormalise(latents, parts["statistics"])
+
+
+def times(config):
+    """The sampler's times, from noise to data: numbers, also while others compile, so that steps can be told apart."""
+    with jax.ensure_compile_time_eval():
+        return build_flow.times(config, flow.shift_factor(build.latent_shape(config)))
+
+
+def first_noise(config, key, indices):
+    """What the images [B] are made of, [B, h, w, D]."""
+    shape = build.latent_shape(config)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, indices))
+
+
+def _keys(key, indices):
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
+
+
+def euler_step(config, parts, x, t, t_next, labels, scale):
+    """(x at the time t_next, the data that the DiT sees in x [B, h, w, D] at t, as latents that the decoder takes)."""
+    condition_fn, velocity_fn = _guided(config, parts, labels, scale)
+    all_t = jnp.full(x.shape[:1], t)
+    v = velocity_fn(x, all_t, condition_fn(x, all_t))
+    seen = flow.data_of(v, x, all_t, build_flow.path(config))
+    return x + (t_next - t) * v, rae.denormalise(seen, parts["statistics"])
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
@@ -68,8 +101,8 @@ def _gather(mesh):
     return jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
 
 
-def _guided(config, parts, labels):
-    """(condition_fn, velocity_fn) of the DiT for these labels under the config's guidance."""
+def _guided(config, parts, labels, scale=None):
+    """(condition_fn, velocity_fn) of the DiT for these labels under the config's guidance, of that scale if given."""
     no_label = jnp.full_like(labels, config.data.num_classes)
     strong = _halves(config, config.dit, parts["dit"], labels)
     match config.guidance.method:
@@ -81,7 +114,7 @@ def _guided(config, parts, labels):
             weak = _halves(config, config.guidance.dit, parts["guide"], labels)
         case other:
             raise ValueError(f"unknown guidance {other!r}")
-    return build_flow.guided(config, strong, weak)
+    return build_flow.guided(config, strong, weak, scale)
 
 
 def _halves(config, sizes, params, labels):

@@ -1,7 +1,9 @@
-"""What a run says: metrics as JSON lines, TensorBoard where TensorFlow is, progress on the terminal."""
+"""What a run says: metrics as JSON lines, to TensorBoard and Weights & Biases, progress on the terminal."""
 
+import contextlib
 import importlib.util
 import json
+import secrets
 import sys
 import time
 
@@ -9,14 +11,17 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from rae_jax.errors import UserError
+
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
 
 
 class Metrics:
     """Appends to metrics/STAGE.jsonl; lines after `step`, left by a run that went further, are dropped first."""
 
-    def __init__(self, workdir, stage, *, step):
+    def __init__(self, workdir, stage, *, step, tracker=None):
         self._active = jax.process_index() == 0
+        self._stage, self._tracker = stage, tracker
         self._path = epath.Path(workdir) / "metrics" / f"{stage}.jsonl"
         self._tensorboard = None
         if not self._active:
@@ -35,6 +40,62 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
+        if self._tracker:
+            self._tracker.write(self._stage, step, values)
+
+
+class WandB:
+    """A run of Weights & Biases for a workdir, taken up again by the same workdir; a context manager.
+
+    Every metric of a stage is STAGE/NAME over STAGE/step. WANDB_MODE and the other variables of wandb hold. Raises
+    UserError where it cannot be begun.
+    """
+
+    def __init__(self, project, workdir, config):
+        import wandb
+
+        workdir = epath.Path(workdir)
+        words = {"project": project, "name": workdir.name, "id": _run_id(workdir), "resume": "allow"}
+        try:
+            self._run = wandb.init(**words, config=config, dir=_local_folder(workdir))
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"config.wandb={project!r}: {reason}; WANDB_MODE=offline needs no account") from error
+        self._stages = set()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._run.finish(exit_code=0 if kind is None else 1)
+
+    def write(self, stage, step, values):
+        """The numbers by name after that step of a stage."""
+        if stage not in self._stages:
+            self._stages.add(stage)
+            self._run.define_metric(f"{stage}/step", hidden=True)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
+
+
+def tracker(project, workdir, config):
+    """Context manager of a WandB in the first process, where there is a project; of None elsewhere."""
+    if not project or jax.process_index() != 0:
+        return contextlib.nullcontext()
+    return WandB(project, workdir, config)
+
+
+def _run_id(workdir):
+    """The id that WORKDIR/wandb_id.txt keeps; a new one at first."""
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text().strip()
+
+
+def _local_folder(workdir):
+    """Where wandb keeps its own files: in the workdir; in its default place where that is not local."""
+    return None if "://" in str(workdir) else str(workdir)
 
 
 def read(path):

@@ -14,7 +14,13 @@ from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
-MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
+MODES = {
+    "train": modes.train,
+    "evaluate": modes.evaluate,
+    "sample": modes.sample,
+    "reconstruct": modes.reconstruct,
+    "demo": modes.demo,
+}
 DIVERGED = 1  # exit status after a loss that is not finite
 INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
 
@@ -29,6 +35,8 @@ flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
 flags.DEFINE_integer("label", None, "sample: a single class.")
+flags.DEFINE_string("host", "127.0.0.1", "demo: the address to listen on; 0.0.0.0 lets other machines in.")
+flags.DEFINE_integer("port", 7860, "demo: the port to listen on.", lower_bound=1, upper_bound=65535)
 flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -1,6 +1,7 @@
-"""What the command line can do: train, evaluate, sample, reconstruct."""
+"""What the command line can do: train, evaluate, sample, reconstruct, demo."""
 
 import functools
+import importlib.util
 import json
 import time
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, logs, perception, pictures, report, samples, stages
+from rae_jax import build, environment, exhibits, logs, perception, pictures, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -26,13 +27,15 @@ def train(config, workdir, mesh, flags):
     perception.find(config)  # and so does a network that would be missed when all is trained
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     config_lib.save(config, workdir)
+    environment.record(workdir)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
         results = _measure(evaluator, config, _shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
-    for stage_name in config.stages:
-        _run_stage(config, stage_name, workdir, mesh, evaluator)
+    with logs.tracker(config.wandb, workdir, config.to_dict()) as tracker:
+        for stage_name in config.stages:
+            _run_stage(config, stage_name, workdir, mesh, evaluator, tracker)
     parts = _parts(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
     trained = _measure(evaluator, config, parts, workdir, prefix)
@@ -85,15 +88,13 @@ def sample(config, workdir, mesh, flags):
 
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
-    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+    return key.split(".")[0] in ("name", "log_every", "wandb", "mesh", "checkpoint", "evaluate", "unroll", "remat")
 
 
 def _class_names(config):
     """From the data set; numbers where it is not here."""
-    try:
-        return build.source(config, "heldout").class_names
-    except UserError:
-        return [str(c) for c in range(config.data.num_classes)]
+    found = _held_out(config)
+    return found.class_names if found else [str(c) for c in range(config.data.num_classes)]
 
 
 def reconstruct(config, workdir, mesh, flags):
@@ -110,7 +111,40 @@ def reconstruct(config, workdir, mesh, flags):
     print(f"images:  {folder}")
 
 
-def _run_stage(config, name, workdir, mesh, evaluator):
+def demo(config, workdir, mesh, flags):
+    """A page on this machine: samples on their way from noise, reconstructions, what is between two pictures."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("--mode=demo needs gradio: pip install -e '.[demo]'")
+    from rae_jax import demo as page  # and only it needs gradio, whose import takes seconds
+
+    page.refuse_more_processes()
+    sampled = _there(config, "dit")
+    names = ("encoder", "decoder", *(("statistics", "dit") if sampled else ()))
+    parts = {part: stages.load(config, part, workdir, mesh) for part in names}
+    if sampled:
+        parts.update(_guide(config, mesh))
+    trained = any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
+    built = page.build_page(
+        exhibits.Exhibits(config, parts),
+        title=f"rae_jax: {config.name}",
+        what=f"weights of {workdir}" if trained else "weights as the config names them",
+        class_names=_class_names(config) if sampled else (),
+        held_out=_held_out(config),
+        image_size=config.data.image_size,
+        scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
+    )
+    page.serve(built, host=flags.host, port=flags.port)
+
+
+def _held_out(config):
+    """The source of held-out images; None where the data is not here."""
+    try:
+        return build.source(config, "heldout")
+    except UserError:
+        return None
+
+
+def _run_stage(config, name, workdir, mesh, evaluator, tracker):
     stage = stages.stage(config, name, workdir, mesh)
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
         logs.say(f"{name}: done before")
@@ -126,6 +160,7 @@ def _run_stage(config, name, workdir, mesh, evaluator):
         keep=config.checkpoint.keep,
         evaluate=_evaluate_in_training(config, stage, workdir, mesh, evaluator),
         evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
+        tracker=tracker,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
 

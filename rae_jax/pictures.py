@@ -69,3 +69,33 @@ def save(path, picture):
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(buffer.getvalue())
+
+
+def enlarged(image, side):
+    """uint8 [H, W, 3] in whole multiples, its pixels square, to about `side` pixels; larger ones as they are."""
+    times = max(1, side // max(image.shape[:2]))
+    return image.repeat(times, 0).repeat(times, 1)
+
+
+def latent_colours(latents):
+    """Latents [h, w, D] as uint8 [h, w, 3]: red, green and blue are the first three principal components of the tokens.
+
+    Each is spread over its range, but for the outermost hundredth at both ends.
+    """
+    height, width, channels = latents.shape
+    tokens = np.asarray(latents, np.float64).reshape(-1, channels)
+    _, _, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
+    values = np.zeros((len(tokens), 3))
+    found = (tokens - tokens.mean(0)) @ axes[:3].T
+    values[:, : found.shape[1]] = found
+    low, high = np.percentile(values, (1, 99), axis=0)
+    return _to_uint8((values - low) / np.maximum(high - low, 1e-9)).reshape(height, width, 3)
+
+
+def heat(values, largest):
+    """Values [H, W] as uint8 [H, W, 3]: 0 is black, then red, yellow, and white for `largest` and above."""
+    return _to_uint8(3.0 * np.asarray(values)[..., None] / largest - np.arange(3))
+
+
+def _to_uint8(values):
+    return np.round(255.0 * np.clip(values, 0.0, 1.0)).astype(np.uint8)

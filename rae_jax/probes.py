@@ -27,15 +27,19 @@ def probes(config, parts, images, labels):
         "probe_pixels": lambda x: x.reshape(len(x), -1),
     }
 
-    def features(view, images):
-        batches = np.split(images, range(_BATCH, len(images), _BATCH))
-        return np.concatenate([np.asarray(view(rae.to_float(batch))) for batch in batches])
+    def features(name, view, images):
+        batches, found = np.split(images, range(_BATCH, len(images), _BATCH)), []
+        with logs.Progress(name, total=len(images), unit="image") as progress:
+            for batch in batches:
+                found.append(np.asarray(view(rae.to_float(batch))))
+                progress.update(sum(map(len, found)))
+        return np.concatenate(found)
 
     return {
         name: metrics.linear_probe(
-            features(view, train_images),
+            features(name, view, train_images),
             train_labels,
-            features(view, images),
+            features(name, view, images),
             labels,
             num_classes=config.data.num_classes,
         )
@@ -59,6 +63,10 @@ class _Chosen:
 def _read(source, data):
     """Images and labels of a source; what cannot be read stops or is left out, as everywhere."""
     reading = {"num_threads": data.num_threads, "on_error": data.on_error}
-    batches = list(pipeline.one_pass(source, batch_size=_BATCH, **reading))
+    batches = []
+    with logs.Progress("read for the probes", total=len(source), unit="image") as progress:
+        for batch in pipeline.one_pass(source, batch_size=_BATCH, **reading):
+            batches.append(batch)
+            progress.update(min(len(batches) * _BATCH, len(source)))
     there = np.concatenate([batch["mask"] for batch in batches]) > 0
     return tuple(np.concatenate([batch[key] for batch in batches])[there] for key in ("image", "label"))

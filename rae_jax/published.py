@@ -92,6 +92,63 @@ def write_diffusers(config, parts, folder):
     return _write_folder(folder, tensors, _autoencoder_rae(config, {k: v.tolist() for k, v in latents.items()}))
 
 
+def of_diffusers(description):
+    """What a config says of an AutoencoderRAE or an AutoencoderKL, from diffusers' config.json.
+
+    Raises UserError for other models, and for encoders that are not among ours.
+    """
+    match description["_class_name"]:
+        case "AutoencoderRAE":
+            return _of_autoencoder_rae(description)
+        case "AutoencoderKL":
+            return _of_autoencoder_kl(description)
+        case other:
+            raise UserError(f"diffusers' {other} is no autoencoder that is known here: AutoencoderRAE or AutoencoderKL")
+
+
+def _of_autoencoder_rae(d):
+    width, depth, patch = (d[f"encoder_{key}"] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
+    fixed = {  # as diffusers builds them, whatever their width
+        "dinov2": {"position_size": 518, "num_registers": 4, "mlp": "gelu", "mlp_ratio": 4.0},
+        "mae": {"position_size": 224, "num_registers": 0, "mlp": "gelu", "mlp_ratio": 3072 / width},
+        "siglip2": {"position_size": 256, "num_registers": 0, "mlp": "gelu_tanh", "mlp_ratio": 3072 / width},
+    }
+    family = d["encoder_type"]
+    if family not in fixed:
+        raise UserError(f"an AutoencoderRAE's encoder_type={family!r} is not among {', '.join(fixed)}")
+    size = d["encoder_input_size"]
+    encoder = {"width": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "input_size": size}
+    mean, std = (d.get(f"encoder_norm_{key}") or _IMAGENET[key] for key in ("mean", "std"))
+    return {
+        "unroll": False,
+        "data": {"image_size": d["patch_size"] * (size // patch)},
+        "encoder": {"family": family, **fixed[family], **encoder, "mean": mean, "std": std},
+        "decoder": {
+            "width": d["decoder_hidden_size"],
+            "depth": d["decoder_num_hidden_layers"],
+            "num_heads": d["decoder_num_attention_heads"],
+            "hidden": d["decoder_intermediate_size"],
+            "patch_size": d["patch_size"],
+        },
+    }
+
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def _of_autoencoder_kl(d):
+    widths = tuple(d["block_out_channels"])
+    smaller = 2 ** (len(widths) - 1)
+    encoder = {"family": "sd_vae", "widths": widths, "width": d["latent_channels"], "depth": d["layers_per_block"]}
+    encoder.update({"num_heads": 1, "patch_size": smaller, "input_size": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    return {
+        "unroll": False,
+        "data": {"image_size": d["sample_size"]},
+        "encoder": encoder,
+        "decoder": {"patch_size": smaller},
+    }
+
+
 def _write_folder(folder, tensors, description):
     store.write(folder / hub.DIFFUSERS, tensors)
     (folder / "config.json").write_text(json.dumps(description) + "\n")

@@ -123,7 +123,9 @@ def _write_npz(folder, labels):
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
             np.lib.format.write_array_header_1_0(array, header)
-            for i in range(len(labels)):
-                array.write(_read(_path(folder, i)).tobytes())
+            with logs.Progress("npz", total=len(labels), unit="image") as progress:
+                for i in range(len(labels)):
+                    array.write(_read(_path(folder, i)).tobytes())
+                    progress.update(i + 1)
         with archive.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)

@@ -39,12 +39,13 @@ class DivergedRun(Exception):
     """A metric was not finite; no checkpoint of that was written."""
 
 
-def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluate=None, evaluate_every=0):
+def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluate=None, evaluate_every=0, tracker=None):
     """Bring `stage` to its last step, from its newest checkpoint if it has one.
 
     The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
-    never) `evaluate(state, step)` gives more numbers by name to write. Raises InterruptedRun after a first SIGINT or
-    SIGTERM, a second one stops at once; and DivergedRun where what was to be logged or saved is not finite.
+    never) `evaluate(state, step)` gives more numbers by name to write; a `logs.WandB` as `tracker` is told
+    as well. Raises InterruptedRun after a first SIGINT or SIGTERM, a second one stops at once; and DivergedRun where
+    what was to be logged or saved is not finite.
     """
     shapes = jax.eval_shape(stage.init, key)
     placed = sharding.shardings(shapes, mesh)
@@ -62,7 +63,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
             logs.say(f"{stage.name}: going on from step {start}")
         if start == 0 and "params" in shapes:
             logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
-        metrics_file = logs.Metrics(workdir, stage.name, step=start)
+        metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
         step_fn = _compiled_step(stage, placed, mesh)
 
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)

@@ -102,6 +102,21 @@ def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
     _close(out, x)
 
 
+@pytest.mark.parametrize("keys", [{"reuse": 2}, {"method": "heun"}, {"method": "sde"}])
+def test_all_of_it_is_traced_as_one_program(case, keys):
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.sampler.update(keys)
+    whole = {
+        "decoder": stages.part_shapes(config, "decoder"),
+        "statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)},
+        **parts,
+    }
+    sample = generate.make_sampler(config)
+    drawn = jax.eval_shape(sample, whole, jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), LABELS)
+    assert drawn.shape == (3, 32, 32, 3) and drawn.dtype == jnp.uint8
+
+
 def test_heun_of_a_noise_prediction_on_the_cosine_path(case):
     config, latent, parts = case
     config = config.copy_and_resolve_references()

@@ -13,6 +13,7 @@ from conftest import tiny
 from etils import epath
 from PIL import Image
 
+import rae_jax
 from rae_jax import build, checkpoint, convert, logs, modes, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
@@ -106,6 +107,19 @@ def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
         mesh = sharding.make_mesh(tiny().mesh)
         ours, theirs = (stages.load(tiny(), name, w, mesh) for w in (workdir, run))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_library_and_the_report_read_a_run(run):
+    found = {**rae_jax.load_rae(run).params, **rae_jax.load_dit(str(run)).params}
+    mesh = sharding.make_mesh(tiny().mesh)
+    assert found.keys() == {"encoder", "decoder", "statistics", "dit"}
+    for part, params in found.items():
+        jax.tree.map(np.testing.assert_array_equal, params, stages.load(tiny(), part, run, mesh))
+    convert.export(run, run / "converted", parts=["statistics", "dit"])  # what it trained besides is missed there
+    jax.tree.map(np.testing.assert_array_equal, rae_jax.load_dit(run / "converted").params["dit"], found["dit"])
+    with pytest.raises(UserError, match="config.encoder.weights is empty"):
+        rae_jax.load_rae(run / "converted")
+    assert "8 x" in (run / "report.html").read_text() and (run / "environment.jsonl").exists()
 
 
 def test_evaluation_in_training_is_the_one_at_the_end(run, tmp_path):

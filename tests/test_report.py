@@ -2,11 +2,14 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
-from rae_jax import report
+from rae_jax import environment, report, report_figures
+from rae_jax.records import Run
 
 
 @pytest.fixture
@@ -63,9 +66,10 @@ def test_results_without_pairs_have_one_column(workdir):
 def test_curves_keep_order_and_gaps(workdir):
     page = page_of(workdir)
     assert re.findall(r"<h3>(\w+), to step ([\d,]+)<", page) == [("encoder", "7"), ("dit", "2,000"), ("another", "1")]
-    accuracy, loss, constant, speed, empty = series(page)
+    assert all(len(of_runs) == 1 for of_runs in series(page))
+    (accuracy, loss, constant, speed, empty) = (of_runs[0] for of_runs in series(page))
     assert accuracy == {"steps": [7], "values": [0.25]}
-    assert len(loss["steps"]) <= report.MAX_POINTS and loss["steps"][-1] == 2000
+    assert len(loss["steps"]) <= report_figures.MAX_POINTS and loss["steps"][-1] == 2000
     assert None in loss["values"] and set(constant["values"]) == {0.5, None}
     assert set(speed["values"]) == {9.0} and page.count("Speed on this machine") == 1
     assert empty["values"] == [None]
@@ -94,3 +98,68 @@ def test_empty_workdir(tmp_path):
     page = page_of(tmp_path)
     assert "Nothing has been recorded yet." in page
     assert series(page) == []
+
+
+def _picture_at(workdir, step, colour):
+    path = workdir / "samples" / "dit" / f"{step:07d}_samples.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+
+
+def test_pictures_by_step_have_a_slider(workdir):
+    for step in range(1, 50):
+        _picture_at(workdir, step, (step, 0, 0))
+    page = page_of(workdir)
+    frames = re.findall(r'data-step=(\d+) src="data:image/png;base64,(.*?)"( hidden)?>', page)
+    assert len(frames) <= report_figures.MAX_PICTURES and [step for step, _, hidden in frames if not hidden] == ["49"]
+    step, data, _ = frames[3]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) == (int(step), 0, 0)
+    assert f"max={len(frames) - 1}" in page and "<h3>dit: samples</h3>" in page
+
+
+def test_starts_are_recorded_and_shown(workdir):
+    environment.record(workdir)
+    environment.record(workdir)
+    one, other = Run(workdir).starts
+    assert one["jax"] == other["jax"] and one["devices"].startswith("8 x ") and one["processes"] == 1
+    page = page_of(workdir)
+    assert "<th>start 2</th>" in page and f"<td>{one['jax']}</td><td>{one['jax']}</td>" in page
+
+
+def test_throughput_is_the_median(workdir):
+    rows = [{"step": n, "perf/images_per_second": v, "perf/data_wait": 0.25} for n, v in ((1, 1.0), (2, 8.0), (3, 9.0))]
+    (workdir / "metrics" / "encoder.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cells = [3, "–", "8", "25.0%"]
+    assert f"<th>encoder</th>{''.join(f'<td class=number>{cell}</td>' for cell in cells)}" in page_of(workdir)
+
+
+def test_two_runs_side_by_side(workdir, tmp_path):
+    other = tmp_path / "other"
+    for folder in ("metrics", "samples", "eval"):
+        (other / folder).mkdir(parents=True)
+    (other / "config.json").write_text(json.dumps({"name": "lower rate", "stages": ["dit"], "data": {"path": "x"}}))
+    (other / "metrics" / "dit.jsonl").write_text('{"step": 5000, "loss": 0.25}\n')
+    (other / "eval" / "lower rate.json").write_text('{"psnr": 30.5, "trained_psnr": 18.9}')
+    (workdir / "eval" / "a <b> run.json").write_text('{"psnr": 20.25, "ssim": 0.5}')
+    Image.new("RGB", (64, 32), "blue").save(other / "samples" / "generated_step_5.png")
+    _picture_at(workdir, 20, "red")
+    output = tmp_path / "pages" / "both.html"
+    command = [sys.executable, "-m", "rae_jax.report", f"--workdir={workdir}", f"--workdir={other}"]
+    mistake = subprocess.run(command, capture_output=True, text=True)
+    assert mistake.returncode == 2 and "--output" in mistake.stderr and mistake.stderr.count("\n") == 1
+    subprocess.run([*command, f"--output={output}"], check=True, capture_output=True)
+    page = output.read_text(encoding="utf-8")
+    assert "<title>a &lt;b&gt; run and lower rate</title>" in page
+    assert re.search("<th>psnr<.*?</th><td class=number>20.25</td><td class=number>18.9</td>", page)
+    assert re.search("<th>ssim<.*?</th><td class=number>0.5</td><td class=number>–</td>", page)
+    assert page.count('alt="generated step 5, ') == 2
+    loss = [of_runs for of_runs in series(page) if of_runs[1]["steps"] == [5000]]
+    assert len(loss) == 1 and loss[0][0]["steps"][-1] == 2000
+    assert "What differs:" in page and "<th>data.path</th>" in page
+
+
+def test_a_workdir_that_is_not_there_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "rae_jax.report", f"--workdir={tmp_path / 'no'}"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --workdir=") and done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """Checkpoints that others published: found in a local folder or on the model hub, read tensor by tensor."""
 
+import contextlib
 import functools
 import json
 import pickle
@@ -51,6 +52,21 @@ def open_checkpoint(source):
             if found := find(name):
                 return _open(found, finders)
     raise UserError(f"{repo} holds none of {', '.join(names)}: put the model's weights there, or name another file")
+
+
+def fetch_folder(repo, names):
+    """Folder of the cache that holds those of a hub repository's files `names` that there are.
+
+    Raises UserError where it has not even the first.
+    """
+    first, *others = names
+    found = _in_cache(repo, first) or _from_hub(repo, first, first)
+    if found is None:
+        raise UserError(f"{repo} holds no {first}: name another hub id, or a folder here")
+    for name in others:
+        with contextlib.suppress(UserError):  # whoever needs it will miss it, and say so
+            _in_cache(repo, name) or _from_hub(repo, name, name)
+    return found.parent
 
 
 def write(path, tensors, *, pickled):

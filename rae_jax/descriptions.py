@@ -1,0 +1,74 @@
+"""Configs beside weights: those of runs, those that rae_jax.convert writes, and what diffusers says of its own."""
+
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from rae_jax import published
+from rae_jax.errors import UserError
+
+FILE = "config.json"
+_SHIPPED = (
+    epath.Path(__file__).parent / "weights" / "small" / FILE
+)  # every key there is; a test compares it with small.py
+_OF_A_MODEL = ("name", "dtype", "unroll", "remat", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
+
+
+def read(folder):
+    """The config of the weights in a folder; keys that it does not have are as in configs/small.py.
+
+    Raises UserError where there is none, or none of an autoencoder or a DiT.
+    """
+    path = epath.Path(folder) / FILE
+    if not path.exists():
+        raise UserError(f"{folder} holds no {FILE}: name a run's workdir, or a folder that rae_jax.convert wrote")
+    try:
+        found = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is cut off or no JSON ({error}): fetch or write it again") from error
+    if "_class_name" in found:
+        found = published.of_diffusers(found)
+    elif "encoder" not in found and "dit" not in found:
+        raise UserError(f"{path} describes neither an autoencoder nor a DiT: name another folder")
+    return complete(found)
+
+
+def complete(found):
+    """Config with every key from a nested dict that may lack some."""
+    return ConfigDict(_merged(json.loads(_SHIPPED.read_text()), found))
+
+
+def write(config, folder, parts):
+    """Write what describes the models of a config, for a folder that holds `parts`: no paths of data, no training.
+
+    What the run trained and the folder lacks is not replaced by what the run would have begun with: it has no weights.
+    """
+    plain = json.loads(config.to_json())
+    kept = {key: _without_training(plain[key]) for key in _OF_A_MODEL if key in plain}
+    for part in set(config.stages) - set(parts):
+        if part in kept:
+            kept[part]["weights"] = ""
+    kept["data"] = {key: plain["data"][key] for key in ("image_size", "num_classes")}
+    path = epath.Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**kept, "stages": []}, indent=2) + "\n")
+
+
+def _without_training(section):
+    return {k: v for k, v in section.items() if k != "train"} if isinstance(section, dict) else section
+
+
+def _merged(base, over):
+    """`base` with the values of `over` at every depth. Lists become tuples, as in configs."""
+    merged = dict(base)
+    for key, value in over.items():
+        inside = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if inside else value
+    return {key: _with_tuples(value) for key, value in merged.items()}
+
+
+def _with_tuples(value):
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value

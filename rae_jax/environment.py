@@ -1,0 +1,55 @@
+"""Where a run is computed: software, devices and revision, one line of environment.jsonl for each start."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from etils import epath
+
+FILE = "environment.jsonl"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def record(workdir):
+    """Add a line to WORKDIR/environment.jsonl; of several processes the first one does."""
+    if jax.process_index() != 0:
+        return
+    path = epath.Path(workdir) / FILE
+    before = path.read_text() if path.exists() else ""  # no appending: gs:// cannot
+    path.write_text(f"{before}{json.dumps(describe())}\n")
+
+
+def describe():
+    """{name: what it is here}."""
+    devices = jax.devices()
+    return {
+        "began": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
+        "command": " ".join(sys.argv),
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processes": jax.process_count(),
+        "host": f"{platform.system()} {platform.machine()}",
+        "revision": _revision(Path(__file__).parent.parent),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _revision(checkout):
+    """Git's, with a word where files differ from it; '' where this is no checkout."""
+    if not (checkout / ".git").exists():
+        return ""
+    try:
+        revision = _git(checkout, "rev-parse", "--short=12", "HEAD")
+        return f"{revision}, changed" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else revision
+    except (OSError, subprocess.SubprocessError):  # no git, or not one to be asked
+        return ""
+
+
+def _git(checkout, *arguments):
+    done = subprocess.run(["git", "-C", checkout, *arguments], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()

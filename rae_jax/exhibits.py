@@ -1,0 +1,105 @@
+"""What the demo shows: samples on their way from noise, reconstructions, what is between two pictures. No page here."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from rae_jax import build, generate, pictures, rae, reconstruct
+from rae_jax.data import images
+from rae_jax.errors import UserError
+
+NUM_IMAGES = 4  # that are drawn at a time
+SNAPSHOTS = 8  # of a trajectory
+BETWEEN = 7  # pictures of an interpolation, with both ends
+MAX_PIXELS = 40_000_000  # of an upload
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+LARGEST_ERROR = 0.25  # of a pixel's levels: white in the map
+
+
+class Exhibits:
+    """A config and its weights `parts`; without a 'dit' among these there are no samples.
+
+    Guidance is that of the config, classifier-free where it is none and there are classes; its scale and the number of
+    steps are arguments of compiled single Euler steps, so that other values compile nothing.
+    """
+
+    def __init__(self, config, parts):
+        self._config, self._parts = ConfigDict(config.to_dict()), parts
+        if self._config.guidance.method == "none" and self._config.dit.class_conditional:
+            self._config.guidance.method = "cfg"
+        self._autoencoder = build.autoencoder(config)
+
+    @property
+    def guided(self):
+        """Whether a scale makes a difference."""
+        return self._config.guidance.method != "none"
+
+    def trajectory(self, label, seed, scale, num_steps):
+        """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): what the DiT takes for data at that time, and the end."""
+        config, parts = ConfigDict(self._config.to_dict()), self._parts
+        config.sampler.num_steps = num_steps
+        times = np.asarray(generate.times(config))
+        labels = jnp.full(NUM_IMAGES, label)
+        x = self._noise(seed)
+        # More of them near the noise, where most is decided; the last one is the end.
+        shown = set((np.linspace(0.0, 1.0, SNAPSHOTS - 1) ** 2 * (len(times) - 2)).round().astype(int).tolist())
+        for n in range(len(times) - 1):
+            x, seen = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
+            if n in shown:
+                yield float(times[n]), np.asarray(self._decode(parts, seen))
+        yield float(times[-1]), np.asarray(self._decode(parts, rae.denormalise(x, parts["statistics"])))
+
+    def reconstruct(self, image):
+        """(decoded uint8 [H, W, 3], latents [h, w, D], {'psnr', 'ssim'}) of a uint8 image."""
+        latents, out = jax.device_get(self._redraw(self._parts, image[None]))
+        return out["decoded"][0], latents[0], {name: float(out[name][0]) for name in ("psnr", "ssim")}
+
+    def between(self, one, other):
+        """uint8 [BETWEEN, H, W, 3]: decoded latents on the straight line between those of two uint8 images."""
+        ends, _ = self._redraw(self._parts, np.stack([one, other]))
+        weights = jnp.linspace(0.0, 1.0, BETWEEN).reshape(-1, 1, 1, 1)
+        return np.asarray(self._decode(self._parts, (1.0 - weights) * ends[:1] + weights * ends[1:]))
+
+    @functools.cached_property
+    def _noise(self):
+        indices = jnp.arange(NUM_IMAGES, dtype=jnp.uint32)
+        return jax.jit(lambda seed: generate.first_noise(self._config, jax.random.key(seed), indices))
+
+    @functools.cached_property
+    def _step(self):
+        return jax.jit(functools.partial(generate.euler_step, self._config))
+
+    @functools.cached_property
+    def _decode(self):
+        return jax.jit(lambda parts, latents: rae.to_uint8(self._autoencoder.decode(parts["decoder"], latents)))
+
+    @functools.cached_property
+    def _redraw(self):
+        return jax.jit(reconstruct.make(self._config))
+
+
+def read_upload(path, size):
+    """A file as uint8 [size, size, 3], cropped. Raises UserError, in words for the person who chose it."""
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=FORMATS) as image:  # reads no more than the header
+            width, height = image.size
+    except Exception as error:  # Pillow raises whatever it stumbles upon
+        raise UserError(f"{name} is no image that can be read here: choose one of {', '.join(FORMATS)}") from error
+    if width * height > MAX_PIXELS:
+        largest = f"{MAX_PIXELS // 1_000_000} million pixels"
+        raise UserError(f"{name} has {width}x{height} pixels, more than {largest}: choose a smaller one")
+    try:
+        return images.read_image(path, size)
+    except UserError as error:
+        raise UserError(f"{name} is damaged, or no ordinary picture: choose another file") from error
+
+
+def error_map(image, decoded):
+    """uint8 [H, W, 3]: the mean absolute difference of the colours of two uint8 images; white from LARGEST_ERROR on."""
+    return pictures.heat(np.abs(image.astype(np.float32) - decoded).mean(-1) / 255.0, LARGEST_ERROR)

@@ -1,0 +1,41 @@
+"""What the numbers of a run mean, for people who read its report."""
+
+RESULTS = {
+    "psnr": "Peak signal-to-noise ratio of reconstructed held-out images, in dB: higher is better.",
+    "ssim": "Structural similarity of reconstructed held-out images, at most 1: higher is better.",
+    "lpips": "Distance of reconstructed held-out images to the given ones as people judge it: lower is better.",
+    "rfid": "Fréchet Inception Distance of reconstructed to given held-out images: lower is better.",
+    "fid": "Fréchet Inception Distance of generated to reference images: lower is better.",
+    "sfid": "The same in Inception's features that still have a place in the image: lower is better.",
+    "inception_score": "How sure of each and how varied in all Inception finds generated images: higher is better.",
+    "precision": "Fraction of generated images that are like some reference image to Inception: higher is better.",
+    "recall": "Fraction of reference images that are like some generated image to Inception: higher is better.",
+    "fd": "Fréchet distance of generated to reference images in the encoder's features: lower is better.",
+    "fd_real": "The same distance between two disjoint halves of real images: the floor for fd.",
+    "agreement": "Fraction of generated images in which the judge sees the requested class: higher is better.",
+    "judge_accuracy": "Accuracy of the judge on real held-out images: about what agreement can reach.",
+    "probe": "Accuracy of a linear classifier on this encoder's features: higher is better.",
+    "probe_random": "The same on features of an encoder with random weights, for comparison.",
+    "probe_pixels": "The same on raw pixels, for comparison.",
+    "seconds": "How long this took.",
+}
+
+CURVES = {
+    "loss": "what training minimises",
+    "accuracy": "fraction of the batch classified correctly",
+    "cross_entropy": "classification loss",
+    "pixels": "mean absolute error of predicted pixels",
+    "l1": "mean absolute error of reconstructed pixels",
+    "lpips": "perceptual distance of reconstructions",
+    "adversarial": "how far the discriminator sees through: lower is better for the decoder",
+    "adversarial_weight": "weight of the adversarial loss, 0 until it starts",
+    "discriminator": "the discriminator's loss, 0 until it starts",
+    "discriminator_grad_norm": "length of the discriminator's gradient before clipping",
+    "logits_real": "the discriminator's verdict on real images",
+    "logits_fake": "the discriminator's verdict on reconstructions",
+    "grad_norm": "length of the gradient before clipping",
+    "mean": "mean of the latents so far",
+    "variance": "variance of the latents so far",
+    "perf/images_per_second": "on all devices together",
+    "perf/data_wait": "fraction of the time spent waiting for data",
+}

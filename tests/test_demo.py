@@ -1,0 +1,288 @@
+"""The demo: what it shows, what it refuses, and the page itself in a real browser."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import random_like, tiny
+from PIL import Image
+
+from rae_jax import build, exhibits, generate, pictures, rae, stages
+from rae_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shown():
+    config = tiny()
+    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
+    parts = random_like(shapes, seed=0, scale=0.2)
+    latent = build.latent_shape(config)
+    parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
+    return exhibits.Exhibits(config.lock(), parts), config, parts
+
+
+def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
+    exhibit, config, parts = shown
+    ends = {}
+    for steps, scale in ((3, 2.5), (12, 2.5), (3, 1.0)):
+        found = list(exhibit.trajectory(4, 9, scale, steps))
+        assert 4 <= len(found) <= min(steps + 1, exhibits.SNAPSHOTS)
+        times = [t for t, _ in found]
+        assert times[0] == 1.0 and times[-1] == 0.0 and times == sorted(times, reverse=True)
+        ends[steps, scale] = np.int32(found[-1][1])
+    assert exhibit._step._cache_size() == exhibit._decode._cache_size() == 1
+    indices = np.arange(exhibits.NUM_IMAGES, dtype=np.uint32)
+    labels = np.full(len(indices), 4)
+    wanted = generate.make_sampler(config)(parts, jax.random.key(9), indices, labels)
+    assert np.abs(ends[3, 2.5] - np.int32(wanted)).max() <= 1
+    assert np.abs(ends[3, 1.0] - ends[3, 2.5]).max() > 1
+
+
+def test_reconstructions_and_what_is_between_two(shown):
+    exhibit, config, parts = shown
+    one, other = (build.source(config, "heldout")[i]["image"] for i in (0, 1))
+    decoded, latents, scores = exhibit.reconstruct(one)
+    assert decoded.shape == one.shape and latents.shape == build.latent_shape(config)
+    mse = np.square(decoded / 255.0 - one / 255.0).mean()
+    assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
+    between = exhibit.between(one, other)
+    assert between.shape == (exhibits.BETWEEN, *one.shape)
+    ends = [exhibit.reconstruct(image)[1] for image in (one, other)]
+    auto = build.autoencoder(config)
+    wanted = rae.to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
+    assert np.abs(np.int32(between[[0, exhibits.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
+
+
+def test_colours_tell_tokens_apart():
+    latents = np.zeros((4, 4, 16))
+    latents[:2, :, 3], latents[:, :2, 5] = 2.0, 1.0
+    colours = pictures.latent_colours(latents)
+    assert colours.shape == (4, 4, 3) and len(np.unique(colours.reshape(-1, 3), axis=0)) == 4
+    assert pictures.latent_colours(np.ones((1, 1, 2))).shape == (1, 1, 3)
+    np.testing.assert_array_equal(pictures.heat(np.array([[0.0, 0.5, 1.0, 9.0]]), 1.0)[0, :, 1], [0, 128, 255, 255])
+    assert pictures.enlarged(np.zeros((32, 16, 3), np.uint8), 100).shape == (96, 48, 3)
+    assert exhibits.error_map(np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)).min() == 255
+
+
+def test_uploads_are_bounded_and_named(tmp_path):
+    good = tmp_path / "good.webp"
+    Image.new("RGB", (70, 40), "red").save(good)
+    assert exhibits.read_upload(good, 32).shape == (32, 32, 3)
+    Image.new("1", (8000, 6000)).save(tmp_path / "huge.png")
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "script.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    whole = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:3000])
+    for name, words in (
+        ("huge.png", "million"),
+        ("text.jpg", "no image"),
+        ("script.eps", "no image"),
+        ("half.png", "damaged"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            exhibits.read_upload(tmp_path / name, 32)
+        assert str(error.value).startswith(name) and str(tmp_path) not in str(error.value)
+
+
+def test_requests_are_bounded():
+    demo = pytest.importorskip("rae_jax.demo", reason="gradio is not installed")
+
+    def ask(path, size, declared):
+        sent, answers = [b"x" * 50_000] * (size // 50_000), []
+
+        async def receive():
+            return {"type": "http.request", "body": sent.pop(), "more_body": bool(sent)}
+
+        async def send(message):
+            answers.append(message)
+
+        async def app(scope, receive, send):
+            while (message := await receive())["type"] != "http.disconnect":
+                if not message["more_body"]:
+                    return answers.append("whole")
+            answers.append("cut off")
+
+        headers = [(b"content-length", str(size).encode())] if declared else []
+        scope = {"type": "http", "path": path, "headers": headers}
+        asyncio.run(demo.BoundedBodies(app)(scope, receive, send))
+        return answers[0] if isinstance(answers[0], str) else answers[0]["status"]
+
+    assert ask("/gradio_api/queue/join", 100_000, True) == "whole"
+    assert ask("/gradio_api/queue/join", 400_000, True) == 413
+    assert ask("/gradio_api/queue/join", 400_000, False) == "cut off"
+    assert ask("/gradio_api/upload", 5_000_000, True) == "whole"
+    assert ask("/gradio_api/upload", 30_000_000, True) == 413
+
+
+def test_a_port_that_is_taken_is_named():
+    demo = pytest.importorskip("rae_jax.demo", reason="gradio is not installed")
+    import gradio
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port={port}: it is taken"):
+            demo.serve(gradio.Blocks(analytics_enabled=False), host="127.0.0.1", port=port)
+
+
+# The browser.
+
+_WAIT = 240.0  # seconds, on a machine that others use as well
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Of the demo of the shipped weights, in a process of its own."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    pytest.importorskip("selenium", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    command = ["-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={workdir}", "--mode=demo"]
+    environment = {**os.environ, "XLA_FLAGS": "", "GRADIO_TEMP_DIR": str(workdir.parent / "files")}
+    process = subprocess.Popen(
+        [sys.executable, *command, f"--port={port}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stdout.readline()
+    assert line.startswith(f"demo: http://127.0.0.1:{port}/"), line
+    yield f"http://127.0.0.1:{port}/"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not workdir.exists()
+
+
+@pytest.fixture
+def browsers():
+    """Makes browsers of their own users, and ends them."""
+    from selenium import webdriver
+
+    opened = []
+
+    def make():
+        options = webdriver.ChromeOptions()
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1300"):
+            options.add_argument(argument)
+        options.binary_location = shutil.which("chromium")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        opened.append(webdriver.Chrome(options=options, service=service))
+        return opened[-1]
+
+    yield make
+    for browser in opened:
+        browser.quit()
+
+
+def _until(condition):
+    from selenium.common.exceptions import WebDriverException
+
+    end = time.monotonic() + _WAIT
+    while time.monotonic() < end:
+        try:
+            if found := condition():
+                return found
+        except WebDriverException:  # not there yet, or drawn anew in between
+            pass
+        time.sleep(0.2)
+    raise AssertionError("it did not come")
+
+
+def _open(browser, address, tab):
+    browser.get(address)
+    _until(lambda: [b for b in _tabs(browser) if b.text == tab])[0].click()
+
+
+def _tabs(browser):
+    return browser.find_elements("css selector", "button[role=tab]")
+
+
+def _said(browser, tab):
+    return browser.find_element("id", f"{tab}-said").text
+
+
+def _pixels(browser, name):
+    """Width of the picture of that name as it came."""
+    image = browser.find_element("css selector", f"#{name} img")
+    return browser.execute_script("return arguments[0].complete && arguments[0].naturalWidth", image)
+
+
+def _give(browser, name, path):
+    browser.find_element("css selector", f"#{name} input[type=file]").send_keys(str(path))
+
+
+def _shot(browser, name):
+    """A picture of the page, for people, where RAE_JAX_SHOTS names a folder."""
+    if folder := os.environ.get("RAE_JAX_SHOTS"):
+        time.sleep(1.0)
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+def _sample(browser, steps):
+    _until(lambda: browser.find_element("css selector", f"#steps input[value='{steps}']")).click()
+    _until(lambda: browser.find_element("id", "sample")).click()
+
+
+@pytest.mark.slow
+def test_sampling_in_a_browser_by_two_users_at_once(address, browsers):
+    one, other = browsers(), browsers()
+    for browser in (one, other):
+        _open(browser, address, "Sample")
+    _sample(one, 100)
+    _sample(other, 5)
+    for browser in (one, other):
+        _until(lambda browser=browser: "Done" in _said(browser, "sample"))
+        _until(lambda browser=browser: _pixels(browser, "sample-now") and _pixels(browser, "sample-strip"))
+    _shot(one, "sample")
+    _shot(other, "sample_of_another")
+
+
+@pytest.mark.slow
+def test_pictures_in_a_browser(address, browsers, tmp_path):
+    browser = browsers()
+    _open(browser, address, "Reconstruct")
+    photo = tmp_path / "photo.jpg"
+    image = Image.fromarray(build.source(tiny(), "heldout")[5]["image"]).resize((320, 256))
+    image.save(photo)
+    _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
+    _give(browser, "reconstruct-file", photo)
+    _until(lambda: "PSNR" in _said(browser, "reconstruct"))
+    for name in ("given", "decoded", "latents", "errors"):
+        assert _until(lambda name=name: _pixels(browser, f"reconstruct-{name}")) == 256
+    _shot(browser, "reconstruct")
+
+    browser.find_element(
+        "css selector", "#reconstruct-file button[aria-label=Clear], #reconstruct-file .icon-button"
+    ).click()
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
+    _give(browser, "reconstruct-file", bad)
+    _until(lambda: "bad.png is no image" in _said(browser, "reconstruct"))
+    _shot(browser, "bad_file")
+
+    _until(lambda: [b for b in _tabs(browser) if b.text == "Interpolate"])[0].click()
+    _until(lambda: browser.find_element("id", "two-held-out-pictures").is_displayed())
+    browser.find_element("id", "two-held-out-pictures").click()
+    _until(lambda: _pixels(browser, "interpolate-strip"))
+    _shot(browser, "interpolate")
+
+    messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked), asked

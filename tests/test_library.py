@@ -1,0 +1,176 @@
+"""The library: what it loads, that it draws what the command draws, and that it is pure."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import autoencoder_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_like, tiny
+from etils import epath
+from huggingface_hub import constants
+
+import rae_jax
+from configs import small
+from rae_jax import build, convert, descriptions, generate, library, rae, stages
+from rae_jax.weights import store
+
+LABELS = [0, 3, 9]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """As convert writes it, with random weights; the guidance is the small job's, of scale 2.5."""
+    folder, config = tmp_path_factory.mktemp("converted"), tiny()
+    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
+    latent = build.latent_shape(config)
+    parts = random_like(shapes, seed=0, scale=0.2)
+    parts["statistics"] = {"mean": np.full(latent, 0.1, np.float32), "var": np.full(latent, 0.5, np.float32)}
+    for part, tree in parts.items():
+        store.write(folder / f"{part}.safetensors", tree)
+    descriptions.write(config, folder, parts)
+    return folder
+
+
+def test_the_readme_s_example_runs_as_written():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import rae_jax\n.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 5
+    names = {}
+    exec(code, names)
+    assert names["latents"].shape == (3, 8, 8, 64)
+    for images in (names["images"], names["again"]):
+        assert images.shape == (3, 32, 32, 3) and 0 <= float(images.min()) < float(images.max()) <= 1
+    assert float(jnp.abs(names["again"] - names["images"]).mean()) < 0.03
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, rae_jax; assert not {'jax', 'numpy'} & set(sys.modules); rae_jax.load_rae; rae_jax.UserError;"
+        "assert not {'torch', 'tensorflow', 'gradio', 'wandb'} & set(sys.modules); assert 'sample' in dir(rae_jax)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_the_shipped_weights_are_described_by_small():
+    """Where a key was added: write the file anew from json.loads(small.get_config().to_json()), with an indent of 2."""
+    there = json.loads((stages.SHIPPED / "config.json").read_text())
+    assert there == json.loads(small.get_config().to_json())
+
+
+def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
+    auto, dit, config = rae_jax.load_rae(folder), rae_jax.load_dit(str(folder)), tiny()
+    config.sampler.num_steps, config.guidance.scale = 2, 1.5
+    ours = rae_jax.sample(auto, dit, LABELS, seed=5, num_steps=2, guidance_scale=1.5)
+    parts = {"decoder": auto.params["decoder"], **dit.params}
+    key, indices, labels = jax.random.key(5), jnp.arange(3, dtype=jnp.uint32), jnp.array(LABELS)
+    wanted = generate.make_sampler(config)(parts, key, indices, labels)
+    assert np.abs(np.int32(rae.to_uint8(ours)) - np.int32(wanted)).max() <= 1
+
+    x, times = generate.first_noise(config, key, indices), generate.times(config)
+    step = jax.jit(lambda x, t, t_next, scale: generate.euler_step(config, parts, x, t, t_next, labels, scale))
+    for t, t_next in zip(times, times[1:], strict=False):
+        before = x
+        x, seen = step(x, t, t_next, 1.5)
+    straight_on = before - t * (x - before) / (t_next - t)  # to t = 0
+    np.testing.assert_allclose(seen, rae.denormalise(straight_on, parts["statistics"]), atol=1e-4)
+    np.testing.assert_allclose(rae_jax.decode(auto, rae.denormalise(x, parts["statistics"])), ours, atol=1e-4)
+
+
+def test_it_works_inside_jit_and_grad(folder):
+    auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
+
+    @jax.jit
+    def both(auto, dit, labels, seed, scale):
+        images = rae_jax.sample(auto, dit, labels, seed=seed, num_steps=2, guidance_scale=scale)
+        return images, rae_jax.decode(auto, rae_jax.encode(auto, images))
+
+    images, again = both(auto, dit, jnp.array(LABELS), 7, 2.0)
+    np.testing.assert_allclose(
+        images, rae_jax.sample(auto, dit, LABELS, seed=7, num_steps=2, guidance_scale=2.0), atol=1e-5
+    )
+    np.testing.assert_allclose(again, rae_jax.decode(auto, rae_jax.encode(auto, images)), atol=1e-5)
+
+    grads = jax.grad(lambda auto: rae_jax.decode(auto, rae_jax.encode(auto, images)).mean(), allow_int=True)(auto)
+    assert all(
+        float(jnp.abs(grads.params[part]["blocks"]["attention"]["qkv"]["kernel"]).max()) > 0 for part in auto.params
+    )
+
+
+def test_other_values_do_not_compile_anew(folder):
+    auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
+    rae_jax.sample(auto, dit, LABELS, seed=0, num_steps=2, guidance_scale=1.0)
+    count = library._sample._cache_size()
+    for seed, scale in ((1, 1.5), (2, 3.0)):
+        rae_jax.sample(rae_jax.load_rae(folder), dit, [1, 2, 3], seed=seed, num_steps=2, guidance_scale=scale)
+    assert library._sample._cache_size() == count
+
+
+def test_a_weaker_model_guides(folder):
+    """By how much it differs: the model itself as its guide is no guidance at all, at any scale."""
+    auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
+    plain = rae_jax.sample(auto, dit, LABELS, num_steps=2, guidance_scale=1.0)
+    itself = rae_jax.sample(auto, dit, LABELS, num_steps=2, guidance_scale=3.0, guide=dit)
+    np.testing.assert_allclose(itself, plain, atol=1e-5)
+    weak = jax.tree.map(lambda leaf: 0.5 * leaf, dit)
+    guided = rae_jax.sample(auto, dit, LABELS, num_steps=2, guidance_scale=3.0, guide=weak)
+    assert float(jnp.abs(guided - plain).max()) > 0.01
+
+
+def test_configs_as_values_and_as_files(folder):
+    config = tiny()
+    for part in ("encoder", "decoder", "statistics", "dit"):
+        config[part].weights = str(folder)
+    named, there = rae_jax.load_rae(config, dtype="bfloat16"), rae_jax.load_rae(folder)
+    jax.tree.map(np.testing.assert_array_equal, named.params, there.params)
+    assert named.config.dtype == "bfloat16" and config.dtype == "float32" and config.stages
+    shipped = rae_jax.load_dit(Path(__file__).parent.parent / "configs" / "small.py")
+    jax.tree.map(np.testing.assert_array_equal, shipped.params, rae_jax.load_dit().params)
+
+
+@pytest.mark.parametrize("name", ["dinov2", "mae"])
+def test_an_autoencoder_as_diffusers_saves_it_here_and_on_the_hub(tmp_path, name, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    autoencoder_cases.write(name, tmp_path / "theirs")
+    config = autoencoder_cases.config_of(autoencoder_cases.TINY[name], tmp_path / "theirs")
+    cache = tmp_path / "models--someone--rae" / "snapshots" / "abc"
+    convert.export(None, cache, config=config, form="diffusers")
+    (tmp_path / "models--someone--rae" / "refs").mkdir()
+    (tmp_path / "models--someone--rae" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    wanted = autoencoder_cases.load(config, "encoder", "decoder")
+    for source in (cache, "someone/rae"):
+        found = rae_jax.load_rae(source)
+        jax.tree.map(np.testing.assert_array_equal, [found.params["encoder"], found.params["decoder"]], wanted)
+    for key in autoencoder_cases.TINY[name].keys() - {"weights"}:
+        assert found.config.encoder[key] == config.encoder[key], key
+
+
+def test_mistakes_are_one_line(folder, tmp_path):
+    auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
+    half = epath.Path(tmp_path / "half")
+    half.mkdir()
+    (half / "config.json").write_text('{"encod')
+    for mistake, words in (
+        (lambda: rae_jax.sample(auto, dit, [10]), "0 to 9"),
+        (lambda: rae_jax.sample(auto, dit, [0.5]), "whole"),
+        (lambda: rae_jax.sample(auto, rae_jax.load_dit("small"), [0]), "one source"),
+        (lambda: rae_jax.encode(auto, np.zeros((32, 32, 3))), "B, H, W, 3"),
+        (lambda: rae_jax.encode(auto, np.zeros((1, 30, 32, 3))), "multiples of 4"),
+        (lambda: rae_jax.decode(auto, np.zeros((1, 8, 8, 3))), "B, h, w, 16"),
+        (lambda: rae_jax.load_rae(tmp_path), "UNet"),
+        (lambda: rae_jax.load_rae(half), "cut off"),
+        (lambda: rae_jax.load_rae(tmp_path / "nothing.py"), "cannot load the config"),
+        (lambda: rae_jax.load_rae("no such folder"), "neither a folder here nor a hub id"),
+        (lambda: rae_jax.load_dit(folder, dtype="float8"), "config.dtype"),
+    ):
+        with pytest.raises(rae_jax.UserError, match=re.escape(words)) as error:
+            mistake()
+        assert "\n" not in str(error.value)
