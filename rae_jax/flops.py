@@ -46,8 +46,7 @@ def _contracted(equation):
 
 def _inside(params):
     """The jaxprs that an equation holds: of functions compiled, differentiated or rematerialised."""
-    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda v: isinstance(v, (core.Jaxpr, core.ClosedJaxpr))):
-        if isinstance(value, core.ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, core.Jaxpr):
-            yield value
+    kinds = (core.Jaxpr, core.ClosedJaxpr)
+    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda value: isinstance(value, kinds)):
+        if isinstance(value, kinds):
+            yield getattr(value, "jaxpr", value)

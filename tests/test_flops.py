@@ -28,9 +28,7 @@ def test_convolutions():
 
     def convolve(x, w, groups=1):
         layout = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, w, (2, 2), "SAME", dimension_numbers=layout, feature_group_count=groups
-        )
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=layout, feature_group_count=groups)
 
     assert flops.count(convolve, images, kernel) == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 6)
     assert flops.count(lambda x, w: convolve(x, w, 2), images, grouped) == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)

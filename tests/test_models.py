@@ -108,20 +108,3 @@ def test_magnified_detail_keeps_each_patch_s_mean_colour():
     before = patches.reshape(2, 3, 16, 3)
     np.testing.assert_allclose(magnified.mean(-2), before.mean(-2), atol=1e-6)
     np.testing.assert_allclose(magnified.std(-2), 4.0 * before.std(-2), rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_attention_on_cpu_is_attention(dtype, tolerance):
-    """The branch for CPU against the library's, which other devices take; values and gradients."""
-    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 9, 3, 8), dtype)
-
-    def value_and_pullback(attention):
-        out, pullback = jax.vjp(attention, q, k, v)
-        assert out.dtype == q.dtype
-        return out, *pullback(cotangent)
-
-    for ours, theirs in zip(
-        value_and_pullback(layers.attend), value_and_pullback(jax.nn.dot_product_attention), strict=True
-    ):
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)

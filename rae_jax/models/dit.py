@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax.models import attention
 from rae_jax.models.layers import (
     Attention,
     SwiGlu,
@@ -80,14 +81,15 @@ class Block(nn.Module):
     qk_norm: bool
     linear: Callable
     dtype: jnp.dtype
+    attend: Callable
 
     @nn.compact
     def __call__(self, x, condition, rope):
         modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = modulate(rms_norm("norm1")(x), shift1, scale1).astype(self.dtype)
-        attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.linear, name="attention")
-        x = x + gate1 * attention(y, rope)
+        options = {"dtype": self.dtype, "linear": self.linear, "attend": self.attend}
+        x = x + gate1 * Attention(self.num_heads, self.qk_norm, **options, name="attention")(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
         hidden = int(2 / 3 * self.mlp_ratio * x.shape[-1])
         x = x + gate2 * SwiGlu(hidden, self.dtype, self.linear, name="mlp")(y)
@@ -120,7 +122,7 @@ def modulate(x, shift, scale):
 def blocks(module, *, depth, num_heads, linear, name):
     """`depth` blocks of a diffusion transformer, scanned, with what they share taken from the module's fields."""
     scanned = scan_blocks(Block, depth=depth, unroll=module.unroll, remat=module.remat, broadcast=2)
-    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, name=name)
+    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, module.attend, name=name)
 
 
 class DiT(nn.Module):
@@ -136,6 +138,7 @@ class DiT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
     remat: bool = False
+    attend: Callable = attention.xla
 
     @nn.compact
     def __call__(self, x, t, labels):

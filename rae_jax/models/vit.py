@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rae_jax import resize
+from rae_jax.models import attention
 from rae_jax.models.layers import Attention, dense, patchify, rope_centred, scan_blocks
 
 # Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
@@ -22,6 +23,7 @@ class Block(nn.Module):
     layer_scale: bool
     norm_eps: float
     dtype: jnp.dtype
+    attend: Callable
 
     @nn.compact
     def __call__(self, x, rope):
@@ -34,8 +36,9 @@ class Block(nn.Module):
             small = nn.initializers.constant(LAYER_SCALE_INIT)
             return branch * self.param(name, small, (x.shape[-1],)).astype(self.dtype)
 
-        attention = Attention(self.num_heads, dtype=self.dtype, rotate_halves=True, name="attention")
-        x = x + scaled(attention(norm(x, "norm1"), rope), "scale1")
+        options = {"dtype": self.dtype, "rotate_halves": True, "attend": self.attend}
+        branch = Attention(self.num_heads, **options, name="attention")(norm(x, "norm1"), rope)
+        x = x + scaled(branch, "scale1")
         branch = self.mlp(dtype=self.dtype, name="mlp")(norm(x, "norm2"))
         x = x + scaled(branch, "scale2")
         return x, x
@@ -64,6 +67,7 @@ class ViT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
     remat: bool = False
+    attend: Callable = attention.xla
 
     @nn.compact
     def __call__(self, images, layers=None):
@@ -79,7 +83,8 @@ class ViT(nn.Module):
             rope = jnp.pad(rope, ((num_prefix, 0), (0, 0)))  # class token and registers stay as they are
 
         blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=1)
-        blocks = blocks(self.num_heads, self.mlp, self.layer_scale, self.norm_eps, self.dtype, name="blocks")
+        options = (self.num_heads, self.mlp, self.layer_scale, self.norm_eps, self.dtype, self.attend)
+        blocks = blocks(*options, name="blocks")
         x, outputs = blocks(x, rope)
         chosen = x[None] if layers == (self.depth - 1,) else outputs[jnp.asarray(layers)]
         return chosen[:, :, num_prefix:]
