@@ -9,7 +9,7 @@ import math
 
 from etils import epath
 
-from rae_jax import sharding
+from rae_jax import processes, sharding
 from rae_jax.errors import UserError
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -104,7 +104,9 @@ def check_workdir(config, workdir):
 
 
 def save(config, workdir):
-    """Write config.json. Raises UserError where the workdir cannot be written."""
+    """The first process writes config.json. Raises UserError where the workdir cannot be written."""
+    if not processes.is_first():
+        return
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ class Evaluator:
         if "judge" in parts:
             results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
         if probe:
-            results.update(probes.probes(config, parts, held_out["image"], held_out["label"]))
+            results.update(probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
         shown = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
             reference = (moments.given, held_out["features"]) if is_reference else self._reference(parts)

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import command, malloc, modes, sharding
+from rae_jax import command, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
@@ -29,6 +29,9 @@ flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
 flags.DEFINE_integer("label", None, "sample: a single class.")
+flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
+flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
 flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -39,10 +42,13 @@ def run(argv):
     try:
         config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
         malloc.keep_freed_memory()
+        processes.start(**{name: flags.FLAGS[name].value for name in processes.SETTINGS})
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)
         config_lib.check_workdir(config, workdir)
+        processes.wait_for_all("checked")  # before the first one writes there
         MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+        processes.wait_for_all("done")
     except UserError as error:
         if flags.FLAGS.debug:
             raise

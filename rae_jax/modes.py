@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, logs, perception, pictures, report, samples, stages
+from rae_jax import build, logs, perception, pictures, processes, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -38,8 +38,9 @@ def train(config, workdir, mesh, flags):
     trained = _measure(evaluator, config, parts, workdir, prefix)
     results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
     _write_results(workdir, name, results)
-    print(f"pictures: {workdir / 'samples'}")
-    print(f"report:   {report.write_report(workdir)}")
+    if processes.is_first():
+        print(f"pictures: {workdir / 'samples'}")
+        print(f"report:   {report.write_report(workdir)}")
 
 
 def evaluate(config, workdir, mesh, flags):
@@ -80,7 +81,8 @@ def sample(config, workdir, mesh, flags):
     folder = workdir / "samples"
     names = _class_names(config)
     samples.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
-    print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
+    if processes.is_first():
+        print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
 
 
 def _only_how(key):
@@ -104,10 +106,11 @@ def reconstruct(config, workdir, mesh, flags):
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     folder = workdir / "samples" / "reconstructed"
     results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
-    pictures.save(workdir / "samples" / "reconstructed.png", picture)
     _write_results(workdir, "reconstruct.json", results)
-    print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
-    print(f"images:  {folder}")
+    if processes.is_first():
+        pictures.save(workdir / "samples" / "reconstructed.png", picture)
+        print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
+        print(f"images:  {folder}")
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):
@@ -148,7 +151,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
         results, shown = evaluator.weights(parts)
-        for kind, picture in shown.items():
+        for kind, picture in shown.items() if processes.is_first() else ():
             pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
         return results
 
@@ -186,12 +189,14 @@ def _guide(config, mesh):
 def _measure(evaluator, config, parts, workdir, name):
     began = time.monotonic()
     results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
-    for kind, picture in shown.items():
+    for kind, picture in shown.items() if processes.is_first() else ():
         pictures.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
     return {**results, "seconds": time.monotonic() - began}
 
 
 def _write_results(workdir, name, results):
+    if not processes.is_first():
+        return
     path = workdir / "eval" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from rae_jax import checkpoint, logs, sharding
+from rae_jax import checkpoint, logs, processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
         metrics_file = logs.Metrics(workdir, stage.name, step=start)
         step_fn = _compiled_step(stage, placed, mesh)
 
+        stop = processes.Agreement(lambda: signals.received)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
         with progress, contextlib.closing(_Clock(stage.batch_size)) as clock:
             if start < stage.num_steps:
@@ -73,7 +74,8 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 last = step == stage.num_steps
                 state, metrics = step_fn(state, frozen, feed.take(), key)
                 clock.tick(metrics)
-                if not (last or signals.received):
+                stop.exchange(last=last)
+                if not (last or stop.value):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
                 log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
                 if log:  # only here, and before a checkpoint, does the host wait for this very step
@@ -84,7 +86,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 if evaluate_every and step % evaluate_every == 0:
                     metrics_file.write(step, {f"eval/{name}": v for name, v in evaluate(state, step).items()})
                     clock.read()  # its time is not the steps'
-                stopping = signals.received
+                stopping = stop.value
                 if save or stopping:
                     _check_finite(stage.name, step, metrics, checkpoints)
                     checkpoints.save(step, state, feed)
