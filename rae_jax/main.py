@@ -9,12 +9,15 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import command, malloc, modes, processes, sharding
+from rae_jax import benchmark, command, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
-MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
+MODES = {
+    **{"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct},
+    "benchmark": modes.benchmark,
+}
 DIVERGED = 1  # exit status after a loss that is not finite
 INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
 
@@ -29,6 +32,9 @@ flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
 flags.DEFINE_integer("label", None, "sample: a single class.")
+flags.DEFINE_list("only", list(benchmark.PROGRAMS), "benchmark: which programs; all by default.")
+flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
+flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
 flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
 flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
 flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")

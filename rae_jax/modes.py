@@ -1,4 +1,4 @@
-"""What the command line can do: train, evaluate, sample, reconstruct."""
+"""What the command line can do: train, evaluate, sample, reconstruct, benchmark."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from rae_jax import benchmark as timing
 from rae_jax import build, logs, perception, pictures, processes, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
@@ -111,6 +112,11 @@ def reconstruct(config, workdir, mesh, flags):
         pictures.save(workdir / "samples" / "reconstructed.png", picture)
         print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
         print(f"images:  {folder}")
+
+
+def benchmark(config, workdir, mesh, flags):
+    """Timed steps of what the config describes, as a table and as JSON; nothing is written."""
+    timing.report(config, mesh, flags.only, steps=flags.timed_steps, warmup=flags.warmup_steps)
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):

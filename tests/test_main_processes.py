@@ -33,7 +33,7 @@ def _start(command, index, count, port, devices):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true",
         **({"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}),
         **({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
     }

@@ -1,0 +1,318 @@
+"""Timed steps of what a config describes, on the devices that are here; weights and data are made up on them.
+
+Nothing is read or written, and no host works between the steps but to start the next one, as the training loop does.
+"""
+
+import dataclasses
+import functools
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rae_jax import build, flops, generate, perception, processes, rae, sharding, stages, train
+from rae_jax.config import in_steps, latent_shape
+from rae_jax.errors import UserError
+
+GIB = 2**30
+_SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
+_MATRIX = {"cpu": 2048}  # side of the product that shows what the device can do; 8192 elsewhere
+
+# Published peaks of bfloat16 products without sparsity, FLOPs a second, by what jax calls a device.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip is two devices
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One thing that a run does again and again. `plain` is the same mathematics without a kernel or recomputation."""
+
+    batch_size: int
+    jitted: Callable
+    plain: Callable
+    arguments: tuple  # shapes with their shardings
+    init: Callable | None = None  # key -> first argument, which the program takes the memory of and gives back first
+
+
+def report(config, mesh, names, *, steps, warmup):
+    """Time the programs of these names, print a table, and at last one line, a JSON object."""
+    device = mesh.devices.flat[0]
+    for name in names:
+        if name not in PROGRAMS:
+            raise UserError(f"--only={name} cannot work: choose from {', '.join(PROGRAMS)}")
+    measured = matrix_rate(device, config.dtype)
+    peaks = {"published": PEAKS.get(device.device_kind), "measured": measured}
+    found = {
+        **{"config": config.name, "device": device.device_kind, "devices": mesh.size, "processes": jax.process_count()},
+        **{"jax": jax.__version__, "mesh": dict(mesh.shape)},
+        **{key: config[key] for key in ("dtype", "attention", "remat", "unroll")},
+        **{"published_peak": peaks["published"], "measured_peak": measured, "programs": {}},
+    }
+    _say(f"{mesh.size} x {device.device_kind}, {config.dtype}; products reach {measured / 1e12:.2f} TFLOP/s on one")
+    _say(HEAD)
+    for name in names:
+        try:
+            result = measure(PROGRAMS[name](config, mesh), mesh, peaks, steps=steps, warmup=warmup)
+        except UserError as error:
+            result = {"left_out": str(error)}
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            result = {"left_out": "it does not fit in the device's memory: lower the batch size"}
+        found["programs"][name] = result
+        _say(row(name, result))
+    _say(f"the process held {peak_of_process() / GIB:.2f} GiB of the host's memory at most")
+    found["host_peak_bytes"] = peak_of_process()
+    _say(json.dumps(found))
+
+
+def measure(program, mesh, peaks, *, steps, warmup):
+    """What one run of a program takes, by name; see `row`."""
+    began = time.perf_counter()
+    compiled = program.jitted.lower(*program.arguments).compile()
+    compile_seconds = time.perf_counter() - began
+    asked = flops.count(program.plain, *program.arguments)
+    seconds = _timed(compiled, program, steps, warmup)
+    median = statistics.median(seconds)
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    rate = asked / median / mesh.size
+    return {
+        **{"batch_size": program.batch_size, "compile_seconds": compile_seconds},
+        **{"seconds_median": median, "seconds_min": min(seconds), "images_per_second": program.batch_size / median},
+        **{"model_flops": asked, "flops_per_second_and_device": rate},
+        **{f"utilisation_of_{kind}": rate / peak if peak else None for kind, peak in peaks.items()},
+        "program_bytes": needed - memory.alias_size_in_bytes,
+        "device_peak_bytes": _peak_of_devices(mesh),
+    }
+
+
+HEAD = (
+    f"{'':18}{'batch':>6}{'compile s':>10}{'step s':>9}{'(least)':>10}{'images/s':>10}{'TFLOP/s':>9}"
+    f"{'of peak':>9}{'of meas.':>9}{'program GiB':>13}{'device GiB':>12}"
+)
+
+
+def row(name, found):
+    """A line of the table: rates and memory are a device's, and its peak is that of the process so far."""
+    if "left_out" in found:
+        return f"{name:18}left out: {found['left_out']}"
+
+    def or_none(value, form):
+        return "-" if value is None else format(value, form)
+
+    device = found["device_peak_bytes"]
+    return (
+        f"{name:18}{found['batch_size']:6}{found['compile_seconds']:10.1f}{found['seconds_median']:9.4f}"
+        f"{found['seconds_min']:10.4f}{found['images_per_second']:10.2f}"
+        f"{found['flops_per_second_and_device'] / 1e12:9.2f}{or_none(found['utilisation_of_published'], '.1%'):>9}"
+        f"{found['utilisation_of_measured']:9.1%}{found['program_bytes'] / GIB:13.2f}"
+        f"{or_none(device and device / GIB, '.2f'):>12}"
+    )
+
+
+def matrix_rate(device, dtype):
+    """FLOPs a second of one large product on one device: what can be had."""
+    side = _MATRIX.get(device.platform, 8192)
+    local = jax.local_devices()[0]
+    matrix = jax.device_put(jnp.ones((side, side), dtype), local)
+    product = jax.jit(lambda a: a @ a * (1.0 / side))  # ones again
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        matrix = jax.block_until_ready(product(matrix))
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def peak_of_process():
+    """Bytes of memory that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_of_devices(mesh):
+    """The largest peak of this process's devices so far; None where they do not tell."""
+    found = [device.memory_stats() for device in mesh.local_devices]
+    return max(stats["peak_bytes_in_use"] for stats in found) if all(found) else None
+
+
+def _say(line):
+    if processes.is_first():
+        print(line, flush=True)
+
+
+def _timed(compiled, program, steps, warmup):
+    """Seconds from the end of one step to that of the next; the host is one ahead, as in training."""
+    arguments = [made_up(shapes) for shapes in program.arguments]
+    if program.init is not None:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, program.arguments[0])
+        arguments[0] = jax.jit(program.init, out_shardings=placed)(jax.random.key(0))
+
+    def run():
+        out = compiled(*arguments)
+        if program.init is None:
+            return out
+        arguments[0], out = out
+        return out
+
+    for _ in range(warmup):
+        jax.block_until_ready(run())
+    previous, ends = run(), []
+    for _ in range(steps):
+        following = run()
+        jax.block_until_ready(previous)
+        ends.append(time.perf_counter())
+        previous = following
+    jax.block_until_ready(previous)
+    ends.append(time.perf_counter())
+    return [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def made_up(shapes):
+    """Arrays of these shapes on their devices: pixels over their whole range, keys, numbers of 0 for what counts or
+    names, small values around 0, and around 1 for scales and variances.
+    """
+
+    def make(path, leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        places = jax.lax.iota(jnp.uint32, max(leaf.size, 1)) * jnp.uint32(2654435761)  # hashed, after Knuth
+        if leaf.dtype == jnp.uint8:
+            return (places >> 24).astype(jnp.uint8).reshape(leaf.shape)
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
+        small = 0.02 * ((places >> 8).astype(jnp.float32) / 2**23 - 1.0)
+        return ((name in ("scale", "var")) + small).astype(leaf.dtype).reshape(leaf.shape)
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(lambda: jax.tree_util.tree_map_with_path(make, shapes), out_shardings=placed)()
+
+
+def _train(config, mesh, *, name, from_latents=False):
+    """A stage's step in its last phase, all losses at work."""
+    if name == "decoder" and config.encoder.family == "sd_vae":
+        raise UserError("the VAE's decoder is not trained")
+    batch_size = config[name].train.batch_size
+    config = in_steps(config, name, _SCHEDULE * batch_size)
+    init, step = build.init_and_step(config, name)
+
+    def init_late(key):
+        return {**init(key), "step": jnp.asarray(config[name].train.num_steps, jnp.int32)}
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = _abstract(jax.eval_shape(init, key), mesh)
+    frozen = _abstract(_frozen(config, name, from_latents), mesh)
+    batch = {"image": _images(config, batch_size, mesh)}
+    if from_latents:
+        batch = {"latent": _split((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
+    arguments = (state, frozen, {**batch, "label": _split((batch_size,), jnp.int32, mesh)}, _whole(key, mesh))
+    stage = train.Stage(name, init, step, frozen, None, batch_size, 0)
+    jitted = train._compiled_step(stage, jax.tree.map(lambda leaf: leaf.sharding, state), mesh)
+    return Program(batch_size, jitted, build.init_and_step(_plain(config), name)[1], arguments, init_late)
+
+
+def _encode(config, mesh):
+    params = _abstract(stages.part_shapes(config, "encoder"), mesh)
+    arguments = (params, _images(config, config.evaluate.batch_size, mesh))
+
+    def encode(config):
+        autoencoder = build.autoencoder(config)
+        return jax.jit(lambda params, images: autoencoder.encode(params, rae.to_float(images)))
+
+    return Program(config.evaluate.batch_size, encode(config), encode(_plain(config)), arguments)
+
+
+def _decode(config, mesh):
+    parts = _abstract({name: _part(config, name) for name in ("decoder", "statistics")}, mesh)
+    latents = _split((config.evaluate.batch_size, *latent_shape(config)), jnp.float32, mesh)
+
+    def decode(config):
+        autoencoder = build.autoencoder(config)
+
+        def decode(parts, latents):
+            latents = rae.denormalise(latents, parts["statistics"])
+            return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
+
+        return jax.jit(decode)
+
+    return Program(config.evaluate.batch_size, decode(config), decode(_plain(config)), (parts, latents))
+
+
+def _sample(config, mesh):
+    if config.sampler.method == "adaptive":
+        raise UserError("config.sampler.method='adaptive' takes as many steps as the weights want: take another one")
+    shapes = {name: _part(config, name) for name in ("decoder", "statistics", "dit")}
+    if config.guidance.method == "autoguidance":
+        weak = config.copy_and_resolve_references()
+        weak.dit.update(config.guidance.dit)
+        shapes["guide"] = stages.part_shapes(weak, "dit")
+    batch_size = config.evaluate.batch_size
+    key = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    numbers = [_split((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
+    sample, plain = (generate.make_sampler(c) for c in (config, _plain(config)))
+    return Program(batch_size, sample, plain, (_abstract(shapes, mesh), key, *numbers))
+
+
+def _plain(config):
+    config = config.copy_and_resolve_references()
+    config.remat, config.attention = False, "xla"
+    return config
+
+
+def _frozen(config, name, from_latents):
+    """Shapes of what a stage's step takes besides its state."""
+    parts = [part for part in stages.FROZEN[name] if not (from_latents and part == "encoder")]
+    shapes = {part: _part(config, part) for part in parts}
+    if name == "decoder" and config.decoder.train.lpips_weight:
+        shapes["lpips"] = perception.part_shapes("lpips")
+    if name == "decoder" and config.decoder.train.adversarial_weight:
+        own = config.discriminator.backbone.family != "encoder"
+        shapes["backbone"] = stages.part_shapes(config, "backbone" if own else "encoder")
+    return shapes
+
+
+def _part(config, name):
+    return None if name == "statistics" and config.statistics.weights == "none" else stages.part_shapes(config, name)
+
+
+def _images(config, batch_size, mesh):
+    return _split((batch_size, config.data.image_size, config.data.image_size, 3), jnp.uint8, mesh)
+
+
+def _abstract(shapes, mesh):
+    placed = sharding.shardings(shapes, mesh)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+
+def _split(shape, dtype, mesh):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def _whole(leaf, mesh):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+
+# name: (config, mesh) -> Program; raises UserError where the config has none.
+PROGRAMS = {
+    "train_decoder": functools.partial(_train, name="decoder"),
+    "train_dit": functools.partial(_train, name="dit"),
+    "train_dit_latents": functools.partial(_train, name="dit", from_latents=True),
+    "encode": _encode,
+    "decode": _decode,
+    "sample": _sample,
+}
