@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
 from rae_jax import checkpoint, logs, processes, sharding
 
@@ -61,6 +60,8 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
             state = checkpoints.restore(start, abstract, feed)
             logs.say(f"{stage.name}: going on from step {start}")
         if start == 0 and "params" in shapes:
+            from clu import parameter_overview  # here, so that a benchmark does not need it
+
             logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
         metrics_file = logs.Metrics(workdir, stage.name, step=start)
         step_fn = _compiled_step(stage, placed, mesh)
