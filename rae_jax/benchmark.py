@@ -19,6 +19,7 @@ from rae_jax.config import in_steps, latent_shape
 from rae_jax.errors import UserError
 
 GIB = 2**30
+TRACED_STEPS = 3
 _SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
 _MATRIX = {"cpu": 2048}  # side of the product that shows what the device can do; 8192 elsewhere
 
@@ -48,8 +49,11 @@ class Program:
     init: Callable | None = None  # key -> first argument, which the program takes the memory of and gives back first
 
 
-def report(config, mesh, names, *, steps, warmup):
-    """Time the programs of these names, print a table, and at last one line, a JSON object."""
+def report(config, mesh, names, *, steps, warmup, profile=None):
+    """Time the programs of these names, print a table, and at last one line, a JSON object.
+
+    `profile`: a folder for a trace of three more steps of each, PROFILE/NAME, which TensorBoard and xprof show.
+    """
     device = mesh.devices.flat[0]
     for name in names:
         if name not in PROGRAMS:
@@ -66,7 +70,8 @@ def report(config, mesh, names, *, steps, warmup):
     _say(HEAD)
     for name in names:
         try:
-            result = measure(PROGRAMS[name](config, mesh), mesh, peaks, steps=steps, warmup=warmup)
+            trace = None if profile is None else f"{profile}/{name}"
+            result = measure(PROGRAMS[name](config, mesh), mesh, peaks, steps=steps, warmup=warmup, trace=trace)
         except UserError as error:
             result = {"left_out": str(error)}
         except jax.errors.JaxRuntimeError as error:
@@ -80,13 +85,18 @@ def report(config, mesh, names, *, steps, warmup):
     _say(json.dumps(found))
 
 
-def measure(program, mesh, peaks, *, steps, warmup):
+def measure(program, mesh, peaks, *, steps, warmup, trace=None):
     """What one run of a program takes, by name; see `row`."""
     began = time.perf_counter()
     compiled = program.jitted.lower(*program.arguments).compile()
     compile_seconds = time.perf_counter() - began
     asked = flops.count(program.plain, *program.arguments)
-    seconds = _timed(compiled, program, steps, warmup)
+    run = _runner(compiled, program)
+    seconds = _timed(run, steps, warmup)
+    if trace is not None:
+        with jax.profiler.trace(trace):
+            for _ in range(TRACED_STEPS):
+                jax.block_until_ready(run())
     median = statistics.median(seconds)
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -155,8 +165,8 @@ def _say(line):
         print(line, flush=True)
 
 
-def _timed(compiled, program, steps, warmup):
-    """Seconds from the end of one step to that of the next; the host is one ahead, as in training."""
+def _runner(compiled, program):
+    """Function that starts one step, and gives what to wait for."""
     arguments = [made_up(shapes) for shapes in program.arguments]
     if program.init is not None:
         placed = jax.tree.map(lambda leaf: leaf.sharding, program.arguments[0])
@@ -169,6 +179,11 @@ def _timed(compiled, program, steps, warmup):
         arguments[0], out = out
         return out
 
+    return run
+
+
+def _timed(run, steps, warmup):
+    """Seconds from the end of one step to that of the next; the host is one ahead, as in training."""
     for _ in range(warmup):
         jax.block_until_ready(run())
     previous, ends = run(), []

@@ -116,7 +116,7 @@ def reconstruct(config, workdir, mesh, flags):
 
 def benchmark(config, workdir, mesh, flags):
     """Timed steps of what the config describes, as a table and as JSON; nothing is written."""
-    timing.report(config, mesh, flags.only, steps=flags.timed_steps, warmup=flags.warmup_steps)
+    timing.report(config, mesh, flags.only, steps=flags.timed_steps, warmup=flags.warmup_steps, profile=flags.profile)
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):
