@@ -167,10 +167,13 @@ def _say(line):
 
 def _runner(compiled, program):
     """Function that starts one step, and gives what to wait for."""
-    arguments = [made_up(shapes) for shapes in program.arguments]
-    if program.init is not None:
-        placed = jax.tree.map(lambda leaf: leaf.sharding, program.arguments[0])
-        arguments[0] = jax.jit(program.init, out_shardings=placed)(jax.random.key(0))
+    first, *rest = program.arguments
+    if program.init is None:
+        arguments = [made_up(first)]
+    else:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, first)
+        arguments = [jax.jit(program.init, out_shardings=placed)(jax.random.key(0))]
+    arguments += map(made_up, rest)
 
     def run():
         out = compiled(*arguments)
