@@ -25,6 +25,7 @@ _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "full"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),

@@ -96,7 +96,7 @@ def _compiled_step(stage, placed, mesh):
     def step(state, frozen, batch, key):
         return stage.step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
 
-    return jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
+    return sharding.jit(step, mesh, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
 
 
 def _check_finite(name, step, metrics, checkpoints):

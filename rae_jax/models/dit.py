@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from rae_jax.models.layers import (
     Attention,
+    Dense,
     SwiGlu,
-    dense,
     patchify,
     rms_norm,
     rope_2d,
@@ -68,7 +68,7 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        linear = dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
+        linear = Dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
         return jnp.split(linear(condition), self.count, -1)
 
 
@@ -104,12 +104,12 @@ class FinalLayer(nn.Module):
     def __call__(self, x, condition):
         shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(condition)
         x = modulate(rms_norm("norm")(x), shift, scale).astype(self.dtype)
-        return dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
+        return Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
 
 def patch_embedding(width, *, dtype, name):
     """Linear embedding of patches of the latent."""
-    return dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):
@@ -135,7 +135,7 @@ class DiT(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, t, labels):

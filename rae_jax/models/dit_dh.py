@@ -26,7 +26,7 @@ class DiTDH(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         self.time_embed = dit.TimeEmbedding(self.width, torch_linear)

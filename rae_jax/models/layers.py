@@ -10,26 +10,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from rae_jax import sharding
+
+# What a backward pass may find again, by name: see scan_blocks.
+_PRODUCT, _GATHERED = "product", "gathered"
 
 
-def dense(features, **options):
-    """nn.Dense for tokens [B, N, D]; `options` are nn.Dense's own."""
-    return nn.Dense(features, dot_general=_token_product, **options)
+class Dense(nn.Module):
+    """Linear layer for [B, ..., D]. On a mesh the batch stays split, and the kernel is gathered in `dtype` for its use."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        kernel = sharding.gathered(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
+        kernel = checkpoint_name(kernel, _GATHERED)
+        y = _token_product(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+        return checkpoint_name(sharding.split_batch(y), _PRODUCT)
 
 
-def _token_product(x, kernel, dimension_numbers, **options):
+def _token_product(x, kernel):
     """Tokens times a kernel. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's gradient
     (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
     """
 
     def as_matrix(x, kernel):
         tokens = x.reshape(-1, x.shape[-1])
-        return jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), **options).reshape(*x.shape[:-1], -1)
+        return (tokens @ kernel).reshape(*x.shape[:-1], -1)
 
-    def as_it_is(x, kernel):
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=as_it_is)
+    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
 
 
 def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
@@ -42,17 +58,17 @@ def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
+    return Dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
 
 
 def xavier_linear(features, fan_in, *, dtype, name=None, kernel_init=nn.initializers.xavier_uniform()):  # noqa: B008
     """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
-    return dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
 
 
 def lecun_linear(features, fan_in, *, dtype, name=None):
     """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
-    return dense(features, dtype=dtype, name=name)
+    return Dense(features, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -107,8 +123,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
+        x = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
 
 
 class SwiGlu(nn.Module):
@@ -187,11 +203,15 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. With `remat` a backward pass computes each block again instead of keeping what is
-    inside it. Unrolled, rematerialised or not, the parameters are the same.
+    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all but
+    the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
+    rematerialised or not, the parameters are the same.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=unroll)  # a loop keeps XLA from undoing it; unrolled, a barrier must
+    policy = _policy(remat)
+    if policy is not None:
+        block = nn.remat(
+            block, policy=policy, prevent_cse=unroll
+        )  # a loop keeps XLA from undoing it; unrolled, a barrier
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -200,6 +220,19 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
         length=depth,
         unroll=depth if unroll else 1,
     )
+
+
+def _policy(remat):
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":  # whole kernels are gathered again, not kept
+            return policies.save_anything_except_these_names(_GATHERED) if sharding.gathers() else None
+        case "dots":
+            return policies.save_only_these_names(_PRODUCT)
+        case "full":
+            return policies.nothing_saveable
+        case other:
+            raise ValueError(f"unknown remat {other!r}")
 
 
 def patchify(images, patch_size):

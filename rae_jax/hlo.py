@@ -1,0 +1,226 @@
+"""Compiled programs, read from their HLO text: products, traffic between devices, arrays. Loops count as they run.
+
+XLA's own cost analysis counts the body of a loop once, and knows nothing of what travels.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_OPCODE = re.compile(r"([a-z][a-z0-9-]*)\(")
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
+_BITS = re.compile(r"[a-z]+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one device does in one run of a program."""
+
+    flops: float = 0.0  # of products and convolutions, two for each multiplication
+    sent: Counter = dataclasses.field(default_factory=Counter)  # bytes by kind of collective, as a ring sends them
+
+    def __add__(self, other):
+        return Costs(self.flops + other.flops, Counter({k: self.sent[k] + other.sent[k] for k in COLLECTIVES}))
+
+    def __mul__(self, times):
+        return Costs(self.flops * times, Counter({k: self.sent[k] * times for k in COLLECTIVES}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `result` and `operands` are the text of a type and names."""
+
+    name: str
+    result: str
+    opcode: str
+    operands: tuple
+    attributes: str
+
+
+class Program:
+    """A compiled module; `text` is what jax.stages.Compiled.as_text() gives."""
+
+    def __init__(self, text):
+        self._entry, self._computations = _parse(text)
+
+    def costs(self):
+        """Costs of the whole program. Of a conditional the dearest branch counts."""
+        return self._costs(self._entry)
+
+    def arrays(self):
+        """Every (dtype, shape) that an instruction makes, whether or not it comes to lie in memory."""
+        return {array for c in self._computations.values() for i in c.values() for array in _arrays(i.result)}
+
+    @functools.cache  # noqa: B019  a program lives as long as its reading
+    def _costs(self, name):
+        computation = self._computations[name]
+        return sum((self._cost(i, computation) for i in computation.values()), Costs())
+
+    def _cost(self, i, computation):
+        kind = i.opcode.removesuffix("-start")
+        if kind == "dot":
+            return Costs(flops=_dot(i, computation))
+        if kind == "convolution":
+            return Costs(flops=_convolution(i, computation))
+        if kind in COLLECTIVES:
+            later = "chain_id" in i.attributes and not any("AsyncCollectiveStart" in o.attributes for o in computation.values())
+            return Costs() if later else Costs(sent=Counter({kind: _sent(kind, i, computation)}))
+        called = [self._costs(name) for name in _called(i)] if not i.opcode.endswith(("-done", "-update")) else []
+        if kind == "while":
+            return sum(called, Costs()) * self._trips(i, computation)
+        if kind == "conditional":
+            return max(called, key=lambda costs: (costs.flops, costs.sent.total()))
+        return sum(called, Costs())
+
+    def _trips(self, loop, computation):
+        """How often a loop runs: as XLA notes it, or from its condition `counter < limit` and the counter's step."""
+        if known := re.search(r'known_trip_count[^0-9]*"(\d+)"', loop.attributes):
+            return int(known[1])
+        names = {key: re.search(rf"{key}=%?([\w.-]+)", loop.attributes)[1] for key in ("condition", "body")}
+        condition, body = (self._computations[names[key]] for key in ("condition", "body"))
+        compared = _follow(list(condition.values())[-1], condition)
+        if compared.opcode != "compare" or "direction=LT" not in compared.attributes:
+            raise ValueError(f"cannot tell how often {loop.name} runs: its condition is {compared}")
+        counter, limit = (_follow(condition[name], condition) for name in compared.operands)
+        element = re.search(r"index=(\d+)", counter.attributes)
+        start = _follow(computation[loop.operands[0]], computation)
+        first = _follow(computation[start.operands[int(element[1])]], computation) if start.opcode == "tuple" else None
+        begin = int(first.attributes) if first is not None and first.opcode == "constant" else 0
+        moved = _follow(body[list(body.values())[-1].operands[int(element[1])]], body)
+        steps = [_follow(body[name], body) for name in moved.operands if name in body]
+        step = next((int(s.attributes) for s in steps if s.opcode == "constant"), 1)
+        return math.ceil((int(limit.attributes) - begin) / step)
+
+
+def _parse(text):
+    """Name of the entry, and {computation: {name: Instruction}}, the root last."""
+    entry, computations, current = None, {}, None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            header = re.match(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$", line)
+            if header and not line.startswith("HloModule"):
+                current = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif current is not None and " = " in line:
+            instruction = _instruction(line)
+            current[instruction.name] = instruction
+    return entry, computations
+
+
+def _instruction(line):
+    name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    result, rest = rest[:end], rest[end:].lstrip()
+    opcode = _OPCODE.match(rest)
+    close = _closing(rest, opcode.end() - 1)
+    inside = rest[opcode.end() : close]
+    if opcode[1] in ("constant", "parameter"):
+        return Instruction(name.lstrip("%"), result, opcode[1], (), inside)
+    operands = tuple(re.findall(r"%([\w.-]+)", inside))
+    return Instruction(name.lstrip("%"), result, opcode[1], operands, rest[close + 1 :])
+
+
+def _closing(text, start):
+    depth = 0
+    for n in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[n], 0)
+        if depth == 0:
+            return n
+    raise ValueError(f"unbalanced: {text}")
+
+
+def _called(i):
+    names = []
+    for match in _CALLED.finditer(i.attributes):
+        listed = re.match(r"\{[^}]*\}|%?[\w.-]+", i.attributes[match.end() :])[0]
+        names += re.findall(r"[\w.-]+", listed)
+    return names if i.opcode not in (*COLLECTIVES, "reduce", "sort", "scatter") else []
+
+
+def _follow(i, computation):
+    """The instruction behind copies and conversions."""
+    while i.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start") and i.operands[0] in computation:
+        i = computation[i.operands[0]]
+    return i
+
+
+def _arrays(text):
+    """[(dtype, shape)] of a type, a tuple's members one by one."""
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(text)]
+
+
+def _bytes(arrays):
+    return sum(math.prod(shape) * _bits(dtype) for dtype, shape in arrays) / 8
+
+
+def _bits(dtype):
+    found = _BITS.match(dtype)  # f32, bf16, s8, f8e4m3; pred has none
+    return int(found[1]) if found else 8
+
+
+def _sent(kind, i, computation):
+    """Bytes that a device sends in one collective over a group of n in a ring."""
+    size = sum(_bytes(_arrays(computation[name].result)) for name in i.operands)
+    if kind == "collective-permute":
+        return size
+    n = _group_size(i.attributes)
+    return {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n) * size
+
+
+def _group_size(attributes):
+    groups = re.search(r"replica_groups=(mesh\[.*?\] ?\{.*?\}|\[[\d,]+\]|\{\{[\d,]*\}|\{\})", attributes)[1]
+    if groups.startswith("mesh"):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", groups)}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", groups.split("]")[1]))
+    if groups.startswith("["):  # [groups,size]<=[devices]
+        return int(groups.strip("[]").split(",")[-1])
+    return groups.count(",") + 1
+
+
+def _dot(i, computation):
+    (_, left), *_ = _arrays(computation[i.operands[0]].result)
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1]
+    inner = math.prod(left[int(n)] for n in contracted.split(",") if n)
+    (_, out), *_ = _arrays(i.result)
+    return 2.0 * math.prod(out) * inner
+
+
+def _convolution(i, computation):
+    """Multiplications with elements that are there: those with padding, or between dilated ones, are not done."""
+    shapes = [_arrays(computation[name].result)[0][1] for name in i.operands]
+    shapes.append(_arrays(i.result)[0][1])
+    labels = re.split("_|->", re.search(r"dim_labels=([\w>-]+)", i.attributes)[1])
+    left, kernel, out = (dict(zip(label, shape, strict=True)) for label, shape in zip(labels, shapes, strict=True))
+    window = _window(i.attributes)
+    groups = int((re.search(r"batch_group_count=(\d+)", i.attributes) or ("", "1"))[1])
+    products = kernel["i"] * kernel["o"] * left["b"] / groups
+    for n, dim in enumerate(sorted(key for key in out if key.isdigit())):
+        products *= _overlaps(left[dim], kernel[dim], out[dim], {key: value[n] for key, value in window.items()})
+    return 2.0 * products
+
+
+def _window(attributes):
+    """{'stride': [...], ...} by spatial axis; what is not there is 1, or no padding."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(item.split("=") for item in found[1].split()) if found else {}
+    rank = len(given.get("size", "").split("x"))
+    window = {"pad": [int(p.split("_")[0]) for p in given.get("pad", "x".join(["0_0"] * rank)).split("x")]}
+    for key in ("stride", "lhs_dilate", "rhs_dilate"):
+        window[key] = [int(n) for n in given.get(key, "x".join(["1"] * rank)).split("x")]
+    return window
+
+
+def _overlaps(size, kernel, out, window):
+    """How many pairs of an output's and a kernel's position meet an element of the input, along one axis."""
+    count = 0
+    for k in range(kernel):
+        first = k * window["rhs_dilate"] - window["pad"]
+        positions = range(first, first + out * window["stride"], window["stride"])
+        inside = range(0, (size - 1) * window["lhs_dilate"] + 1, window["lhs_dilate"])
+        count += sum(1 for p in positions if p in inside)
+    return count
