@@ -22,7 +22,7 @@ def get_config():
     c.remat = "none"
 
     # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
-    # heads and hidden channels of a block. -1: those that the others leave; of two, fsdp takes at most 64, data the rest.
+    # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 64, data the rest.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.checkpoint = ConfigDict({"every": 500, "keep": 2})
     c.data = _data()

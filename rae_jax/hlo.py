@@ -13,6 +13,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 _OPCODE = re.compile(r"([a-z][a-z0-9-]*)\(")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\]")
+_TYPE = re.compile(r"\b[a-z][a-z0-9]*\[[0-9,]*\](?:\{[^}]*\})?")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=")
 _BITS = re.compile(r"[a-z]+(\d+)")
 
@@ -22,13 +23,16 @@ class Costs:
     """What one device does in one run of a program."""
 
     flops: float = 0.0  # of products and convolutions, two for each multiplication
+    moved: float = 0.0  # bytes between the main memory and the rest, about: what instructions read and write
     sent: Counter = dataclasses.field(default_factory=Counter)  # bytes by kind of collective, as a ring sends them
 
     def __add__(self, other):
-        return Costs(self.flops + other.flops, Counter({k: self.sent[k] + other.sent[k] for k in COLLECTIVES}))
+        sent = Counter({kind: self.sent[kind] + other.sent[kind] for kind in COLLECTIVES})
+        return Costs(self.flops + other.flops, self.moved + other.moved, sent)
 
     def __mul__(self, times):
-        return Costs(self.flops * times, Counter({k: self.sent[k] * times for k in COLLECTIVES}))
+        sent = Counter({kind: self.sent[kind] * times for kind in COLLECTIVES})
+        return Costs(self.flops * times, self.moved * times, sent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +67,34 @@ class Program:
 
     def _cost(self, i, computation):
         kind = i.opcode.removesuffix("-start")
-        if kind == "dot":
-            return Costs(flops=_dot(i, computation))
-        if kind == "convolution":
-            return Costs(flops=_convolution(i, computation))
-        if kind in COLLECTIVES:
-            later = "chain_id" in i.attributes and not any("AsyncCollectiveStart" in o.attributes for o in computation.values())
-            return Costs() if later else Costs(sent=Counter({kind: _sent(kind, i, computation)}))
-        called = [self._costs(name) for name in _called(i)] if not i.opcode.endswith(("-done", "-update")) else []
-        if kind == "while":
-            return sum(called, Costs()) * self._trips(i, computation)
-        if kind == "conditional":
-            return max(called, key=lambda costs: (costs.flops, costs.sent.total()))
-        return sum(called, Costs())
+        if i.opcode.endswith(("-done", "-update")) or kind in COLLECTIVES and _goes_on(i, computation):
+            return Costs()
+        called = [self._costs(name) for name in _called(i)]
+        match kind:
+            case "while":
+                return sum(called, Costs()) * self._trips(i, computation)
+            case "conditional":
+                return max(called, key=lambda costs: (costs.flops, costs.sent.total()))
+            case "fusion":
+                inside = sum(called, Costs())
+                return Costs(inside.flops, self._moved(i, computation), inside.sent)
+            case "dot":
+                own = Costs(_dot(i, computation))
+            case "convolution":
+                own = Costs(_convolution(i, computation))
+            case _ if kind in COLLECTIVES:
+                own = Costs(sent=Counter({kind: _sent(kind, i, computation)}))
+            case _:
+                own = Costs()
+        return sum(called, own + Costs(moved=self._moved(i, computation)))
+
+    def _moved(self, i, computation):
+        """Bytes that an instruction reads and writes in main memory; of a slice of an array, the slice's."""
+        if i.opcode in _MOVE_NOTHING or "AllocateBuffer" in i.attributes:
+            return 0.0
+        fused = self._computations[_called(i)[0]] if i.opcode == "fusion" else None
+        read = sum(_read(i, n, computation, fused) for n in range(len(i.operands)))
+        return read + (_main_memory(_made(i)) if fused is None else _written(i, fused))
 
     def _trips(self, loop, computation):
         """How often a loop runs: as XLA notes it, or from its condition `counter < limit` and the counter's step."""
@@ -95,6 +114,52 @@ class Program:
         steps = [_follow(body[name], body) for name in moved.operands if name in body]
         step = next((int(s.attributes) for s in steps if s.opcode == "constant"), 1)
         return math.ceil((int(limit.attributes) - begin) / step)
+
+
+_MOVE_NOTHING = (
+    *("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "iota", "after-all", "partition-id"),
+    *("while", "conditional", "call"),
+)
+
+
+def _read(i, n, computation, fused):
+    """Bytes read of an instruction's n-th operand."""
+    operand = computation.get(i.operands[n])
+    size = _main_memory(operand.result) if operand else 0.0
+    if not size or i.opcode == "dynamic-update-slice" and n == 0:
+        return 0.0
+    if i.opcode in ("dynamic-slice", "slice", "slice-start", "gather") and n == 0:
+        return min(size, _bytes(_arrays(_made(i))))
+    if fused is None:
+        return size
+    parameter = next(p.name for p in fused.values() if p.opcode == "parameter" and p.attributes == str(n))
+    uses = [(use, use.operands.index(parameter)) for use in fused.values() if parameter in use.operands]
+    if all(use.opcode in ("dynamic-slice", "dynamic-update-slice") and place == 0 for use, place in uses):
+        return sum(_bytes(_arrays(use.result)) for use, _ in uses if use.opcode == "dynamic-slice")
+    return size
+
+
+def _made(i):
+    """The type of a result; of what only starts, without the operands and flags that it hands on."""
+    parts = _TYPE.findall(i.result)
+    return parts[i.opcode != "copy-start"] if i.opcode.endswith("-start") and len(parts) > 1 else i.result
+
+
+def _written(i, fused):
+    """Bytes that a fusion writes: of what it updates in place, the update's."""
+    root = list(fused.values())[-1]
+    results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for part, result in zip(_TYPE.findall(i.result), results, strict=True):
+        made, size = _follow(result, fused), _main_memory(part)
+        in_place = made.opcode == "dynamic-update-slice"
+        total += min(size, _bytes(_arrays(fused[made.operands[1]].result))) if in_place else size
+    return total
+
+
+def _goes_on(i, computation):
+    """Whether a collective only continues what an earlier fusion began: such a chain names it again and again."""
+    return "chain_id" in i.attributes and not any("AsyncCollectiveStart" in o.attributes for o in computation.values())
 
 
 def _parse(text):
@@ -152,6 +217,11 @@ def _follow(i, computation):
 def _arrays(text):
     """[(dtype, shape)] of a type, a tuple's members one by one."""
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(text)]
+
+
+def _main_memory(text):
+    """Bytes of those members of a type that lie in main memory, not in a memory space of their own."""
+    return sum(_bytes(_arrays(part)) for part in _TYPE.findall(text) if "S(" not in part)
 
 
 def _bytes(arrays):

@@ -15,12 +15,13 @@ from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
+DOES_NOT_FIT = 1  # exit status of --mode=compile
 DIVERGED = 1  # exit status after a loss that is not finite
 INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
-_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "What to do.")
 flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
 flags.DEFINE_string(
     "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
@@ -29,15 +30,26 @@ flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
 flags.DEFINE_integer("label", None, "sample: a single class.")
+flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
+flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
+flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
 flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
+
+
+@flags.multi_flags_validator(["workdir", "mode"], message="flag --workdir=None: all modes but compile need a folder")
+def _has_workdir(given):
+    return given["workdir"] is not None or given["mode"] == "compile"
 
 
 def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
     try:
-        config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+        config = _CONFIG.value
+        if _MODE.value == "compile":
+            sys.exit(0 if modes.compile_ahead(config, flags.FLAGS) else DOES_NOT_FIT)
+        workdir = epath.Path(_WORKDIR.value)
         malloc.keep_freed_memory()
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)

@@ -1,4 +1,4 @@
-"""What the command line can do: train, evaluate, sample, reconstruct."""
+"""What the command line can do: train, evaluate, sample, reconstruct, compile."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, logs, perception, pictures, report, samples, stages
+from rae_jax import aot, build, logs, perception, pictures, report, samples, sharding, stages, topology
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -108,6 +108,16 @@ def reconstruct(config, workdir, mesh, flags):
     _write_results(workdir, "reconstruct.json", results)
     print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
     print(f"images:  {folder}")
+
+
+def compile_ahead(config, flags):
+    """The run's programs compiled for --topology, with what they need and do; returns whether all fit."""
+    if flags.topology is None:
+        raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
+    devices, chip = topology.devices(flags.topology, flags.num_slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    config_lib.check(config, mesh)
+    return aot.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):

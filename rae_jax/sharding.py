@@ -20,24 +20,24 @@ SMALL = 2**18  # elements; what no axis divides may be replicated up to this siz
 
 
 class Rule(NamedTuple):
-    """Where the last two axes of a kernel are split: -2 is its input, -1 its output."""
+    """How a kernel [..., D, F] is split; parameters of other shapes are not."""
 
-    fsdp: int | None = -2  # where it divides, else the other one; None: every device has a copy
-    tensor: int | None = None
-    parts: int = 1  # equal ones that lie side by side on the tensor axis; each must divide
+    fsdp: int | None = -2  # which axis, where it divides, else the other one of the last two; None: no axis
+    tensor: str | None = None  # of products in a row, the first is split by 'column' (F), the second by 'row' (D)
+    parts: int = 1  # that lie side by side in F; each is split
 
 
 # Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match one. The moments and
-# averages of a parameter have its name. `tensor` as in Megatron: products in pairs, the first one's outputs split as the
-# second one's inputs are.
+# averages of a parameter have its name.
 RULES = (
     (r"(^|/)(step|count|ns_coeffs)$", Rule(fsdp=None)),
     (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", Rule(fsdp=None)),
     (r"(^|/)(u|v)$", Rule(fsdp=None)),
-    (r"(^|/)qkv/kernel$", Rule(tensor=-1, parts=3)),
-    (r"(^|/)w12/kernel$", Rule(tensor=-1, parts=2)),
-    (r"(^|/)(mlp/fc1|modulation/linear)/kernel$", Rule(tensor=-1)),
-    (r"(^|/)(attention/proj|mlp/w3|mlp/fc2)/kernel$", Rule(tensor=-2)),
+    (r"(^|/)qkv/kernel$", Rule(tensor="column", parts=3)),
+    (r"(^|/)w12/kernel$", Rule(tensor="column", parts=2)),
+    (r"(^|/)(blocks|trunk|head)/modulation/linear/kernel$", Rule(tensor="column", parts=6)),
+    (r"(^|/)mlp/fc1/kernel$", Rule(tensor="column")),
+    (r"(^|/)(attention/proj|mlp/w3|mlp/fc2)/kernel$", Rule(tensor="row")),
     (r"(^|/)kernel$", Rule()),
     (r"(^|/)table$", Rule(fsdp=-1)),
     (r"(^|/)(mean|squares|var)(_low)?$", Rule(fsdp=None)),
@@ -72,7 +72,7 @@ def _sizes(mesh, num_devices, slices):
 
 
 def _arranged(sizes, slices, devices):
-    """The devices as an array: on TPU so that neighbours on an axis are neighbours in the machine, where that can be."""
+    """The devices as an array: on TPU so that neighbours on an axis are neighbours in the torus, where that can be."""
     options = {"devices": devices, "allow_split_physical_axes": True}
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
@@ -86,24 +86,13 @@ def _arranged(sizes, slices, devices):
 
 
 def jit(function, mesh, **options):
-    """jax.jit of a function whose models split their activations and gather their kernels as the mesh wants."""
+    """jax.jit of a function whose models compute on a mesh: see models.dense and `gathered`."""
 
     def on_mesh(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*arguments)
 
     return jax.jit(functools.wraps(function)(on_mesh), **options)
-
-
-def split_batch(x):
-    """Activations [B, ...] inside `jit`, B split over the mesh; elsewhere, or where B does not divide, as they are.
-
-    Without it the partitioner may gather the whole batch to meet split kernels.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(*BATCH, *(P.UNCONSTRAINED,) * (x.ndim - 1)))
 
 
 def gathered(kernel, name):
@@ -117,12 +106,6 @@ def gathered(kernel, name):
     return _gathered(
         kernel, _spec(name, kernel.shape, mesh.shape), _spec(name, kernel.shape, {**mesh.shape, "fsdp": 1})
     )
-
-
-def gathers():
-    """Whether kernels are gathered at all here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -183,27 +166,61 @@ def shardings(shapes, mesh):
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _spec(name, shape, sizes):
-    rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
-    if rule is None:
-        raise ValueError(f"no sharding rule matches {name} {shape}: add one to sharding.RULES")
+def abstract(shapes, mesh):
+    """A tree of shapes, each with its sharding by RULES."""
+
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings(shapes, mesh))
+
+
+def place(name, shape, sizes):
+    """(axis split by fsdp or None, 'column', 'row' or None) of a kernel [..., D, F] by RULES; `sizes` are the mesh's.
+
+    Raises ValueError and UserError as `shardings` does.
+    """
+    rule = _rule(name, shape)
     if rule.fsdp is None:
-        return P()
-    axes, left = {-2: [], -1: []}, {-2: shape[-2], -1: shape[-1]}
-    if rule.tensor and left[rule.tensor] % (rule.parts * sizes["tensor"]) == 0:
-        axes[rule.tensor].append("tensor")
-        left[rule.tensor] //= sizes["tensor"]
+        return None, None
+    left = {-2: shape[-2], -1: shape[-1]}
+    tensor = rule.tensor if sizes["tensor"] > 1 else None
+    if tensor:
+        axis, pieces = (-1, rule.parts * sizes["tensor"]) if tensor == "column" else (-2, sizes["tensor"])
+        tensor = tensor if left[axis] % pieces == 0 else None
+        left[axis] //= pieces if tensor else 1
     ways = sizes["fsdp"]
-    found = [axis for axis in (rule.fsdp, -3 - rule.fsdp) if left[axis] % ways == 0]
-    if found:
-        axes[found[0]].append("fsdp")
-    elif math.prod(shape) > SMALL:
+    fitting = [axis for axis in (rule.fsdp, -3 - rule.fsdp) if left[axis] % ways == 0]
+    if not fitting and math.prod(shape) > SMALL:
         raise UserError(
             f"config.mesh.fsdp={ways} divides no axis of {name} {tuple(shape)}: take {math.gcd(*shape[-2:], ways)}, "
             f"and config.mesh.data for the rest"
         )
-    used = [tuple(axis for axis in axes[n] if sizes[axis] > 1) or None for n in (-2, -1)]
-    return P(*(None,) * (len(shape) - 2), *used) if any(used) else P()
+    return (fitting[0] if fitting and ways > 1 else None), tensor
+
+
+def _spec(name, shape, sizes):
+    """How a leaf is kept. Columns of several parts are kept by rows: each part has its own columns split in use."""
+    fsdp, tensor = place(name, shape, sizes)
+    by = {-2: [], -1: []}
+    if fsdp is not None:
+        by[fsdp].append("fsdp")
+    if tensor == "row":
+        by[-2].insert(0, "tensor")
+    elif tensor and _rule(name, shape).parts == 1:
+        by[-1].insert(0, "tensor")
+    elif tensor and shape[-2] % (sizes["tensor"] * (sizes["fsdp"] if by[-2] else 1)) == 0:
+        by[-2].append("tensor")
+    if not any(by.values()):
+        return P()
+    return P(*(None,) * (len(shape) - 2), *(tuple(by[axis]) or None for axis in (-2, -1)))
+
+
+def _rule(name, shape):
+    rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+    if rule is None:
+        raise ValueError(f"no sharding rule matches {name} {tuple(shape)}: add one to sharding.RULES")
+    return rule
 
 
 def put_global(batch, mesh):

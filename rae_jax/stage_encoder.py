@@ -14,7 +14,8 @@ import optax
 from flax import linen as nn
 
 from rae_jax import optim, rae
-from rae_jax.models.layers import Dense, patchify
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import patchify
 
 
 def make(*, autoencoder, patch_size, num_classes, image_size, train):

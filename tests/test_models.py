@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from rae_jax import build
 from rae_jax.models import layers
+from rae_jax.models.dense import Dense
 from rae_jax.stage_encoder import magnify_detail
 
 
@@ -93,7 +94,7 @@ def test_bfloat16_computes_the_same_to_its_precision(name):
 
 def test_dense_is_flax_s_and_so_are_its_gradients():
     x = jax.random.normal(jax.random.key(3), (2, 5, 7))
-    ours, theirs = layers.Dense(4), nn.Dense(4)
+    ours, theirs = Dense(4), nn.Dense(4)
     params = theirs.init(jax.random.key(4), x)
 
     def outcome(module):

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rae_jax import resize
-from rae_jax.models.layers import Attention, Dense, Mlp, scan_blocks, sincos_2d, unpatchify
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import Attention, Mlp, scan_blocks, sincos_2d, unpatchify
 
 _INIT = nn.initializers.normal(0.02)
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax import sharding
+from rae_jax.models.dense import Dense
 from rae_jax.models.layers import (
     Attention,
-    Dense,
     SwiGlu,
     patchify,
     rms_norm,
@@ -55,6 +56,7 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels):
         table = self.param("table", _SMALL, (self.num_classes + 1, self.width))
+        table = sharding.gathered(table, "table")
         return table[labels if self.num_classes else jnp.zeros_like(labels)]
 
 
@@ -68,8 +70,8 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        linear = Dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
-        return jnp.split(linear(condition), self.count, -1)
+        zeros = {"kernel_init": _ZEROS, "bias_init": _ZEROS}
+        return Dense(self.count * self.width, dtype=self.dtype, parts=self.count, name="linear", **zeros)(condition)
 
 
 class Block(nn.Module):

@@ -10,45 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
 from rae_jax import sharding
-
-# What a backward pass may find again, by name: see scan_blocks.
-_PRODUCT, _GATHERED = "product", "gathered"
+from rae_jax.models.dense import PRODUCT, Dense
 
 
-class Dense(nn.Module):
-    """Linear layer for [B, ..., D]. On a mesh the batch stays split, and the kernel is gathered in `dtype` for its use."""
-
-    features: int
-    dtype: jnp.dtype = jnp.float32
-    kernel_init: Callable = nn.initializers.lecun_normal()
-    bias_init: Callable = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,))
-        kernel = sharding.gathered(kernel.astype(self.dtype), "/".join((*self.path, "kernel")))
-        kernel = checkpoint_name(kernel, _GATHERED)
-        y = _token_product(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
-        return checkpoint_name(sharding.split_batch(y), _PRODUCT)
+def gathered_convolution(x, kernel, *arguments, **options):
+    """jax.lax.conv_general_dilated for nn.Conv, whose kernel is gathered first; see Dense."""
+    return jax.lax.conv_general_dilated(x, sharding.gathered(kernel, "kernel"), *arguments, **options)
 
 
-def _token_product(x, kernel):
-    """Tokens times a kernel. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's gradient
-    (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
-    """
-
-    def as_matrix(x, kernel):
-        tokens = x.reshape(-1, x.shape[-1])
-        return (tokens @ kernel).reshape(*x.shape[:-1], -1)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
-
-
-def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
+def torch_linear(features, fan_in, *, kernel_init=None, **options):
     """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     `kernel_init` is for a weight that starts otherwise.
@@ -58,17 +30,17 @@ def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return Dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
+    return Dense(features, kernel_init=kernel_init or uniform, bias_init=uniform, **options)
 
 
-def xavier_linear(features, fan_in, *, dtype, name=None, kernel_init=nn.initializers.xavier_uniform()):  # noqa: B008
+def xavier_linear(features, fan_in, *, kernel_init=nn.initializers.xavier_uniform(), **options):  # noqa: B008
     """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
-    return Dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, kernel_init=kernel_init, **options)
 
 
-def lecun_linear(features, fan_in, *, dtype, name=None):
+def lecun_linear(features, fan_in, **options):
     """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
-    return Dense(features, dtype=dtype, name=name)
+    return Dense(features, **options)
 
 
 class Attention(nn.Module):
@@ -86,8 +58,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rope=None):
         width = x.shape[-1]
-        qkv = self.linear(3 * width, width, dtype=self.dtype, name="qkv")(x)  # [B, N, 3D]
-        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in jnp.split(qkv, 3, -1))  # each [B, N, H, K]
+        qkv = self.linear(3 * width, width, dtype=self.dtype, parts=3, name="qkv")(x)
+        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in qkv)  # each [B, N, H, K]
         if self.qk_norm:
             q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
         if rope is not None:
@@ -137,7 +109,7 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        gate, value = jnp.split(self.linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        gate, value = self.linear(2 * self.hidden, width, dtype=self.dtype, parts=2, name="w12")(x)
         return self.linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
@@ -203,8 +175,8 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all but
-    the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
+    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all
+    but the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
     rematerialised or not, the parameters are the same.
     """
     policy = _policy(remat)
@@ -223,14 +195,13 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
 
 
 def _policy(remat):
-    policies = jax.checkpoint_policies
     match remat:
-        case "none":  # whole kernels are gathered again, not kept
-            return policies.save_anything_except_these_names(_GATHERED) if sharding.gathers() else None
+        case "none":
+            return None
         case "dots":
-            return policies.save_only_these_names(_PRODUCT)
+            return jax.checkpoint_policies.save_only_these_names(PRODUCT)
         case "full":
-            return policies.nothing_saveable
+            return jax.checkpoint_policies.nothing_saveable
         case other:
             raise ValueError(f"unknown remat {other!r}")
 

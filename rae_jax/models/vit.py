@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rae_jax import resize
-from rae_jax.models.layers import Attention, Dense, patchify, rope_centred, scan_blocks
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import Attention, patchify, rope_centred, scan_blocks
 
 # Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
 # reconstructions after 200 steps were 3 dB better than with branches that start at 1.
