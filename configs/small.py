@@ -21,6 +21,8 @@ def get_config():
     # 'full', all, which is a third more work.
     c.remat = "none"
 
+    # Where compiled programs are kept for the next start: '': in ~/.cache; a folder, which hosts may share; 'none'.
+    c.compilation_cache = ""
     # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
     # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 64, data the rest.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

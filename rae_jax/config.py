@@ -17,7 +17,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
+    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 

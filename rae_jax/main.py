@@ -3,8 +3,10 @@
 python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
 """
 
+import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -51,6 +53,7 @@ def run(argv):
             sys.exit(0 if modes.compile_ahead(config, flags.FLAGS) else DOES_NOT_FIT)
         workdir = epath.Path(_WORKDIR.value)
         malloc.keep_freed_memory()
+        _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)
         config_lib.check_workdir(config, workdir)
@@ -68,6 +71,14 @@ def run(argv):
     except KeyboardInterrupt:  # between two stages, or for the second time
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _keep_compiled(folder):
+    """Have JAX keep what it compiles for the next start; where JAX_COMPILATION_CACHE_DIR says, if that is set."""
+    if folder == "none" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder or home / "rae_jax" / "compiled"))
 
 
 if __name__ == "__main__":

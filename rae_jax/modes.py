@@ -85,7 +85,9 @@ def sample(config, workdir, mesh, flags):
 
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
-    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+    return key.split(".")[0] in (
+        *("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat", "compilation_cache"),
+    )
 
 
 def _class_names(config):

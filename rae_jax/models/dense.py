@@ -33,58 +33,72 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
         name = "/".join((*self.path, "kernel"))
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)  # [B, ..., parts, F / parts]
-        y = checkpoint_name(y + bias.astype(self.dtype).reshape(self.parts, -1), PRODUCT)
-        return tuple(y[..., i, :] for i in range(self.parts)) if self.parts > 1 else y[..., 0, :]
+        y, pieces = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
+        y = checkpoint_name(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), PRODUCT)
+        return _parts(y, pieces, self.parts)
 
 
 def product(x, kernel, name, parts=1):
-    """x [B, ..., D] times kernel [D, F] -> [B, ..., parts, F / parts]; `name` is the end of the kernel's path.
+    """x [B, ..., D] times kernel [D, F] -> ([B, ..., F], pieces); `name` is the end of the kernel's path.
 
     Inside sharding.jit, where the mesh divides B: every device gathers the kernel, in its own dtype, multiplies its
     part of the batch, and drops it; the kernel's gradient is summed up straight into the parts that the devices hold.
+    Where the tensor axis splits F, that is in so many pieces, each of which has a piece of every one of the `parts`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kernel = kernel.reshape(kernel.shape[0], parts, -1)
     if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return _times(x, kernel)
-    return _product(x, kernel, _plan(name, kernel.shape, parts, mesh.shape))
+        return _times(x, kernel), 1
+    fsdp, tensor = sharding.place(name, kernel.shape, mesh.shape)
+    pieces = mesh.shape["tensor"] if tensor == "column" else 1
+    if pieces > 1 and parts > 1:
+        kernel = kernel.reshape(kernel.shape[0], parts, -1)
+    return _product(x, kernel, _plan(fsdp, tensor, kernel.ndim)), pieces
+
+
+def _in_pieces(bias, pieces, parts):
+    """A bias [F] in the order of a product's outputs."""
+    return bias.reshape(parts, pieces, -1).swapaxes(0, 1).reshape(-1) if pieces > 1 else bias
+
+
+def _parts(y, pieces, parts):
+    """The parts of a product [B, ..., F]; one alone as it is."""
+    if parts == 1:
+        return y
+    if pieces == 1:
+        return tuple(jnp.split(y, parts, -1))
+    y = y.reshape(*y.shape[:-1], pieces, parts, -1)
+    return tuple(y[..., i, :].reshape(*y.shape[:-3], -1) for i in range(parts))
 
 
 class _Plan(NamedTuple):
-    """How a kernel [D, parts, F] lies on the mesh while it is used."""
+    """How a kernel lies on the mesh while it is used, and what it multiplies and makes."""
 
     fsdp: int | None  # which axis is gathered
     tensor: str | None  # 'column', 'row'
     kernel: P
-    left: P  # of what it multiplies, and of the product, but for the axes between the first and the last
-    right: P
+    ends: tuple  # the mesh's axis of the last axis of x, and of the product
 
 
-def _plan(name, shape, parts, sizes):
-    fsdp, tensor = sharding.place(name, (shape[0], parts * shape[2]), sizes)
-    split = {0: [], 2: []}
-    if tensor:
-        split[2 if tensor == "column" else 0].append("tensor")
-    if fsdp is not None:
-        split[0 if fsdp == -2 else 2].append("fsdp")
-    kernel = P(tuple(split[0]) or None, None, tuple(split[2]) or None)
-    ends = {"left": "tensor" if tensor == "row" else None, "right": "tensor" if tensor == "column" else None}
-    return _Plan({None: None, -2: 0, -1: 2}[fsdp], tensor, kernel, *(P(*sharding.BATCH, end) for end in ends.values()))
+def _plan(fsdp, tensor, ndim):
+    first = [axis for axis, there in (("tensor", tensor == "row"), ("fsdp", fsdp == -2)) if there]
+    last = [axis for axis, there in (("tensor", tensor == "column"), ("fsdp", fsdp == -1)) if there]
+    kernel = P(tuple(first) or None, *(None,) * (ndim - 2), tuple(last) or None)
+    ends = tuple("tensor" if tensor == kind else None for kind in ("row", "column"))
+    return _Plan({None: None, -2: 0, -1: ndim - 1}[fsdp], tensor, kernel, ends)
 
 
-def _between(spec, ndim):
-    """The spec of an array of `ndim` axes with nothing split between its first and its last."""
-    return P(spec[0], *(None,) * (ndim - 2), spec[1])
+def _activations(ndim, last):
+    return P(*sharding.BATCH, *(None,) * (ndim - 2), last)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, kernel, plan):
     def on_device(x, kernel):
-        y = _times(x, _gather(kernel, plan))
+        whole = _gather(kernel, plan)
+        y = _times(x, whole.reshape(whole.shape[0], -1))
         return jax.lax.psum(y, "tensor") if plan.tensor == "row" else y
 
-    left, right = _between(plan.left, x.ndim), _between(plan.right, x.ndim + 1)
+    left, right = (_activations(x.ndim, end) for end in plan.ends)
     return jax.shard_map(on_device, in_specs=(left, plan.kernel), out_specs=right, check_vma=False)(x, kernel)
 
 
@@ -94,9 +108,8 @@ def _forward(x, kernel, plan):
 
 def _backward(plan, kept, dy):
     def on_device(x, kernel, dy):
-        dy = dy.reshape(*x.shape[:-1], -1)  # [B, ..., parts * F]
         whole = _gather(kernel, plan)
-        dx = _times(dy, whole.reshape(whole.shape[0], 1, -1).transpose(2, 1, 0))[..., 0, :]
+        dx = _times(dy, whole.reshape(whole.shape[0], -1).T)
         if plan.tensor == "column":
             dx = jax.lax.psum(dx, "tensor")
         dkernel = _outer(x, dy).reshape(whole.shape)
@@ -106,7 +119,7 @@ def _backward(plan, kept, dy):
         return dx, jax.lax.psum(dkernel, "data")
 
     x, kernel = kept
-    left, right = _between(plan.left, x.ndim), _between(plan.right, x.ndim + 1)
+    left, right = (_activations(x.ndim, end) for end in plan.ends)
     specs = {"in_specs": (left, plan.kernel, right), "out_specs": (left, plan.kernel), "check_vma": False}
     return jax.shard_map(on_device, **specs)(x, kernel, dy)
 
@@ -119,15 +132,14 @@ def _gather(kernel, plan):
 
 
 def _times(x, kernel):
-    """x [..., D] times kernel [D, parts, F]. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the
-    kernel's gradient (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
+    """x [..., D] times kernel [D, F]. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's
+    gradient (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
     """
-    shape, kernel = (*x.shape[:-1], *kernel.shape[1:]), kernel.reshape(kernel.shape[0], -1)
 
     def as_matrix(x, kernel):
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul).reshape(shape)
+    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
 
 
 def _outer(x, y):
