@@ -3,24 +3,21 @@
 Nothing is read or written, and no host works between the steps but to start the next one, as the training loop does.
 """
 
-import dataclasses
 import functools
 import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rae_jax import build, flops, generate, perception, processes, rae, sharding, stages, train
-from rae_jax.config import in_steps, latent_shape
+from rae_jax import aot, build, flops, processes, rae, sharding, stages
+from rae_jax.config import latent_shape
 from rae_jax.errors import UserError
 
 GIB = 2**30
 TRACED_STEPS = 3
-_SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
 _MATRIX = {"cpu": 2048}  # side of the product that shows what the device can do; 8192 elsewhere
 
 # Published peaks of bfloat16 products without sparsity, FLOPs a second, by what jax calls a device.
@@ -36,17 +33,6 @@ PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One thing that a run does again and again. `plain` is the same mathematics without a kernel or recomputation."""
-
-    batch_size: int
-    jitted: Callable
-    plain: Callable
-    arguments: tuple  # shapes with their shardings
-    init: Callable | None = None  # key -> first argument, which the program takes the memory of and gives back first
 
 
 def report(config, mesh, names, *, steps, warmup, profile=None):
@@ -167,22 +153,26 @@ def _say(line):
 
 def _runner(compiled, program):
     """Function that starts one step, and gives what to wait for."""
+    trains = program.kind == "train"
     first, *rest = program.arguments
-    if program.init is None:
-        arguments = [made_up(first)]
-    else:
-        placed = jax.tree.map(lambda leaf: leaf.sharding, first)
-        arguments = [jax.jit(program.init, out_shardings=placed)(jax.random.key(0))]
-    arguments += map(made_up, rest)
+    arguments = [_late_state(first) if trains else made_up(first), *map(made_up, rest)]
 
     def run():
         out = compiled(*arguments)
-        if program.init is None:
-            return out
-        arguments[0], out = out
+        if trains:  # the state was donated
+            arguments[0], out = out
         return out
 
     return run
+
+
+def _late_state(shapes):
+    """A state in its stage's last phase, all losses at work; moments of squares are not negative."""
+    state = made_up(shapes)
+    for name in ("opt_state", "disc_opt_state"):
+        if name in state:
+            state[name] = jax.tree.map(jnp.abs, state[name])
+    return {**state, "step": jax.device_put(jnp.asarray(2**30, jnp.int32), state["step"].sharding)}
 
 
 def _timed(run, steps, warmup):
@@ -221,44 +211,31 @@ def made_up(shapes):
     return jax.jit(lambda: jax.tree_util.tree_map_with_path(make, shapes), out_shardings=placed)()
 
 
-def _train(config, mesh, *, name, from_latents=False):
-    """A stage's step in its last phase, all losses at work."""
+def _train(config, mesh, *, name, latents=""):
+    """A stage's step."""
     if name == "decoder" and config.encoder.family == "sd_vae":
         raise UserError("the VAE's decoder is not trained")
-    batch_size = config[name].train.batch_size
-    config = in_steps(config, name, _SCHEDULE * batch_size)
-    init, step = build.init_and_step(config, name)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.stages, config.data.latents = (name,), latents
+    return aot.programs(config, mesh, ("train",))[0]
 
-    def init_late(key):
-        return {**init(key), "step": jnp.asarray(config[name].train.num_steps, jnp.int32)}
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = _abstract(jax.eval_shape(init, key), mesh)
-    frozen = _abstract(_frozen(config, name, from_latents), mesh)
-    batch = {"image": _images(config, batch_size, mesh)}
-    if from_latents:
-        batch = {"latent": _split((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
-    arguments = (state, frozen, {**batch, "label": _split((batch_size,), jnp.int32, mesh)}, _whole(key, mesh))
-    stage = train.Stage(name, init, step, frozen, None, batch_size, 0)
-    jitted = train._compiled_step(stage, jax.tree.map(lambda leaf: leaf.sharding, state), mesh)
-    return Program(batch_size, jitted, build.init_and_step(_plain(config), name)[1], arguments, init_late)
+def _sample(config, mesh):
+    return aot.programs(config, mesh, ("sample",))[0]
 
 
 def _encode(config, mesh):
-    params = _abstract(stages.part_shapes(config, "encoder"), mesh)
-    arguments = (params, _images(config, config.evaluate.batch_size, mesh))
-
     def encode(config):
         autoencoder = build.autoencoder(config)
-        return jax.jit(lambda params, images: autoencoder.encode(params, rae.to_float(images)))
+        return lambda params, images: autoencoder.encode(params, rae.to_float(images))
 
-    return Program(config.evaluate.batch_size, encode(config), encode(_plain(config)), arguments)
+    size = config.data.image_size
+    params = sharding.abstract(stages.part_shapes(config, "encoder"), mesh)
+    return _program(config, mesh, "encode", "encoder", encode, params, (size, size, 3), jnp.uint8)
 
 
 def _decode(config, mesh):
-    parts = _abstract({name: _part(config, name) for name in ("decoder", "statistics")}, mesh)
-    latents = _split((config.evaluate.batch_size, *latent_shape(config)), jnp.float32, mesh)
-
     def decode(config):
         autoencoder = build.autoencoder(config)
 
@@ -266,70 +243,25 @@ def _decode(config, mesh):
             latents = rae.denormalise(latents, parts["statistics"])
             return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
 
-        return jax.jit(decode)
+        return decode
 
-    return Program(config.evaluate.batch_size, decode(config), decode(_plain(config)), (parts, latents))
-
-
-def _sample(config, mesh):
-    if config.sampler.method == "adaptive":
-        raise UserError("config.sampler.method='adaptive' takes as many steps as the weights want: take another one")
-    shapes = {name: _part(config, name) for name in ("decoder", "statistics", "dit")}
-    if config.guidance.method == "autoguidance":
-        weak = config.copy_and_resolve_references()
-        weak.dit.update(config.guidance.dit)
-        shapes["guide"] = stages.part_shapes(weak, "dit")
-    batch_size = config.evaluate.batch_size
-    key = _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh)
-    numbers = [_split((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
-    sample, plain = (generate.make_sampler(c) for c in (config, _plain(config)))
-    return Program(batch_size, sample, plain, (_abstract(shapes, mesh), key, *numbers))
+    parts = sharding.abstract({name: stages.part_shapes(config, name) for name in ("decoder", "statistics")}, mesh)
+    return _program(config, mesh, "decode", "decoder", decode, parts, latent_shape(config), jnp.float32)
 
 
-def _plain(config):
-    config = config.copy_and_resolve_references()
-    config.remat, config.attention = False, "xla"
-    return config
+def _program(config, mesh, kind, stage, make, params, shape, dtype):
+    """That of `make(config)`, a function of parameters and a batch."""
+    size = sharding.round_up(config.evaluate.batch_size, mesh)
+    batch = jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    jitted, plain = sharding.jit(make(config), mesh), make(aot.plain(config))
+    return aot.Program(kind, stage, size, jitted, plain, (params, batch))
 
 
-def _frozen(config, name, from_latents):
-    """Shapes of what a stage's step takes besides its state."""
-    parts = [part for part in stages.FROZEN[name] if not (from_latents and part == "encoder")]
-    shapes = {part: _part(config, part) for part in parts}
-    if name == "decoder" and config.decoder.train.lpips_weight:
-        shapes["lpips"] = perception.part_shapes("lpips")
-    if name == "decoder" and config.decoder.train.adversarial_weight:
-        own = config.discriminator.backbone.family != "encoder"
-        shapes["backbone"] = stages.part_shapes(config, "backbone" if own else "encoder")
-    return shapes
-
-
-def _part(config, name):
-    return None if name == "statistics" and config.statistics.weights == "none" else stages.part_shapes(config, name)
-
-
-def _images(config, batch_size, mesh):
-    return _split((batch_size, config.data.image_size, config.data.image_size, 3), jnp.uint8, mesh)
-
-
-def _abstract(shapes, mesh):
-    placed = sharding.shardings(shapes, mesh)
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-
-
-def _split(shape, dtype, mesh):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-
-
-def _whole(leaf, mesh):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
-
-
-# name: (config, mesh) -> Program; raises UserError where the config has none.
+# name: (config, mesh) -> aot.Program; raises UserError where the config has none.
 PROGRAMS = {
     "train_decoder": functools.partial(_train, name="decoder"),
     "train_dit": functools.partial(_train, name="dit"),
-    "train_dit_latents": functools.partial(_train, name="dit", from_latents=True),
+    "train_dit_latents": functools.partial(_train, name="dit", latents="made up"),
     "encode": _encode,
     "decode": _decode,
     "sample": _sample,

@@ -17,7 +17,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "unroll", "remat", "attention", "mesh", "checkpoint"),
+    *("name", "log_every", "unroll", "remat", "attention", "mesh", "checkpoint", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
@@ -26,6 +26,7 @@ _MLPS = ("gelu", "gelu_tanh", "swiglu")
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn", "flash"),
+    "remat": ("none", "dots", "full"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),

@@ -36,7 +36,7 @@ class Evaluator:
     def __init__(self, config, mesh):
         self._config, self._mesh = config, mesh
         self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
-        self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config)
+        self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config, mesh)
         self._redraw, self._glance = (looks.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
         self._images, self._moments = self._open_reference()
         self._known = None  # the encoder's weights, and what was seen of the reference with them

@@ -32,6 +32,8 @@ def _of_equation(equation):
             return equation.params["length"] * _of(equation.params["jaxpr"].jaxpr)
         case "cond":
             return max(_of(branch.jaxpr) for branch in equation.params["branches"])
+        case "shard_map":  # the function of one device
+            return equation.params["mesh"].size * _of(equation.params["jaxpr"])
         case "pallas_call":
             raise ValueError("a kernel's FLOPs cannot be counted: count the same without it (config.attention='xla')")
         case _:

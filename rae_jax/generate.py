@@ -9,7 +9,7 @@ import numpy as np
 from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
-def make_sampler(config):
+def make_sampler(config, mesh):
     """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
     Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
@@ -19,7 +19,6 @@ def make_sampler(config):
     shape = build.latent_shape(config)
     times = build_flow.times(config, flow.shift_factor(shape))
 
-    @jax.jit
     def sample(parts, key, indices, labels):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
@@ -30,7 +29,7 @@ def make_sampler(config):
         latents = build_flow.solve(config, _guided(config, parts, labels), noise, times, noise_fn)
         return rae.to_uint8(autoencoder.decode(parts["decoder"], rae.denormalise(latents, parts["statistics"])))
 
-    return sample
+    return sharding.jit(sample, mesh)
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):

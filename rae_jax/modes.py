@@ -1,4 +1,4 @@
-"""What the command line can do: train, evaluate, sample, reconstruct, benchmark."""
+"""What the command line can do: train, evaluate, sample, reconstruct, compile, benchmark."""
 
 import functools
 import json
@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from etils import epath
 
+from rae_jax import aot, build, logs, perception, pictures, processes, report, samples, sharding, stages, topology
 from rae_jax import benchmark as timing
-from rae_jax import build, logs, perception, pictures, processes, report, samples, stages
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -88,7 +88,10 @@ def sample(config, workdir, mesh, flags):
 
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
-    return key.split(".")[0] in ("name", "log_every", "mesh", "checkpoint", "evaluate", "unroll", "remat", "attention")
+    return key.split(".")[0] in (
+        *("name", "log_every", "mesh", "checkpoint", "evaluate"),
+        *("unroll", "remat", "attention", "compilation_cache"),
+    )
 
 
 def _class_names(config):
@@ -117,6 +120,16 @@ def reconstruct(config, workdir, mesh, flags):
 def benchmark(config, workdir, mesh, flags):
     """Timed steps of what the config describes, as a table and as JSON; nothing is written."""
     timing.report(config, mesh, flags.only, steps=flags.timed_steps, warmup=flags.warmup_steps, profile=flags.profile)
+
+
+def compile_ahead(config, flags):
+    """The run's programs compiled for --topology, with what they need and do; returns whether all fit."""
+    if flags.topology is None:
+        raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
+    devices, chip = topology.devices(flags.topology, flags.num_slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    config_lib.check(config, mesh)
+    return aot.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
 
 
 def _run_stage(config, name, workdir, mesh, evaluator):

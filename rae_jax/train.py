@@ -46,8 +46,8 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
     SIGTERM, a second one stops at once; and DivergedRun where what was to be logged or saved is not finite.
     """
     shapes = jax.eval_shape(stage.init, key)
-    placed = sharding.shardings(shapes, mesh)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+    abstract = sharding.abstract(shapes, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
     feed = _Feed(iter(stage.batches), mesh)
 
@@ -64,7 +64,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
 
             logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
         metrics_file = logs.Metrics(workdir, stage.name, step=start)
-        step_fn = _compiled_step(stage, placed, mesh)
+        step_fn = compiled_step(stage.step, placed, mesh)
 
         stop = processes.Agreement(lambda: signals.received)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
@@ -95,11 +95,13 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
 
 
-def _compiled_step(stage, placed, mesh):
-    def step(state, frozen, batch, key):
-        return stage.step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+def compiled_step(step, placed, mesh):
+    """The stage's step as the loop runs it: with its own key, the old state's memory taken for the new one."""
 
-    return jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
+    def with_key(state, frozen, batch, key):
+        return step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+
+    return sharding.jit(with_key, mesh, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
 
 
 def _check_finite(name, step, metrics, checkpoints):

@@ -51,7 +51,9 @@ def test_all_programs(capsys):
     images, labels = sharding.round_up(16, sharding.make_mesh(config.mesh)), jax.ShapeDtypeStruct((16,), jnp.int32)
     shapes = {name: stages.part_shapes(config, name) for name in ("decoder", "statistics", "dit")}
     indices, key = jax.ShapeDtypeStruct((images,), jnp.uint32), jax.random.key(0)
-    assert cost["sample"] == flops.count(generate.make_sampler(config), shapes, key, indices, labels)
+    assert cost["sample"] == flops.count(
+        generate.make_sampler(config, sharding.make_mesh(config.mesh)), shapes, key, indices, labels
+    )
 
 
 def test_what_the_config_has_not_is_left_out(capsys):

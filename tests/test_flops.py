@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from configs import dit_b
-from rae_jax import build, flops
+from rae_jax import build, flops, sharding
 from rae_jax.config import latent_shape
 
 A, B = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -41,6 +42,14 @@ def test_loops_count_as_often_as_they_turn():
         return jax.lax.fori_loop(0, 6, lambda i, x: jax.lax.scan(lambda c, _: (c @ a, None), x, length=2)[0], a)
 
     assert flops.count(repeated, square) == 12 * 2 * 4**3
+
+
+def test_what_each_device_does_is_counted_for_all():
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    rows = jax.ShapeDtypeStruct((16, 5), jnp.float32)
+    split = {"in_specs": (sharding.BATCH, P()), "out_specs": sharding.BATCH}
+    on_mesh = jax.shard_map(jnp.dot, mesh=mesh, **split)
+    assert flops.count(on_mesh, rows, B) == flops.count(jnp.dot, rows, B) == 2 * 16 * 5 * 7
 
 
 def test_the_dearest_branch_counts_and_what_is_computed_again_counts_again():

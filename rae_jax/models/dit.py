@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax import sharding
 from rae_jax.models import attention
+from rae_jax.models.dense import Dense
 from rae_jax.models.layers import (
     Attention,
     SwiGlu,
-    dense,
     patchify,
     rms_norm,
     rope_2d,
@@ -56,6 +57,7 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels):
         table = self.param("table", _SMALL, (self.num_classes + 1, self.width))
+        table = sharding.gathered(table, "table")
         return table[labels if self.num_classes else jnp.zeros_like(labels)]
 
 
@@ -69,8 +71,8 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        linear = dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
-        return jnp.split(linear(condition), self.count, -1)
+        zeros = {"kernel_init": _ZEROS, "bias_init": _ZEROS}
+        return Dense(self.count * self.width, dtype=self.dtype, parts=self.count, name="linear", **zeros)(condition)
 
 
 class Block(nn.Module):
@@ -106,12 +108,12 @@ class FinalLayer(nn.Module):
     def __call__(self, x, condition):
         shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(condition)
         x = modulate(rms_norm("norm")(x), shift, scale).astype(self.dtype)
-        return dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
+        return Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
 
 def patch_embedding(width, *, dtype, name):
     """Linear embedding of patches of the latent."""
-    return dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):
@@ -137,7 +139,7 @@ class DiT(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
     attend: Callable = attention.xla
 
     @nn.compact

@@ -28,7 +28,7 @@ class DiTDH(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
     attend: Callable = attention.xla
 
     def setup(self):

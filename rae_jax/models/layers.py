@@ -11,30 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from rae_jax import sharding
 from rae_jax.models import attention
+from rae_jax.models.dense import PRODUCT, Dense
 
 
-def dense(features, **options):
-    """nn.Dense for tokens [B, N, D]; `options` are nn.Dense's own."""
-    return nn.Dense(features, dot_general=_token_product, **options)
+def gathered_convolution(x, kernel, *arguments, **options):
+    """jax.lax.conv_general_dilated for nn.Conv, whose kernel is gathered first; see Dense."""
+    return jax.lax.conv_general_dilated(x, sharding.gathered(kernel, "kernel"), *arguments, **options)
 
 
-def _token_product(x, kernel, dimension_numbers, **options):
-    """Tokens times a kernel. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's gradient
-    (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
-    """
-
-    def as_matrix(x, kernel):
-        tokens = x.reshape(-1, x.shape[-1])
-        return jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), **options).reshape(*x.shape[:-1], -1)
-
-    def as_it_is(x, kernel):
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=as_it_is)
-
-
-def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
+def torch_linear(features, fan_in, *, kernel_init=None, **options):
     """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     `kernel_init` is for a weight that starts otherwise.
@@ -44,17 +31,17 @@ def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
+    return Dense(features, kernel_init=kernel_init or uniform, bias_init=uniform, **options)
 
 
-def xavier_linear(features, fan_in, *, dtype, name=None, kernel_init=nn.initializers.xavier_uniform()):  # noqa: B008
+def xavier_linear(features, fan_in, *, kernel_init=nn.initializers.xavier_uniform(), **options):  # noqa: B008
     """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
-    return dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, kernel_init=kernel_init, **options)
 
 
-def lecun_linear(features, fan_in, *, dtype, name=None):
+def lecun_linear(features, fan_in, **options):
     """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
-    return dense(features, dtype=dtype, name=name)
+    return Dense(features, **options)
 
 
 class Attention(nn.Module):
@@ -73,8 +60,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, rope=None):
         width = x.shape[-1]
-        qkv = self.linear(3 * width, width, dtype=self.dtype, name="qkv")(x)  # [B, N, 3D]
-        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in jnp.split(qkv, 3, -1))  # each [B, N, H, K]
+        qkv = self.linear(3 * width, width, dtype=self.dtype, parts=3, name="qkv")(x)
+        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in qkv)  # each [B, N, H, K]
         if self.qk_norm:
             q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
         if rope is not None:
@@ -94,8 +81,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
+        x = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
 
 
 class SwiGlu(nn.Module):
@@ -108,7 +95,7 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        gate, value = jnp.split(self.linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        gate, value = self.linear(2 * self.hidden, width, dtype=self.dtype, parts=2, name="w12")(x)
         return self.linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
@@ -174,11 +161,15 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. With `remat` a backward pass computes each block again instead of keeping what is
-    inside it. Unrolled, rematerialised or not, the parameters are the same.
+    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all
+    but the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
+    rematerialised or not, the parameters are the same.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=unroll)  # a loop keeps XLA from undoing it; unrolled, a barrier must
+    policy = _policy(remat)
+    if policy is not None:
+        block = nn.remat(
+            block, policy=policy, prevent_cse=unroll
+        )  # a loop keeps XLA from undoing it; unrolled, a barrier
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -187,6 +178,18 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
         length=depth,
         unroll=depth if unroll else 1,
     )
+
+
+def _policy(remat):
+    match remat:
+        case "none":
+            return None
+        case "dots":
+            return jax.checkpoint_policies.save_only_these_names(PRODUCT)
+        case "full":
+            return jax.checkpoint_policies.nothing_saveable
+        case other:
+            raise ValueError(f"unknown remat {other!r}")
 
 
 def patchify(images, patch_size):

@@ -7,7 +7,8 @@ from flax import linen as nn
 
 from rae_jax import resize
 from rae_jax.models import attention
-from rae_jax.models.layers import Attention, dense, patchify, rope_centred, scan_blocks
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import Attention, patchify, rope_centred, scan_blocks
 
 # Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
 # reconstructions after 200 steps were 3 dB better than with branches that start at 1.
@@ -66,7 +67,7 @@ class ViT(nn.Module):
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
     attend: Callable = attention.xla
 
     @nn.compact
@@ -75,7 +76,7 @@ class ViT(nn.Module):
         layers = (self.depth - 1,) if layers is None else layers
         grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         x = patchify(images.astype(self.dtype), self.patch_size)
-        x = dense(self.width, dtype=self.dtype, name="patch_embed")(x)
+        x = Dense(self.width, dtype=self.dtype, name="patch_embed")(x)
         x, num_prefix = self._with_positions(x, grid)
         rope = None
         if self.rope:
