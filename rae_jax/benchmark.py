@@ -11,6 +11,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rae_jax import aot, build, flops, processes, rae, sharding, stages
 from rae_jax.config import latent_shape
@@ -195,10 +196,10 @@ def made_up(shapes):
     names, small values around 0, and around 1 for scales and variances.
     """
 
-    def make(path, leaf):
+    def make(path, leaf, start):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(0)
-        places = jax.lax.iota(jnp.uint32, max(leaf.size, 1)) * jnp.uint32(2654435761)  # hashed, after Knuth
+        places = (start + jax.lax.iota(jnp.uint32, max(leaf.size, 1))) * jnp.uint32(2654435761)  # hashed, after Knuth
         if leaf.dtype == jnp.uint8:
             return (places >> 24).astype(jnp.uint8).reshape(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.integer):
@@ -208,7 +209,11 @@ def made_up(shapes):
         return ((name in ("scale", "var")) + small).astype(leaf.dtype).reshape(leaf.shape)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-    return jax.jit(lambda: jax.tree_util.tree_map_with_path(make, shapes), out_shardings=placed)()
+
+    def make_all(start):  # an argument, so that XLA does not compute it all while it compiles
+        return jax.tree_util.tree_map_with_path(functools.partial(make, start=start), shapes)
+
+    return jax.jit(make_all, out_shardings=placed)(np.uint32(0))
 
 
 def _train(config, mesh, *, name, latents=""):

@@ -48,9 +48,9 @@ def test_all_programs(capsys):
     _check(config, lines, found, benchmark.PROGRAMS)
     cost = {name: result["model_flops"] for name, result in found["programs"].items()}
     assert cost["train_dit"] == cost["train_dit_latents"] + cost["encode"]  # the same batch size
-    images, labels = sharding.round_up(16, sharding.make_mesh(config.mesh)), jax.ShapeDtypeStruct((16,), jnp.int32)
+    mesh, labels = sharding.make_mesh(config.mesh), jax.ShapeDtypeStruct((16,), jnp.int32)
     shapes = {name: stages.part_shapes(config, name) for name in ("decoder", "statistics", "dit")}
-    indices, key = jax.ShapeDtypeStruct((images,), jnp.uint32), jax.random.key(0)
+    indices, key = jax.ShapeDtypeStruct((16,), jnp.uint32), jax.random.key(0)
     assert cost["sample"] == flops.count(
         generate.make_sampler(config, sharding.make_mesh(config.mesh)), shapes, key, indices, labels
     )
