@@ -48,12 +48,10 @@ def test_all_programs(capsys):
     _check(config, lines, found, benchmark.PROGRAMS)
     cost = {name: result["model_flops"] for name, result in found["programs"].items()}
     assert cost["train_dit"] == cost["train_dit_latents"] + cost["encode"]  # the same batch size
-    mesh, labels = sharding.make_mesh(config.mesh), jax.ShapeDtypeStruct((16,), jnp.int32)
+    sample = generate.make_sampler(config, sharding.make_mesh(config.mesh))
     shapes = {name: stages.part_shapes(config, name) for name in ("decoder", "statistics", "dit")}
-    indices, key = jax.ShapeDtypeStruct((16,), jnp.uint32), jax.random.key(0)
-    assert cost["sample"] == flops.count(
-        generate.make_sampler(config, sharding.make_mesh(config.mesh)), shapes, key, indices, labels
-    )
+    numbers = [jax.ShapeDtypeStruct((16,), dtype) for dtype in (jnp.uint32, jnp.int32)]
+    assert cost["sample"] == flops.count(sample, shapes, jax.random.key(0), *numbers)
 
 
 def test_what_the_config_has_not_is_left_out(capsys):
