@@ -1,6 +1,6 @@
 """Timed steps of what a config describes, on the devices that are here; weights and data are made up on them.
 
-Nothing is read or written, and no host works between the steps but to start the next one, as the training loop does.
+Nothing is read or written, and between the steps no host does more than start the next one, as the training loop does.
 """
 
 import functools
@@ -79,7 +79,7 @@ def measure(program, mesh, peaks, *, steps, warmup, trace=None):
     compile_seconds = time.perf_counter() - began
     asked = flops.count(program.plain, *program.arguments)
     run = _runner(compiled, program)
-    seconds = _timed(run, steps, warmup)
+    seconds = _timed(run, steps, warmup, ahead=program.kind == "train")
     if trace is not None:
         with jax.profiler.trace(trace):
             for _ in range(TRACED_STEPS):
@@ -176,19 +176,22 @@ def _late_state(shapes):
     return {**state, "step": jax.device_put(jnp.asarray(2**30, jnp.int32), state["step"].sharding)}
 
 
-def _timed(run, steps, warmup):
-    """Seconds from the end of one step to that of the next; the host is one ahead, as in training."""
+def _timed(run, steps, warmup, *, ahead):
+    """Seconds of so many steps. With `ahead` from the end of one to that of the next, the host starting each while the
+    one before runs: only for steps that take what it gave, since others could run side by side.
+    """
     for _ in range(warmup):
         jax.block_until_ready(run())
-    previous, ends = run(), []
-    for _ in range(steps):
+    previous = run() if ahead else None
+    ends = [time.perf_counter()]
+    for _ in range(steps + ahead):
         following = run()
-        jax.block_until_ready(previous)
+        jax.block_until_ready(previous if ahead else following)
         ends.append(time.perf_counter())
         previous = following
     jax.block_until_ready(previous)
-    ends.append(time.perf_counter())
-    return [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    seconds = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return seconds[ahead:]  # the first of them began before the clock
 
 
 def made_up(shapes):
