@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from rae_jax import sharding
+
 LANES = 128  # of a TPU: the flash kernel's blocks are multiples
 LARGEST_BLOCK = 512
 
@@ -38,13 +40,15 @@ def cudnn(q, k, v):
 def flash(q, k, v, *, interpret=False):
     """By JAX's splash kernel for TPU, which pays for sequences of a thousand tokens and more.
 
-    Each device runs it on its part of the batch and of the heads. `interpret`: step by step on any platform, for tests.
+    Inside sharding.jit each device runs it on its part of the batch and, where the mesh divides them, of the heads.
+    `interpret`: step by step on any platform, for tests.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kernel = functools.partial(_flash, interpret=interpret)
-    if mesh.empty:
+    if mesh.empty or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return kernel(q, k, v)
-    split = P(("data", "fsdp"), None, "tensor", None)
+    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    split = P(*sharding.BATCH, None, heads, None)
     # The kernel's own checks know nothing of how values vary over the mesh.
     return jax.shard_map(kernel, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
