@@ -18,9 +18,17 @@ def get_config():
     c.log_every = 20
     c.wandb = ""  # a project of Weights & Biases that is shown the metrics as well; '': none
     c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
-    c.remat = False  # compute blocks again in the backward pass: less memory, a third more work
+    # What of each block a backward pass computes again, to keep less: 'none'; 'dots', all but products with kernels;
+    # 'full', all, which is a third more work.
+    c.remat = "none"
+    # By XLA; 'cudnn': on NVIDIA Hopper and newer, in bfloat16; 'flash': on TPU, for a thousand tokens and more.
+    c.attention = "xla"
 
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: the devices that the others leave
+    # Where compiled programs are kept for the next start: '': in ~/.cache; a folder, which hosts may share; 'none'.
+    c.compilation_cache = ""
+    # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
+    # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 64, data the rest.
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.checkpoint = ConfigDict({"every": 500, "keep": 2})
     c.data = _data()
     c.encoder = _encoder()

@@ -21,7 +21,7 @@ from rae_jax.data.latents import PackedLatents
 from rae_jax.data.packed import PackedImages
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
-from rae_jax.models import sd_vae
+from rae_jax.models import attention, sd_vae
 from rae_jax.models.convnet import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
@@ -95,7 +95,20 @@ def encoder(config, e):
 
 def _computation(config):
     """The fields of a model that say how it computes, not what."""
-    return {"dtype": jnp.dtype(config.dtype), "unroll": config.unroll, "remat": config.remat}
+    how = {"unroll": config.unroll, "remat": config.remat, "attend": _attend(config.attention)}
+    return {"dtype": jnp.dtype(config.dtype), **how}
+
+
+def _attend(name):
+    match name:
+        case "xla":
+            return attention.xla
+        case "cudnn":
+            return attention.cudnn
+        case "flash":
+            return attention.flash
+        case other:
+            raise ValueError(f"unknown attention {other!r}")
 
 
 def _mlp(name, hidden):

@@ -9,7 +9,7 @@ import math
 
 from etils import epath
 
-from rae_jax import sharding
+from rae_jax import processes, sharding
 from rae_jax.errors import UserError
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -17,7 +17,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "wandb", "unroll", "remat", "mesh", "checkpoint"),
+    *("name", "log_every", "wandb", "unroll", "remat", "attention", "mesh", "checkpoint", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
@@ -25,6 +25,8 @@ _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "attention": ("xla", "cudnn", "flash"),
+    "remat": ("none", "dots", "full"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
@@ -81,6 +83,7 @@ def check(config, mesh):
     for key in ("statistics.batch_size", "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
     _check_shapes(config)
+    _check_attention(config, mesh.devices.flat[0])
 
 
 def check_workdir(config, workdir):
@@ -104,7 +107,9 @@ def check_workdir(config, workdir):
 
 
 def save(config, workdir):
-    """Write config.json. Raises UserError where the workdir cannot be written."""
+    """The first process writes config.json. Raises UserError where the workdir cannot be written."""
+    if not processes.is_first():
+        return
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,6 +234,23 @@ def _check_shapes(config):
     if "encoder" in config.stages:
         _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
     _check_sampling(config)
+
+
+def _check_attention(config, device):
+    match config.attention:
+        case "cudnn":
+            hopper = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9
+            mend = f"it takes an NVIDIA GPU from Hopper on, and this is {device.device_kind}: set it to 'xla'"
+            _require(hopper, config, "attention", mend)
+            half = config.dtype == "bfloat16"
+            _require(half, config, "attention", "it takes config.dtype='bfloat16', or set it to 'xla'")
+            for part, of in (("encoder", ""), ("decoder", ""), ("dit", ""), ("dit", "head_")):
+                width, heads = (config[part][f"{of}{key}"] for key in ("width", "num_heads"))
+                mend = f"config.{part}.{of}width={width} leaves {heads} heads no multiple of 8 each: set it to 'xla'"
+                _require(width // heads % 8 == 0, config, "attention", mend)
+        case "flash":
+            mend = f"it takes a TPU, and this is {device.device_kind}: set it to 'xla'"
+            _require(device.platform == "tpu", config, "attention", mend)
 
 
 def _check_sampling(config):

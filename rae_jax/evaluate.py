@@ -36,7 +36,7 @@ class Evaluator:
     def __init__(self, config, mesh):
         self._config, self._mesh = config, mesh
         self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
-        self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config)
+        self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config, mesh)
         self._redraw, self._glance = (looks.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
         self._images, self._moments = self._open_reference()
         self._known = None  # the encoder's weights, and what was seen of the reference with them
@@ -61,7 +61,7 @@ class Evaluator:
         if "judge" in parts:
             results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
         if probe:
-            results.update(probes.probes(config, parts, held_out["image"], held_out["label"]))
+            results.update(probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
         shown = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
             reference = (moments.given, held_out["features"]) if is_reference else self._reference(parts)

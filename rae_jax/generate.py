@@ -9,7 +9,7 @@ import numpy as np
 from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
-def make_sampler(config):
+def make_sampler(config, mesh):
     """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
     Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
@@ -17,12 +17,11 @@ def make_sampler(config):
     """
     autoencoder = build.autoencoder(config)
 
-    @jax.jit
     def sample(parts, key, indices, labels):
         latents = draw(config, parts, key, indices, labels)
         return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
 
-    return sample
+    return sharding.jit(sample, mesh)
 
 
 def draw(config, parts, key, indices, labels, *, scale=None):

@@ -12,7 +12,7 @@ def compiled(function, mesh):
     def masked(parts, batch):
         return function(parts, batch), batch["mask"]
 
-    return jax.jit(masked, out_shardings=sharding.replicated(mesh))
+    return sharding.jit(masked, mesh, out_shardings=sharding.replicated(mesh))
 
 
 def look(view, parts, batches):

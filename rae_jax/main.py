@@ -3,30 +3,30 @@
 python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
 """
 
+import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import command, malloc, modes, sharding
+from rae_jax import benchmark, command, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {
-    "train": modes.train,
-    "evaluate": modes.evaluate,
-    "sample": modes.sample,
-    "reconstruct": modes.reconstruct,
-    "demo": modes.demo,
+    **{"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct},
+    **{"benchmark": modes.benchmark, "demo": modes.demo},
 }
+DOES_NOT_FIT = 1  # exit status of --mode=compile
 DIVERGED = 1  # exit status after a loss that is not finite
 INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
-_MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "What to do.")
 flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
 flags.DEFINE_string(
     "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
@@ -35,22 +35,45 @@ flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images
 flags.DEFINE_integer("num_images", 80, "sample: how many.")
 flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
 flags.DEFINE_integer("label", None, "sample: a single class.")
+flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
+flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
+flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
+flags.DEFINE_list("only", list(benchmark.PROGRAMS), "benchmark: which programs; all by default.")
+flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
+flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
+flags.DEFINE_string("profile", None, "benchmark: a folder for traces of a few more steps.")
+flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
+flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
 flags.DEFINE_string("host", "127.0.0.1", "demo: the address to listen on; 0.0.0.0 lets other machines in.")
 flags.DEFINE_integer("port", 7860, "demo: the port to listen on.", lower_bound=1, upper_bound=65535)
 flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
+
+
+@flags.multi_flags_validator(["workdir", "mode"], message="flag --workdir=None: this mode needs a folder")
+def _has_workdir(given):
+    return given["workdir"] is not None or given["mode"] in ("compile", "benchmark")
 
 
 def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
     try:
-        config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
+        config = _CONFIG.value
+        if _MODE.value == "compile":
+            sys.exit(0 if modes.compile_ahead(config, flags.FLAGS) else DOES_NOT_FIT)
+        workdir = epath.Path(_WORKDIR.value or ".")  # a benchmark has none
         malloc.keep_freed_memory()
+        processes.start(**{name: flags.FLAGS[name].value for name in processes.SETTINGS})
+        _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)
-        config_lib.check_workdir(config, workdir)
+        if _WORKDIR.value is not None:
+            config_lib.check_workdir(config, workdir)
+        processes.wait_for_all("checked")  # before the first one writes there
         MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+        processes.wait_for_all("done")
     except UserError as error:
         if flags.FLAGS.debug:
             raise
@@ -64,6 +87,14 @@ def run(argv):
     except KeyboardInterrupt:  # between two stages, or for the second time
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _keep_compiled(folder):
+    """Have JAX keep what it compiles for the next start; where JAX_COMPILATION_CACHE_DIR says, if that is set."""
+    if folder == "none" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder or home / "rae_jax" / "compiled"))
 
 
 if __name__ == "__main__":

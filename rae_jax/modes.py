@@ -1,4 +1,4 @@
-"""What the command line can do: train, evaluate, sample, reconstruct, demo."""
+"""What the command line can do: train, evaluate, sample, reconstruct, compile, benchmark, demo."""
 
 import functools
 import importlib.util
@@ -9,7 +9,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import build, environment, exhibits, logs, perception, pictures, report, samples, stages
+from rae_jax import (
+    aot,
+    build,
+    environment,
+    exhibits,
+    logs,
+    perception,
+    pictures,
+    processes,
+    report,
+    samples,
+    sharding,
+    stages,
+    topology,
+)
+from rae_jax import benchmark as timing
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
@@ -41,8 +56,9 @@ def train(config, workdir, mesh, flags):
     trained = _measure(evaluator, config, parts, workdir, prefix)
     results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
     _write_results(workdir, name, results)
-    print(f"pictures: {workdir / 'samples'}")
-    print(f"report:   {report.write_report(workdir)}")
+    if processes.is_first():
+        print(f"pictures: {workdir / 'samples'}")
+        print(f"report:   {report.write_report(workdir)}")
 
 
 def evaluate(config, workdir, mesh, flags):
@@ -83,12 +99,16 @@ def sample(config, workdir, mesh, flags):
     folder = workdir / "samples"
     names = _class_names(config)
     samples.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
-    print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
+    if processes.is_first():
+        print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
 
 
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
-    return key.split(".")[0] in ("name", "log_every", "wandb", "mesh", "checkpoint", "evaluate", "unroll", "remat")
+    return key.split(".")[0] in (
+        *("name", "log_every", "wandb", "mesh", "checkpoint", "evaluate"),
+        *("unroll", "remat", "attention", "compilation_cache"),
+    )
 
 
 def _class_names(config):
@@ -105,10 +125,26 @@ def reconstruct(config, workdir, mesh, flags):
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     folder = workdir / "samples" / "reconstructed"
     results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
-    pictures.save(workdir / "samples" / "reconstructed.png", picture)
     _write_results(workdir, "reconstruct.json", results)
-    print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
-    print(f"images:  {folder}")
+    if processes.is_first():
+        pictures.save(workdir / "samples" / "reconstructed.png", picture)
+        print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
+        print(f"images:  {folder}")
+
+
+def benchmark(config, workdir, mesh, flags):
+    """Timed steps of what the config describes, as a table and as JSON; nothing is written."""
+    timing.report(config, mesh, flags.only, steps=flags.timed_steps, warmup=flags.warmup_steps, profile=flags.profile)
+
+
+def compile_ahead(config, flags):
+    """The run's programs compiled for --topology, with what they need and do; returns whether all fit."""
+    if flags.topology is None:
+        raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
+    devices, chip = topology.devices(flags.topology, flags.num_slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    config_lib.check(config, mesh)
+    return aot.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
 
 
 def demo(config, workdir, mesh, flags):
@@ -183,7 +219,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
         results, shown = evaluator.weights(parts)
-        for kind, picture in shown.items():
+        for kind, picture in shown.items() if processes.is_first() else ():
             pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
         return results
 
@@ -221,12 +257,14 @@ def _guide(config, mesh):
 def _measure(evaluator, config, parts, workdir, name):
     began = time.monotonic()
     results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
-    for kind, picture in shown.items():
+    for kind, picture in shown.items() if processes.is_first() else ():
         pictures.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
     return {**results, "seconds": time.monotonic() - began}
 
 
 def _write_results(workdir, name, results):
+    if not processes.is_first():
+        return
     path = workdir / "eval" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")

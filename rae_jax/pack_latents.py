@@ -60,12 +60,12 @@ def _encoder(config, params, mesh, dtype, mirrored):
     """Function batch -> latents [B, 1 or 2 (plain, mirrored), h, w, D] on the devices, not waited for."""
     autoencoder = build.autoencoder(config)
 
-    @jax.jit
     def encode(params, batch):
         images = rae.to_float(batch["image"])
         views = (images, images[:, :, ::-1]) if mirrored else (images,)
         return jnp.stack([autoencoder.encode(params, view) for view in views], 1).astype(dtype)
 
+    encode = sharding.jit(encode, mesh)
     return lambda batch: encode(params, sharding.put_batch(batch, mesh))
 
 

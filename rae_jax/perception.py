@@ -31,16 +31,26 @@ def load(config, part, mesh):
     """
     if part not in named(config):
         return None
-    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    shapes = part_shapes(part)
     match part:
         case "lpips":
-            shapes = jax.eval_shape(Lpips().init, key, image, image)["params"]
             tables = {"vgg": perceptual.VGG16, "linear": perceptual.LPIPS}
             return {name: _read(config, f"lpips.{name}", tables[name], shapes[name], mesh) for name in tables}
         case "inception":
-            shapes = jax.eval_shape(Inception().init, key, image)["params"]
             table = perceptual.inception(traverse_util.flatten_dict(shapes, sep="/"))
             return _read(config, "evaluate.inception", table, shapes, mesh)
+        case other:
+            raise ValueError(f"unknown network {other!r}")
+
+
+def part_shapes(part):
+    """Shapes of a part's parameters."""
+    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    match part:
+        case "lpips":
+            return jax.eval_shape(Lpips().init, key, image, image)["params"]
+        case "inception":
+            return jax.eval_shape(Inception().init, key, image)["params"]
         case other:
             raise ValueError(f"unknown network {other!r}")
 

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, logs, metrics, rae
+from rae_jax import build, logs, metrics, rae, sharding
 from rae_jax.data import pipeline
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
 _BATCH = 250
 
 
-def probes(config, parts, images, labels):
+def probes(config, parts, images, labels, mesh):
     """Accuracy of pooled tokens on uint8 images, beside those of a random-weight encoder and of raw pixels."""
     logs.say("fitting linear probes")
     source = build.source(config, "train")
@@ -21,8 +21,9 @@ def probes(config, parts, images, labels):
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
+    on_all = sharding.replicated(mesh)  # so that every process can read it
     views = {
-        "probe": jax.jit(lambda x: encoder.encode(parts["encoder"], x).mean((1, 2))),
+        "probe": jax.jit(lambda x: encoder.encode(parts["encoder"], x).mean((1, 2)), out_shardings=on_all),
         "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),
         "probe_pixels": lambda x: x.reshape(len(x), -1),
     }

@@ -46,7 +46,7 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
     with ThreadPoolExecutor() as pool:
         pending = []
         how = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
-        for indices, images in generate.batches(generate.make_sampler(config), parts, labels, mesh, **how):
+        for indices, images in generate.batches(generate.make_sampler(config, mesh), parts, labels, mesh, **how):
             for future in pending:  # the batch before: no more than two are in memory
                 future.result()
             if writes:

@@ -1,43 +1,128 @@
 """Mesh and placement: which device holds which part of an array."""
 
+import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rae_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # every batch is split over these axes
+BATCH = P(("data", "fsdp"))  # every batch, and every activation, is split over these axes
+MOST_FSDP = 64  # where config.mesh leaves it open: every kernel of the full-size configs divides by it
+SMALL = 2**18  # elements; what no axis divides may be replicated up to this size
 
-# Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match one.
-# 'fsdp' splits the largest axis that divides evenly; 'replicate' keeps a copy on every device.
+
+class Rule(NamedTuple):
+    """How a kernel [..., D, F] is split; parameters of other shapes are not."""
+
+    fsdp: int | None = -2  # which axis, where it divides, else the other one of the last two; None: no axis
+    tensor: str | None = None  # of products in a row, the first is split by 'column' (F), the second by 'row' (D)
+    parts: int = 1  # that lie side by side in F; each is split
+
+
+# Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match one. The moments and
+# averages of a parameter have its name.
 RULES = (
-    (r"(^|/)(step|count|ns_coeffs)$", "replicate"),
-    (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", "replicate"),
-    (r"(^|/)(u|v)$", "replicate"),
-    (r"(^|/)(kernel|table)$", "fsdp"),
-    (r"(^|/)(mean|squares|var)(_low)?$", "replicate"),
+    (r"(^|/)(step|count|ns_coeffs)$", Rule(fsdp=None)),
+    (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", Rule(fsdp=None)),
+    (r"(^|/)(u|v)$", Rule(fsdp=None)),
+    (r"(^|/)qkv/kernel$", Rule(tensor="column", parts=3)),
+    (r"(^|/)w12/kernel$", Rule(tensor="column", parts=2)),
+    (r"(^|/)(blocks|trunk|head)/modulation/linear/kernel$", Rule(tensor="column", parts=6)),
+    (r"(^|/)mlp/fc1/kernel$", Rule(tensor="column")),
+    (r"(^|/)(attention/proj|mlp/w3|mlp/fc2)/kernel$", Rule(tensor="row")),
+    (r"(^|/)kernel$", Rule()),
+    (r"(^|/)table$", Rule(fsdp=-1)),
+    (r"(^|/)(mean|squares|var)(_low)?$", Rule(fsdp=None)),
 )
 
 
 def make_mesh(mesh, devices=None):
     """Mesh with axes data, fsdp, tensor; -1 takes the devices that the others leave.
 
-    Raises UserError where the sizes do not multiply to the number of devices.
+    Of two that are -1, fsdp takes at most MOST_FSDP and data the rest. Slices are outermost: neighbours on the data
+    axis may lie in two of them, those on the others never do. Raises UserError where the sizes do not multiply to the
+    number of devices, or data does not to that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [mesh[axis] for axis in AXES]
-    if -1 in sizes:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // rest if rest else 0
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = _sizes(mesh, len(devices), slices)
+    asked = ", ".join(f"config.mesh.{axis}={mesh[axis]}" for axis in AXES)
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
-        asked = ", ".join(f"config.mesh.{axis}={mesh[axis]}" for axis in AXES)
         raise UserError(f"{asked} do not multiply to the {len(devices)} devices here: change one, or set it to -1")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    if sizes[0] % slices:
+        raise UserError(f"{asked}: only data crosses slices, and {sizes[0]} is no multiple of the {slices} slices here")
+    return Mesh(_arranged(sizes, slices, devices), AXES)
+
+
+def _sizes(mesh, num_devices, slices):
+    sizes = [mesh[axis] for axis in AXES]
+    for axis in (1, 0, 2):  # fsdp before data
+        if sizes[axis] == -1:
+            rest = num_devices // (math.prod(abs(size) for size in sizes) or num_devices)
+            sizes[axis] = math.gcd(rest // slices, MOST_FSDP) if axis == 1 and sizes[0] == -1 else rest
+    return sizes
+
+
+def _arranged(sizes, slices, devices):
+    """The devices as an array: on TPU so that neighbours on an axis are neighbours in the torus, where that can be."""
+    options = {"devices": devices, "allow_split_physical_axes": True}
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    try:
+        if slices > 1:
+            inside = (sizes[0] // slices, *sizes[1:])
+            return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **options)
+        return mesh_utils.create_device_mesh(sizes, **options)
+    except (NotImplementedError, ValueError):  # no such assignment is known
+        return np.asarray(sorted(devices, key=lambda device: getattr(device, "slice_index", 0))).reshape(sizes)
+
+
+def jit(function, mesh, **options):
+    """jax.jit of a function whose models compute on a mesh: see models.dense and `gathered`."""
+
+    def on_mesh(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return jax.jit(functools.wraps(function)(on_mesh), **options)
+
+
+def gathered(kernel, name):
+    """A kernel inside `jit`, whole but for its tensor part; its gradient is summed straight into parts again.
+
+    `name` is the end of its path. Cast it before: what travels has its dtype.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    return _gathered(
+        kernel, _spec(name, kernel.shape, mesh.shape), _spec(name, kernel.shape, {**mesh.shape, "fsdp": 1})
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel, split, whole):
+    kernel = jax.lax.with_sharding_constraint(kernel, split)
+    return jax.lax.with_sharding_constraint(kernel, whole)
+
+
+def _gathered_forward(kernel, split, whole):
+    return _gathered(kernel, split, whole), None
+
+
+def _gathered_backward(split, whole, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def batch_sharding(mesh):
@@ -69,25 +154,73 @@ def even_batch(number, largest, mesh):
 
 
 def shardings(shapes, mesh):
-    """Tree of NamedSharding for a tree of shapes, by RULES. Raises ValueError for a leaf without a rule."""
+    """Tree of NamedSharding for a tree of shapes, by RULES.
+
+    Raises ValueError for a leaf without a rule, UserError for a large one that the fsdp axis does not divide.
+    """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, rule in RULES:
-            if re.search(pattern, name):
-                spec = _fsdp(leaf.shape, mesh.shape["fsdp"]) if rule == "fsdp" else P()
-                return NamedSharding(mesh, spec)
-        raise ValueError(f"no sharding rule matches {name} {leaf.shape}: add one to sharding.RULES")
+        return NamedSharding(mesh, _spec(name, leaf.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def _fsdp(shape, ways):
-    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
-    if ways == 1 or not divisible:
+def abstract(shapes, mesh):
+    """A tree of shapes, each with its sharding by RULES."""
+
+    def place(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings(shapes, mesh))
+
+
+def place(name, shape, sizes):
+    """(axis split by fsdp or None, 'column', 'row' or None) of a kernel [..., D, F] by RULES; `sizes` are the mesh's.
+
+    Raises ValueError and UserError as `shardings` does.
+    """
+    rule = _rule(name, shape)
+    if rule.fsdp is None:
+        return None, None
+    left = {-2: shape[-2], -1: shape[-1]}
+    tensor = rule.tensor if sizes["tensor"] > 1 else None
+    if tensor:
+        axis, pieces = (-1, rule.parts * sizes["tensor"]) if tensor == "column" else (-2, sizes["tensor"])
+        tensor = tensor if left[axis] % pieces == 0 else None
+        left[axis] //= pieces if tensor else 1
+    ways = sizes["fsdp"]
+    fitting = [axis for axis in (rule.fsdp, -3 - rule.fsdp) if left[axis] % ways == 0]
+    if not fitting and math.prod(shape) > SMALL:
+        raise UserError(
+            f"config.mesh.fsdp={ways} divides no axis of {name} {tuple(shape)}: take {math.gcd(*shape[-2:], ways)}, "
+            f"and config.mesh.data for the rest"
+        )
+    return (fitting[0] if fitting and ways > 1 else None), tensor
+
+
+def _spec(name, shape, sizes):
+    """How a leaf is kept. Columns of several parts are kept by rows: each part has its own columns split in use."""
+    fsdp, tensor = place(name, shape, sizes)
+    by = {-2: [], -1: []}
+    if fsdp is not None:
+        by[fsdp].append("fsdp")
+    if tensor == "row":
+        by[-2].insert(0, "tensor")
+    elif tensor and _rule(name, shape).parts == 1:
+        by[-1].insert(0, "tensor")
+    elif tensor and shape[-2] % (sizes["tensor"] * (sizes["fsdp"] if by[-2] else 1)) == 0:
+        by[-2].append("tensor")
+    if not any(by.values()):
         return P()
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return P(*(None,) * largest, "fsdp")
+    return P(*(None,) * (len(shape) - 2), *(tuple(by[axis]) or None for axis in (-2, -1)))
+
+
+def _rule(name, shape):
+    rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), None)
+    if rule is None:
+        raise ValueError(f"no sharding rule matches {name} {tuple(shape)}: add one to sharding.RULES")
+    return rule
 
 
 def put_global(batch, mesh):

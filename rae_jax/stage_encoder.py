@@ -14,13 +14,14 @@ import optax
 from flax import linen as nn
 
 from rae_jax import optim, rae
-from rae_jax.models.layers import dense, patchify
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import patchify
 
 
 def make(*, autoencoder, patch_size, num_classes, image_size, train):
     """Returns (init, step) of this stage; `train` is the config section encoder.train."""
     optimiser = optim.make(train)
-    pixel_head = dense(3 * patch_size**2)
+    pixel_head = Dense(3 * patch_size**2)
     class_head = nn.Dense(num_classes)
 
     def init(key):

@@ -147,12 +147,17 @@ def _without_key_bias(params):
 
 
 def load_guide(config, mesh):
-    """Weights of AutoGuidance's weak model, which config.guidance.dit describes."""
+    """Weights of AutoGuidance's weak model."""
+    return load(guide_config(config), "dit", "", mesh)
+
+
+def guide_config(config):
+    """A config whose DiT is the weak model that config.guidance.dit describes, trained elsewhere."""
     with config.unlocked():  # so that the copy is, too
         weak = config.copy_and_resolve_references()
         weak.dit.update(config.guidance.dit)
         weak.stages = ()
-    return load(weak, "dit", "", mesh)
+    return weak
 
 
 def part_shapes(config, name):
@@ -188,9 +193,8 @@ def _from_checkpoint(config, name, folder, step, mesh):
     shapes = _state_shapes(config, name)
     averages = {key: shapes[key] for key in ("ema_params", "more_ema_params") if key in shapes}
     wanted = averages or shapes  # statistics have none
-    placed = sharding.shardings(wanted, mesh)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), wanted, placed)
-    return jax.jit(used(config, name))(checkpoint.restore_entries(folder, step, abstract))
+    restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))
+    return jax.jit(used(config, name))(restored)
 
 
 def _has_checkpoints(config, workdir):

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
-from rae_jax import checkpoint, logs, sharding
+from rae_jax import checkpoint, logs, processes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,8 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
     what was to be logged or saved is not finite.
     """
     shapes = jax.eval_shape(stage.init, key)
-    placed = sharding.shardings(shapes, mesh)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+    abstract = sharding.abstract(shapes, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
     feed = _Feed(iter(stage.batches), mesh)
 
@@ -62,10 +61,13 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
             state = checkpoints.restore(start, abstract, feed)
             logs.say(f"{stage.name}: going on from step {start}")
         if start == 0 and "params" in shapes:
+            from clu import parameter_overview  # here, so that a benchmark does not need it
+
             logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
         metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
-        step_fn = _compiled_step(stage, placed, mesh)
+        step_fn = compiled_step(stage.step, placed, mesh)
 
+        stop = processes.Agreement(lambda: signals.received)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
         with progress, contextlib.closing(_Clock(stage.batch_size)) as clock:
             if start < stage.num_steps:
@@ -74,7 +76,8 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 last = step == stage.num_steps
                 state, metrics = step_fn(state, frozen, feed.take(), key)
                 clock.tick(metrics)
-                if not (last or signals.received):
+                stop.exchange(last=last)
+                if not (last or stop.value):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
                 log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
                 if log:  # only here, and before a checkpoint, does the host wait for this very step
@@ -85,7 +88,7 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                 if evaluate_every and step % evaluate_every == 0:
                     metrics_file.write(step, {f"eval/{name}": v for name, v in evaluate(state, step).items()})
                     clock.read()  # its time is not the steps'
-                stopping = signals.received
+                stopping = stop.value
                 if save or stopping:
                     _check_finite(stage.name, step, metrics, checkpoints)
                     checkpoints.save(step, state, feed)
@@ -93,11 +96,13 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
 
 
-def _compiled_step(stage, placed, mesh):
-    def step(state, frozen, batch, key):
-        return stage.step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+def compiled_step(step, placed, mesh):
+    """The stage's step as the loop runs it: with its own key, the old state's memory taken for the new one."""
 
-    return jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
+    def with_key(state, frozen, batch, key):
+        return step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+
+    return sharding.jit(with_key, mesh, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
 
 
 def _check_finite(name, step, metrics, checkpoints):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from configs import small
-from rae_jax import malloc
+from rae_jax import malloc, sharding
 
 malloc.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -50,6 +50,11 @@ def random_like(shapes, *, seed, scale):
     """Random numbers, none of them zero, in the shapes of a tree: weights without compiling an initialiser."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (scale * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+def one_device():
+    """A mesh on which eight simulated devices do not all compute the same."""
+    return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from conftest import tiny
+from conftest import one_device, tiny
 from encoder_cases import weights
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, sharding, stages
+from rae_jax import build, stages
 
 FILE = "diffusion_pytorch_model.safetensors"
 GOLDENS = Path(__file__).parent / "sd_vae.npz"
@@ -32,11 +32,6 @@ def config_of(values, folder, **changes):
     config.statistics.weights = "none"
     config.update(changes)
     return config
-
-
-def one_device():
-    """A mesh on which eight simulated devices do not all compute the same."""
-    return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
 
 def load(config):

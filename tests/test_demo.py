@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import one_device, random_like, tiny
 from PIL import Image
 
 from rae_jax import build, exhibits, generate, pictures, rae, stages
@@ -45,7 +45,7 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
     assert exhibit._step._cache_size() == exhibit._decode._cache_size() == 1
     indices = np.arange(exhibits.NUM_IMAGES, dtype=np.uint32)
     labels = np.full(len(indices), 4)
-    wanted = generate.make_sampler(config)(parts, jax.random.key(9), indices, labels)
+    wanted = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, labels)
     assert np.abs(ends[3, 2.5] - np.int32(wanted)).max() <= 1
     assert np.abs(ends[3, 1.0] - ends[3, 2.5]).max() > 1
 

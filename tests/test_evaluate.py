@@ -73,7 +73,9 @@ def drawn(parts):
     """(The images that the weights make, their labels)."""
     config, labels = _config(), np.arange(NUM_IMAGES) % 10
     mesh = sharding.make_mesh(config.mesh)
-    batches = generate.batches(generate.make_sampler(config), parts, labels, mesh, batch_size=16, seed=config.seed)
+    batches = generate.batches(
+        generate.make_sampler(config, mesh), parts, labels, mesh, batch_size=16, seed=config.seed
+    )
     return np.concatenate([images for _, images in batches]), labels
 
 

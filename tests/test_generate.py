@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import one_device, random_like, tiny
 
 from rae_jax import build, build_flow, flow, generate, stages
 
@@ -112,7 +112,7 @@ def test_all_of_it_is_traced_as_one_program(case, keys):
         "statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)},
         **parts,
     }
-    sample = generate.make_sampler(config)
+    sample = generate.make_sampler(config, one_device())
     drawn = jax.eval_shape(sample, whole, jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), LABELS)
     assert drawn.shape == (3, 32, 32, 3) and drawn.dtype == jnp.uint8
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import one_device, random_like, tiny
 from etils import epath
 from huggingface_hub import constants
 
@@ -69,7 +69,7 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
     ours = rae_jax.sample(auto, dit, LABELS, seed=5, num_steps=2, guidance_scale=1.5)
     parts = {"decoder": auto.params["decoder"], **dit.params}
     key, indices, labels = jax.random.key(5), jnp.arange(3, dtype=jnp.uint32), jnp.array(LABELS)
-    wanted = generate.make_sampler(config)(parts, key, indices, labels)
+    wanted = generate.make_sampler(config, one_device())(parts, key, indices, labels)
     assert np.abs(np.int32(rae.to_uint8(ours)) - np.int32(wanted)).max() <= 1
 
     x, times = generate.first_noise(config, key, indices), generate.times(config)

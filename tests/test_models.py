@@ -8,7 +8,7 @@ from conftest import tiny
 from flax import linen as nn
 
 from rae_jax import build
-from rae_jax.models import layers
+from rae_jax.models.dense import Dense
 from rae_jax.stage_encoder import magnify_detail
 
 
@@ -41,13 +41,13 @@ def _arguments(name):
             return jax.random.normal(key, (2, 8, 8, 16)), jnp.array([0.3, 0.8]), jnp.array([1, 10])
 
 
-_CHOICES = ({"unroll": True}, {"remat": True}, {"unroll": True, "remat": True})
+_CHOICES = ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"unroll": True, "remat": "dots"})
 
 
 @pytest.mark.parametrize(
     "name, choices",
     [
-        ("decoder", _CHOICES[2:]),
+        ("decoder", _CHOICES[3:]),
         *(pytest.param(name, _CHOICES, marks=pytest.mark.slow) for name in ("encoder", "decoder", "dit", "plain_dit")),
     ],
 )
@@ -79,7 +79,7 @@ def test_rematerialised_blocks_keep_less():
         _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, *arguments), p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
-    assert kept(True) < 0.5 * kept(False)
+    assert kept("full") < 0.4 * kept("dots") < 0.4 * 0.7 * kept("none")
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])
@@ -93,7 +93,7 @@ def test_bfloat16_computes_the_same_to_its_precision(name):
 
 def test_dense_is_flax_s_and_so_are_its_gradients():
     x = jax.random.normal(jax.random.key(3), (2, 5, 7))
-    ours, theirs = layers.dense(4), nn.Dense(4)
+    ours, theirs = Dense(4), nn.Dense(4)
     params = theirs.init(jax.random.key(4), x)
 
     def outcome(module):
@@ -108,20 +108,3 @@ def test_magnified_detail_keeps_each_patch_s_mean_colour():
     before = patches.reshape(2, 3, 16, 3)
     np.testing.assert_allclose(magnified.mean(-2), before.mean(-2), atol=1e-6)
     np.testing.assert_allclose(magnified.std(-2), 4.0 * before.std(-2), rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_attention_on_cpu_is_attention(dtype, tolerance):
-    """The branch for CPU against the library's, which other devices take; values and gradients."""
-    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 9, 3, 8), dtype)
-
-    def value_and_pullback(attention):
-        out, pullback = jax.vjp(attention, q, k, v)
-        assert out.dtype == q.dtype
-        return out, *pullback(cotangent)
-
-    for ours, theirs in zip(
-        value_and_pullback(layers.attend), value_and_pullback(jax.nn.dot_product_attention), strict=True
-    ):
-        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import sd_vae_cases as cases
+from conftest import one_device
 from etils import epath
 from safetensors.numpy import load_file
 
@@ -184,7 +185,7 @@ def _dit_job(folder):
     config.data.num_train = 16
     config.dit.train.update({"num_steps": 2, "batch_size": 8})
     config.evaluate.batch_size = 8
-    config_lib.check(config, cases.one_device())
+    config_lib.check(config, one_device())
     return config
 
 
@@ -192,7 +193,7 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
     image, _ = cases.inputs(cases.TINY, 32, 32)
     pictures.save(epath.Path(tmp_path / "image.png"), np.asarray(rae.to_uint8(image[0])))
     workdir, flags = epath.Path(tmp_path), types.SimpleNamespace(images=str(tmp_path / "image.png"))
-    modes.reconstruct(_dit_job(checkpoint), workdir, cases.one_device(), flags)
+    modes.reconstruct(_dit_job(checkpoint), workdir, one_device(), flags)
     results = json.loads((workdir / "eval" / "reconstruct.json").read_text())
     assert results["num_images"] == 1 and 5 < results["psnr"] < 20  # with made-up weights
 
@@ -200,7 +201,7 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
 def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     """Shapes alone: nothing is compiled."""
     config = _dit_job(checkpoint)
-    stage = stages.stage(config, "dit", tmp_path, cases.one_device())
+    stage = stages.stage(config, "dit", tmp_path, one_device())
     assert stage.frozen["statistics"] is None
     key, batch = jax.random.key(0), next(iter(stage.batches))
     state = jax.eval_shape(stage.init, key)
@@ -208,13 +209,13 @@ def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     assert after == state and metrics["loss"].shape == ()
     parts = {"decoder": cases.load(config)["decoder"], "statistics": None, "dit": state["params"]}
     indices = np.arange(8, dtype=np.uint32)
-    images = jax.eval_shape(generate.make_sampler(config), parts, key, indices, batch["label"])
+    images = jax.eval_shape(generate.make_sampler(config, one_device()), parts, key, indices, batch["label"])
     assert (images.shape, images.dtype) == ((8, 32, 32, 3), np.uint8)
 
 
 @pytest.mark.slow
 def test_the_job_on_its_latents(checkpoint, tmp_path):
-    config, mesh, workdir = _dit_job(checkpoint), cases.one_device(), epath.Path(tmp_path / "run")
+    config, mesh, workdir = _dit_job(checkpoint), one_device(), epath.Path(tmp_path / "run")
     run = {"log_every": 1, "checkpoint_every": 2, "keep": 1}
     fit(stages.stage(config, "dit", workdir, mesh), workdir=workdir, mesh=mesh, key=jax.random.key(0), **run)
     losses = [row["loss"] for row in logs.read(workdir / "metrics" / "dit.jsonl")]

@@ -227,7 +227,7 @@ def _count_products(module):
 
 def test_the_decoder_runs_forward_twice_and_backward_once(game):
     """Forward for its own update and for the discriminator's images; the adaptive weight costs it nothing."""
-    assert not game.config.remat and game.config.decoder.depth == 1
+    assert game.config.remat == "none" and game.config.decoder.depth == 1
     autoencoder, state = build.autoencoder(game.config), game.states[0]
     latents = jnp.zeros((BATCH, *LATENT))
 

@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
 from rae_jax import logs
 from rae_jax.data import images
@@ -134,6 +133,8 @@ class Records:
 def open_shard(file):
     """A reader for single records; many threads may use it. Raises ValueError where the file is not a whole shard."""
     try:
+        from array_record.python.array_record_module import ArrayRecordReader  # here, as grain in pipeline
+
         return ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
     except RuntimeError as error:
         raise ValueError(str(error)) from error

@@ -14,7 +14,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -85,6 +84,8 @@ class Batches:
 
     def start(self, batch):
         """Grain's iterator over what the reader makes of `batch` and the numbers after it."""
+        import grain  # here, so that a benchmark on made-up data does not need it
+
         end = sys.maxsize if self._read.num_batches is None else self._read.num_batches
         if batch >= end:
             return iter(())

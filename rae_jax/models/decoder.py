@@ -1,10 +1,14 @@
 """ViT decoder: latents to pixels (the decoder of MAE without its mask tokens)."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from rae_jax import resize
-from rae_jax.models.layers import Attention, Mlp, dense, scan_blocks, sincos_2d, unpatchify
+from rae_jax.models import attention
+from rae_jax.models.dense import Dense
+from rae_jax.models.layers import Attention, Mlp, scan_blocks, sincos_2d, unpatchify
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -15,13 +19,14 @@ class Block(nn.Module):
     num_heads: int
     hidden: int
     dtype: jnp.dtype
+    attend: Callable
 
     @nn.compact
     def __call__(self, x):
         def norm(x, name):
             return nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32, name=name)(x).astype(self.dtype)
 
-        x = x + Attention(self.num_heads, dtype=self.dtype, name="attention")(norm(x, "norm1"))
+        x = x + Attention(self.num_heads, dtype=self.dtype, attend=self.attend, name="attention")(norm(x, "norm1"))
         x = x + Mlp(self.hidden, dtype=self.dtype, name="mlp")(norm(x, "norm2"))
         return x, None
 
@@ -40,15 +45,16 @@ class Decoder(nn.Module):
     grid_size: int | None = None
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
+    attend: Callable = attention.xla
 
     def setup(self):
-        self.embed = dense(self.width, dtype=self.dtype, kernel_init=_INIT)
+        self.embed = Dense(self.width, dtype=self.dtype, kernel_init=_INIT)
         self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width))
         blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=0)
-        self.blocks = blocks(self.num_heads, self.hidden, self.dtype)
+        self.blocks = blocks(self.num_heads, self.hidden, self.dtype, self.attend)
         self.norm = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32)
-        self.pred = dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
+        self.pred = Dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
 
     def __call__(self, latents):
         """Pixels [B, h * p, w * p, 3]."""

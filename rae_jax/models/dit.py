@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax import sharding
+from rae_jax.models import attention
+from rae_jax.models.dense import Dense
 from rae_jax.models.layers import (
     Attention,
     SwiGlu,
-    dense,
     patchify,
     rms_norm,
     rope_2d,
@@ -55,6 +57,7 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels):
         table = self.param("table", _SMALL, (self.num_classes + 1, self.width))
+        table = sharding.gathered(table, "table")
         return table[labels if self.num_classes else jnp.zeros_like(labels)]
 
 
@@ -68,8 +71,8 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition):
         condition = nn.silu(condition).astype(self.dtype)
-        linear = dense(self.count * self.width, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")
-        return jnp.split(linear(condition), self.count, -1)
+        zeros = {"kernel_init": _ZEROS, "bias_init": _ZEROS}
+        return Dense(self.count * self.width, dtype=self.dtype, parts=self.count, name="linear", **zeros)(condition)
 
 
 class Block(nn.Module):
@@ -80,14 +83,15 @@ class Block(nn.Module):
     qk_norm: bool
     linear: Callable
     dtype: jnp.dtype
+    attend: Callable
 
     @nn.compact
     def __call__(self, x, condition, rope):
         modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = modulate(rms_norm("norm1")(x), shift1, scale1).astype(self.dtype)
-        attention = Attention(self.num_heads, self.qk_norm, self.dtype, self.linear, name="attention")
-        x = x + gate1 * attention(y, rope)
+        options = {"dtype": self.dtype, "linear": self.linear, "attend": self.attend}
+        x = x + gate1 * Attention(self.num_heads, self.qk_norm, **options, name="attention")(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
         hidden = int(2 / 3 * self.mlp_ratio * x.shape[-1])
         x = x + gate2 * SwiGlu(hidden, self.dtype, self.linear, name="mlp")(y)
@@ -104,12 +108,12 @@ class FinalLayer(nn.Module):
     def __call__(self, x, condition):
         shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(condition)
         x = modulate(rms_norm("norm")(x), shift, scale).astype(self.dtype)
-        return dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
+        return Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
 
 def patch_embedding(width, *, dtype, name):
     """Linear embedding of patches of the latent."""
-    return dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):
@@ -120,7 +124,7 @@ def modulate(x, shift, scale):
 def blocks(module, *, depth, num_heads, linear, name):
     """`depth` blocks of a diffusion transformer, scanned, with what they share taken from the module's fields."""
     scanned = scan_blocks(Block, depth=depth, unroll=module.unroll, remat=module.remat, broadcast=2)
-    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, name=name)
+    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, module.attend, name=name)
 
 
 class DiT(nn.Module):
@@ -135,7 +139,8 @@ class DiT(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
+    attend: Callable = attention.xla
 
     @nn.compact
     def __call__(self, x, t, labels):

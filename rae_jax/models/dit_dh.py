@@ -1,9 +1,11 @@
 """DiT^DH: a diffusion transformer with a shallow, wide DDT head."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.models import dit
+from rae_jax.models import attention, dit
 from rae_jax.models.layers import patchify, rope_2d, sincos_2d, torch_linear, unpatchify
 
 
@@ -26,7 +28,8 @@ class DiTDH(nn.Module):
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: bool = False
+    remat: str = "none"
+    attend: Callable = attention.xla
 
     def setup(self):
         self.time_embed = dit.TimeEmbedding(self.width, torch_linear)

@@ -11,28 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-
-def dense(features, **options):
-    """nn.Dense for tokens [B, N, D]; `options` are nn.Dense's own."""
-    return nn.Dense(features, dot_general=_token_product, **options)
-
-
-def _token_product(x, kernel, dimension_numbers, **options):
-    """Tokens times a kernel. On CPU as one matrix: XLA would transpose 3-D tokens in memory for the kernel's gradient
-    (a DiT^DH step took 14 % longer). Elsewhere as it is: on TPU the reshape would be the copy.
-    """
-
-    def as_matrix(x, kernel):
-        tokens = x.reshape(-1, x.shape[-1])
-        return jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())), **options).reshape(*x.shape[:-1], -1)
-
-    def as_it_is(x, kernel):
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=as_it_is)
+from rae_jax import sharding
+from rae_jax.models import attention
+from rae_jax.models.dense import PRODUCT, Dense
 
 
-def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
+def gathered_convolution(x, kernel, *arguments, **options):
+    """jax.lax.conv_general_dilated for nn.Conv, whose kernel is gathered first; see Dense."""
+    return jax.lax.conv_general_dilated(x, sharding.gathered(kernel, "kernel"), *arguments, **options)
+
+
+def torch_linear(features, fan_in, *, kernel_init=None, **options):
     """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
     `kernel_init` is for a weight that starts otherwise.
@@ -42,23 +31,23 @@ def torch_linear(features, fan_in, *, dtype, name=None, kernel_init=None):
     def uniform(key, shape, param_dtype=jnp.float32):
         return jax.random.uniform(key, shape, param_dtype, -bound, bound)
 
-    return dense(features, dtype=dtype, kernel_init=kernel_init or uniform, bias_init=uniform, name=name)
+    return Dense(features, kernel_init=kernel_init or uniform, bias_init=uniform, **options)
 
 
-def xavier_linear(features, fan_in, *, dtype, name=None, kernel_init=nn.initializers.xavier_uniform()):  # noqa: B008
+def xavier_linear(features, fan_in, *, kernel_init=nn.initializers.xavier_uniform(), **options):  # noqa: B008
     """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
-    return dense(features, dtype=dtype, kernel_init=kernel_init, name=name)
+    return Dense(features, kernel_init=kernel_init, **options)
 
 
-def lecun_linear(features, fan_in, *, dtype, name=None):
+def lecun_linear(features, fan_in, **options):
     """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
-    return dense(features, dtype=dtype, name=name)
+    return Dense(features, **options)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, N, D] with one fused qkv product.
 
-    `rope`: angles [N, K] by which queries and keys are turned, see `rotate`.
+    `rope`: angles [N, K] by which queries and keys are turned, see `rotate`. `attend`: one of `attention`'s functions.
     """
 
     num_heads: int
@@ -66,35 +55,20 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
     linear: Callable = lecun_linear
     rotate_halves: bool = False
+    attend: Callable = attention.xla
 
     @nn.compact
     def __call__(self, x, rope=None):
         width = x.shape[-1]
-        qkv = self.linear(3 * width, width, dtype=self.dtype, name="qkv")(x)  # [B, N, 3D]
-        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in jnp.split(qkv, 3, -1))  # each [B, N, H, K]
+        qkv = self.linear(3 * width, width, dtype=self.dtype, parts=3, name="qkv")(x)
+        q, k, v = (a.reshape(*x.shape[:2], self.num_heads, -1) for a in qkv)  # each [B, N, H, K]
         if self.qk_norm:
             q, k = rms_norm("q_norm")(q), rms_norm("k_norm")(k)
         if rope is not None:
             q, k = (rotate(a, rope, halves=self.rotate_halves) for a in (q, k))
         q, k, v = (a.astype(self.dtype) for a in (q, k, v))
-        x = attend(q, k, v).reshape(x.shape)
+        x = self.attend(q, k, v).reshape(x.shape)
         return self.linear(width, width, dtype=self.dtype, name="proj")(x)
-
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(K)) v for q, k, v [B, N, H, K]; logits and softmax in float32.
-
-    On CPU with the heads brought to the front: XLA runs its products of batched matrices only in that order, and
-    otherwise takes 1.6 times as long (DINOv2-B's shapes; twice as long for the small DiT's gradients).
-    """
-
-    def heads_first(q, k, v):
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        logits = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
-        return jnp.einsum("bhqs,bhsk->bhqk", weights, v).transpose(0, 2, 1, 3)
-
-    return jax.lax.platform_dependent(q, k, v, cpu=heads_first, default=jax.nn.dot_product_attention)
 
 
 class Mlp(nn.Module):
@@ -107,8 +81,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        x = dense(self.hidden, dtype=self.dtype, name="fc1")(x)
-        return dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
+        x = Dense(self.hidden, dtype=self.dtype, name="fc1")(x)
+        return Dense(width, dtype=self.dtype, name="fc2")(nn.gelu(x, approximate=self.approximate))
 
 
 class SwiGlu(nn.Module):
@@ -121,7 +95,7 @@ class SwiGlu(nn.Module):
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
-        gate, value = jnp.split(self.linear(2 * self.hidden, width, dtype=self.dtype, name="w12")(x), 2, -1)
+        gate, value = self.linear(2 * self.hidden, width, dtype=self.dtype, parts=2, name="w12")(x)
         return self.linear(width, self.hidden, dtype=self.dtype, name="w3")(nn.silu(gate) * value)
 
 
@@ -187,11 +161,15 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. With `remat` a backward pass computes each block again instead of keeping what is
-    inside it. Unrolled, rematerialised or not, the parameters are the same.
+    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all
+    but the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
+    rematerialised or not, the parameters are the same.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=unroll)  # a loop keeps XLA from undoing it; unrolled, a barrier must
+    policy = _policy(remat)
+    if policy is not None:
+        block = nn.remat(
+            block, policy=policy, prevent_cse=unroll
+        )  # a loop keeps XLA from undoing it; unrolled, a barrier
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -200,6 +178,18 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
         length=depth,
         unroll=depth if unroll else 1,
     )
+
+
+def _policy(remat):
+    match remat:
+        case "none":
+            return None
+        case "dots":
+            return jax.checkpoint_policies.save_only_these_names(PRODUCT)
+        case "full":
+            return jax.checkpoint_policies.nothing_saveable
+        case other:
+            raise ValueError(f"unknown remat {other!r}")
 
 
 def patchify(images, patch_size):

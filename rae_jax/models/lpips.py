@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rae_jax.models.layers import gathered_convolution
+
 _MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of images in [-1, 1]
 _EPS = 1e-10
 
@@ -22,9 +24,13 @@ class Vgg16(nn.Module):
             if features:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for i in range(1, depth + 1):
-                x = nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv{level}_{i}")(x))
+                x = nn.relu(_convolution(width, self.dtype, f"conv{level}_{i}")(x))
             features.append(x)
         return features
+
+
+def _convolution(width, dtype, name):
+    return nn.Conv(width, (3, 3), dtype=dtype, conv_general_dilated=gathered_convolution, name=name)
 
 
 class Lpips(nn.Module):

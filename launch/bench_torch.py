@@ -1,0 +1,230 @@
+"""DiT^DH, decoder or encoder, ours beside PyTorch's on the same weights and cores: equal? and how fast?
+
+    python launch/bench_torch.py [--model=dit] [--size=s] [--batch=4] [--rounds=5] [--authors=FOLDER]
+
+Needs torch (and transformers for the encoder, diffusers for the decoder); no network, the weights are random. Float32.
+The same batch goes through either in turn, in one process, forward and, but for the frozen encoder, forward with the
+gradients of all weights. --authors: a checkout of the code of RAE's authors, whose DiT^DH is then timed as a third
+side. The last line printed is one JSON object; `times_as_fast` divides PyTorch's median by ours.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # configs/ is used from the checkout
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch_dit import DiTDH
+
+from configs import dit_b, encoders
+from rae_jax import build, malloc, published, stages
+from rae_jax.config import latent_shape
+from rae_jax.weights import engine, tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """`forward()` -> output as ours is shaped; `backward()` -> (loss, gradients), or None. Both wait for the result."""
+
+    forward: Callable
+    backward: Callable | None
+
+
+def main():
+    """Time all sides in turn, print what they took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("dit", "decoder", "encoder"), default="dit")
+    parser.add_argument("--size", default=None, help="s, b, l or xl; by default S for the DiT, B for the others")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--authors", help="a checkout of the authors' code, whose DiT^DH is timed as well")
+    args = parser.parse_args()
+    malloc.keep_freed_memory()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    sides = {"dit": _dits, "decoder": _decoders, "encoder": _encoders}[args.model](args)
+    results = {"model": args.model, "batch": args.batch, "cores": len(os.sched_getaffinity(0))}
+    results["max_difference"] = _differences(sides)
+    for kind in ("forward", "backward"):
+        runs = {name: getattr(side, kind) for name, side in sides.items()}
+        if runs["rae_jax"] is not None:
+            results[kind] = _alternate(kind, runs, args.rounds)
+    print(json.dumps(results))
+
+
+def _alternate(kind, runs, rounds):
+    """{side: {median, min, cpu}} seconds of calls in turn, after one of each; and how many times as fast ours is.
+
+    `cpu`: median of what all threads worked, which other programs on the machine disturb less.
+    """
+    seconds, worked = ({name: [] for name in runs} for _ in range(2))
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began, cpu_began = time.perf_counter(), time.process_time()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+            worked[name].append(time.process_time() - cpu_began)
+    found = {
+        name: {"median": statistics.median(of), "min": min(of), "cpu": statistics.median(worked[name])}
+        for name, of in seconds.items()
+    }
+    for name, of in found.items():
+        print(
+            f"{kind:9} {name:12} median {of['median']:.3f} s, fastest {of['min']:.3f} s, CPU {of['cpu']:.3f} s",
+            flush=True,
+        )
+    ours = found["rae_jax"]["median"]
+    return {**found, "times_as_fast": {n: of["median"] / ours for n, of in found.items() if n != "rae_jax"}}
+
+
+def _differences(sides):
+    """{side: largest difference of its output to ours, relative to the largest of ours}."""
+    ours = sides["rae_jax"].forward()
+    others = {name: side.forward() for name, side in sides.items() if name != "rae_jax"}
+    return {name: float(np.abs(found - ours).max() / np.abs(ours).max()) for name, found in others.items()}
+
+
+def _config(args):
+    config = dit_b.get_config()
+    config.unroll = True  # as for any CPU
+    config.dit.update(dit_b.DITS[args.size or "s"])
+    config.decoder.update(dit_b.DECODERS[(args.size or "b") if args.model == "decoder" else "b"])
+    names = {"s": "small", "b": "base", "l": "large"}
+    config.encoder.update(encoders.dinov2(names[(args.size or "b") if args.model == "encoder" else "b"]))
+    return config
+
+
+def _weights(config, part):
+    """Random everywhere, that nothing is hidden behind zeros; norms and the like around one."""
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        one = 1.0 if path[-1].key in ("scale", "frequencies") else 0.0
+        return np.float32(one + 0.02 * random.standard_normal(leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, stages.part_shapes(config, part))
+
+
+def _ours(function, params, inputs):
+    """`function(params, *inputs)` compiled; the loss is the mean square."""
+    params = jax.device_put(params)
+    forward = jax.jit(function)
+    backward = jax.jit(jax.value_and_grad(lambda params, *inputs: jnp.square(function(params, *inputs)).mean()))
+    return Side(
+        lambda: np.asarray(forward(params, *inputs)),
+        lambda: jax.block_until_ready(backward(params, *inputs)),
+    )
+
+
+def _theirs(module, tensors, inputs, output):
+    """A torch module; `output` brings what it returns into our shape."""
+    module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()})
+
+    def forward():
+        with torch.inference_mode():
+            return output(module(*inputs)).numpy()
+
+    def backward():
+        module.zero_grad(set_to_none=True)
+        loss = output(module(*inputs)).square().mean()
+        loss.backward()
+
+    return Side(forward, backward)
+
+
+def _dits(args):
+    config = _config(args)
+    params = _weights(config, "dit")
+    random = np.random.default_rng(1)
+    x = random.standard_normal((args.batch, *latent_shape(config)), np.float32)
+    t, labels = np.linspace(0.1, 0.9, args.batch, dtype=np.float32), np.arange(args.batch) % config.data.num_classes
+    model = build.dit(config)
+    sides = {"rae_jax": _ours(lambda p, *inputs: model.apply({"params": p}, *inputs), params, (x, t, labels))}
+    inputs = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(t), torch.from_numpy(labels)
+    tensors = published.tensors_of(config, "dit", params)
+    c, (grid, _, channels) = config.dit, latent_shape(config)
+    widths, depths, heads = (c.width, c.head_width), (c.depth, c.head_depth), (c.num_heads, c.head_num_heads)
+    trunk, head = zip(widths, depths, heads, strict=True)
+    sizes = {"channels": channels, "grid": grid, "num_classes": config.data.num_classes}
+    modules = {"torch": DiTDH(trunk=trunk, head=head, **sizes)}
+    if args.authors:
+        sys.path.insert(0, str(Path(args.authors) / "src"))
+        from stage2.models.DDT import DiTwDDTHead
+
+        their_sizes = {"input_size": grid, "in_channels": channels, "num_classes": config.data.num_classes}
+        their_sizes.update({"hidden_size": widths, "depth": depths, "num_heads": list(heads)})
+        modules["authors"] = DiTwDDTHead(**their_sizes)
+    for name, module in modules.items():
+        sides[name] = _theirs(module.eval(), tensors, inputs, lambda v: v.permute(0, 2, 3, 1))
+    return sides
+
+
+def _decoders(args):
+    from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+
+    config = _config(args)
+    params, d = _weights(config, "decoder"), config.decoder
+    latents = np.random.default_rng(1).standard_normal((args.batch, *latent_shape(config)), np.float32)
+    decoder = build.autoencoder(config).decoder
+    module = RAEDecoder(
+        hidden_size=config.encoder.width,
+        decoder_hidden_size=d.width,
+        decoder_num_hidden_layers=d.depth,
+        decoder_num_attention_heads=d.num_heads,
+        decoder_intermediate_size=d.hidden,
+        patch_size=d.patch_size,
+        image_size=config.data.image_size,
+    )
+    tensors = {**module.state_dict(), **engine.unload(params, tables.DIFFUSERS_DECODER)}
+    tokens = torch.from_numpy(latents).flatten(1, 2)
+    side, p = latents.shape[1], d.patch_size
+
+    def image(found):
+        patches = found.logits.unflatten(-1, (p, p, 3)).unflatten(1, (side, side))
+        return patches.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * p, side * p, 3)
+
+    return {
+        "rae_jax": _ours(lambda p, x: decoder.apply({"params": p}, x), params, (latents,)),
+        "diffusers": _theirs(module.eval(), tensors, (tokens,), image),
+    }
+
+
+def _encoders(args):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = _config(args)
+    params, e = _weights(config, "encoder"), config.encoder
+    images = np.random.default_rng(1).random((args.batch, e.input_size, e.input_size, 3), np.float32)
+    encoder = build.encoder(config, e)
+    module = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(
+            hidden_size=e.width,
+            num_hidden_layers=e.depth,
+            num_attention_heads=e.num_heads,
+            patch_size=e.patch_size,
+            image_size=e.position_size,
+        )
+    ).eval()
+    tensors = published.tensors_of(config, "encoder", params)
+    module.layernorm = torch.nn.Identity()  # ours comes without it, too
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    tokens = 1 + e.num_registers
+    ours = _ours(lambda p, x: encoder.apply({"params": p}, x)[0], params, (images,))
+    theirs = _theirs(module, tensors, (pixels,), lambda found: found.last_hidden_state[:, tokens:])
+    return {"rae_jax": Side(ours.forward, None), "transformers": Side(theirs.forward, None)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""TPUs that are not here: devices to compile for, by the name of their topology, and what they can do."""
+
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from rae_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One kind of TPU. Rates are a chip's published peaks, which its devices share."""
+
+    axes: int  # of its torus
+    most: int  # chips in a slice
+    devices: int  # that jax sees in a chip
+    hbm: float  # bytes a device can use, as its compiler says
+    flops: float  # a second, bfloat16
+    bandwidth: float  # of its HBM, bytes a second
+    links: float  # bytes a second that it can send to its neighbours, all together
+
+
+CHIPS = {
+    "v4": Chip(3, 4096, 2, 15.25 * GIB, 275e12, 1.23e12, 300e9),
+    "v5e": Chip(2, 256, 1, 15.75 * GIB, 197e12, 0.82e12, 200e9),
+    "v5p": Chip(3, 8960, 1, 95.74 * GIB, 459e12, 2.77e12, 600e9),
+    "v6e": Chip(2, 256, 1, 31.25 * GIB, 918e12, 1.64e12, 448e9),
+    "tpu7x": Chip(3, 9216, 2, 94.75 * GIB, 2307e12, 7.37e12, 600e9),
+}
+
+
+def devices(topology, num_slices=1):
+    """(devices, Chip) of `num_slices` slices of a topology such as 'v5e:16x16'; nothing of it need be here.
+
+    Call it before JAX looks for devices: it will find the CPU alone. Raises UserError where libtpu is missing, or no
+    such topology is known.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("--mode=compile needs libtpu, the TPU compiler: pip install -e '.[tpu]'")
+    chip = _chip(topology)
+    if num_slices < 1:
+        raise UserError(f"--num_slices={num_slices} cannot work: it must be positive")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask what TPU this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: no device is used
+    try:
+        slices = {"num_slices": num_slices} if num_slices > 1 else {}
+        return topologies.get_topology_desc(topology, platform="tpu", **slices).devices, chip
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology={topology}: libtpu knows no such topology ({reason}); {_EXAMPLES}") from error
+
+
+_EXAMPLES = "take one such as v5e:4x4, v6e:16x16, v5p:4x4x4 or tpu7x:2x2x1"
+
+
+def _chip(topology):
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
+    if not match or match[1] not in CHIPS:
+        raise UserError(f"--topology={topology} is not KIND:SIZES, KIND one of {', '.join(CHIPS)}: {_EXAMPLES}")
+    chip, sizes = CHIPS[match[1]], [int(size) for size in match[2].split("x")]
+    if len(sizes) != chip.axes or math.prod(sizes) > chip.most:
+        raise UserError(
+            f"--topology={topology}: a slice of {match[1]} has {chip.axes} axes, at most {chip.most} chips: {_EXAMPLES}"
+        )
+    return chip

@@ -1,0 +1,115 @@
+"""Attention by XLA and by kernels: equal where they can be run, compiled where not, refused where they cannot work."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+
+from rae_jax import build, sharding
+from rae_jax import config as config_lib
+from rae_jax.errors import UserError
+from rae_jax.models import attention
+
+
+def _value_and_pullback(attend, shape, dtype="float32"):
+    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, *shape), dtype)
+    out, pullback = jax.vjp(attend, q, k, v)
+    assert out.dtype == q.dtype
+    return [np.asarray(a, np.float32) for a in (out, *pullback(cotangent))]
+
+
+def _assert_equal(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_attention_on_cpu_is_attention(dtype, tolerance):
+    """The branch for CPU against the library's, which other devices take; values and gradients."""
+    ours, theirs = (
+        _value_and_pullback(attend, (2, 9, 3, 8), dtype) for attend in (attention.xla, jax.nn.dot_product_attention)
+    )
+    _assert_equal(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("length", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 257))])
+def test_the_flash_kernel_is_attention(length):
+    """Interpreted: values and gradients, also where the last block is filled up."""
+    flash = jax.jit(functools.partial(attention.flash, interpret=True))
+    _assert_equal(
+        _value_and_pullback(flash, (2, length, 2, 8)), _value_and_pullback(attention.xla, (2, length, 2, 8)), 3e-6
+    )
+
+
+def test_the_flash_kernel_runs_on_each_devices_part():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 4, 8, 2, 8))
+
+    @jax.jit
+    def on_mesh(q, k, v):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention.flash(q, k, v, interpret=True)
+
+    placed = jax.device_put((q, k, v), sharding.batch_sharding(mesh))
+    found = on_mesh(*placed)
+    assert {shard.data.shape for shard in found.addressable_shards} == {(1, 8, 1, 8)}
+    np.testing.assert_allclose(found, attention.xla(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+def test_the_config_names_it():
+    config = tiny()
+    functions = {"xla": attention.xla, "cudnn": attention.cudnn, "flash": attention.flash}
+    for config.attention, attend in functions.items():
+        autoencoder = build.autoencoder(config)
+        modules = (autoencoder.encoder, autoencoder.decoder, build.dit(config))
+        assert all(module.attend is attend for module in modules)
+
+
+@pytest.mark.parametrize("name, mend", [("cudnn", "Hopper"), ("flash", "TPU"), ("sparse", "choose one of")])
+def test_what_the_platform_lacks_is_refused_in_one_line(name, mend):
+    config = tiny()
+    config.attention = name
+    with pytest.raises(UserError, match=rf"config.attention='{name}' cannot work: .*{mend}") as refused:
+        config_lib.check(config, sharding.make_mesh(config.mesh))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the extra tpu)")
+def test_the_flash_kernel_compiles_for_tpu():
+    """Forward and backward are one kernel each, every device has its own part: nothing is gathered."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["2 False"] * 3
+
+
+def _compile_for_tpu():
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, devices)
+    for length, heads, width in (
+        (1024, 16, 72),
+        (1024, 16, 128),
+        (257, 12, 64),
+    ):  # trunk, head, decoder
+        x = jax.ShapeDtypeStruct((4, length, heads, width), "bfloat16", sharding=sharding.batch_sharding(mesh))
+
+        def value_and_pullback(q, k, v, cotangent):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                out, pullback = jax.vjp(attention.flash, q, k, v)
+                return out, pullback(cotangent)
+
+        program = jax.jit(value_and_pullback).trace(x, x, x, x).lower(lowering_platforms=("tpu",)).compile().as_text()
+        print(program.count("tpu_custom_call"), "all-gather" in program)
+
+
+if __name__ == "__main__":
+    _compile_for_tpu()

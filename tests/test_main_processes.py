@@ -1,0 +1,209 @@
+"""The real command in two real processes (Gloo): what one process computes; and how they find and follow each other."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny
+
+from configs import small
+from rae_jax import config as config_lib
+from rae_jax import logs, processes
+from rae_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("decoder", "statistics", "dit")
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _start(command, index, count, port):
+    """A process of `count`, with one device; what it says goes to one pipe."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
+        **({"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}),
+        **({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
+    }
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipe)
+
+
+def _start_all(command, count):
+    port = _free_port()
+    return [_start(command, index, count, port) for index in range(count)]
+
+
+def _run(command, count, status=0):
+    """What each of `count` processes says."""
+    started = _start_all(command, count)
+    said = [process.communicate(timeout=3000)[0] for process in started]
+    assert [process.returncode for process in started] == [status] * count, "\n".join(said)
+    return said
+
+
+def _command(workdir, mode, count, **changes):
+    """The real command for a tiny run of STAGES on the shipped encoder; each kernel is split over all processes."""
+    config, plain = tiny(), small.get_config()
+    config.stages, config.judge.weights, config.encoder = STAGES, "", plain.encoder
+    config.decoder.train.update({"num_steps": 4, "discriminator_start": 1, "adversarial_start": 2})
+    config.dit.train.num_steps = 4
+    config.mesh.update({"data": 1, "fsdp": count})
+    config.update(changes)
+    wanted, plain = (config_lib.flatten(c.to_dict()) for c in (config, plain))
+    options = [f"--config.{key}={value}" for key, value in wanted.items() if plain[key] != value]
+    return ["-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={workdir}", f"--mode={mode}", *options]
+
+
+def _results(workdir):
+    results = json.loads((workdir / "eval" / "tiny.json").read_text())
+    return {name: value for name, value in results.items() if name != "seconds"}
+
+
+def _assert_rows_close(one, two):
+    for stage in STAGES:
+        rows = [logs.read(workdir / "metrics" / f"{stage}.jsonl") for workdir in (one, two)]
+        rows = [[{k: v for k, v in r.items() if not k.startswith("perf/")} for r in found] for found in rows]
+        assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] and rows[0]
+        for a, b in zip(*rows, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (stage, key, a, b)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(tmp_path):
+    """Training in three stages, evaluation and samples: numbers, files, and who writes them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = _run(_command(one, "train", 1), 1)[0]
+    first, second = _run(_command(two, "train", 2), 2)
+    assert "report:" in said and "report:" in first and "report:" not in second and "psnr" not in second
+    _assert_rows_close(one, two)
+    results = [_results(one), _results(two)]
+    (two / "eval" / "tiny.json").unlink()
+    _run(_command(two, "evaluate", 2), 2)
+    assert results[0] == pytest.approx(results[1], rel=1e-4) and _results(two) == pytest.approx(results[1], rel=1e-6)
+    for workdir, count in ((one, 1), (two, 2)):
+        _run([*_command(workdir, "sample", count), "--num_images=20"], count)
+    images = [np.load(workdir / "samples" / "samples.npz")["arr_0"].astype(int) for workdir in (one, two)]
+    assert images[0].shape == (20, 32, 32, 3) and np.abs(images[0] - images[1]).max() <= 1
+    assert sorted(p.name for p in one.rglob("*.png")) == sorted(p.name for p in two.rglob("*.png"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_and_they_go_on(tmp_path):
+    """SIGTERM to the second process alone; both stop at the same step, one process goes on from there."""
+    shipped = {"width": 96, "depth": 4, "num_heads": 3, "hidden": 384}
+    changes = {"stages": ("dit",), "decoder": shipped, "evaluate": {"num_images": 4}}
+    started = _start_all(_command(tmp_path, "train", 2, **changes, dit={"train": {"num_steps": 3000}}), 2)
+    metrics = tmp_path / "metrics" / "dit.jsonl"
+    deadline = time.monotonic() + 1500
+    while time.monotonic() < deadline and not (metrics.exists() and len(logs.read(metrics)) > 3):
+        time.sleep(0.2)
+    started[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=1500)[0] for process in started]
+    assert started[0].returncode == started[1].returncode != 0, said
+    stopped = {line.split(";")[0] for text in said for line in text.splitlines() if "interrupted at" in line}
+    assert len(stopped) == 1, said
+    step = int(stopped.pop().split("step ")[1].split()[0])
+    assert [path.name for path in (tmp_path / "checkpoints" / "dit").iterdir()] == [str(step)]
+    assert logs.read(metrics)[-1]["step"] == step
+    said = _run(_command(tmp_path, "train", 1, **changes, dit={"train": {"num_steps": step + 2}}), 1)[0]
+    assert f"going on from step {step}" in said and logs.read(metrics)[-1]["step"] == step + 2
+
+
+def _agree():
+    """In one of several processes: at which steps it learns that the second one wants to stop after its third."""
+    import jax
+
+    os.environ["XLA_FLAGS"] = sys.argv[1]  # not the tests' own
+    processes.start()
+    step = 0
+    agreement = processes.Agreement(lambda: 15 if step >= 3 and jax.process_index() == 1 else None)
+    found = []
+    for step in range(1, 7):
+        agreement.exchange(last=step == 6)
+        found.append(agreement.value)
+    processes.wait_for_all("agreed")
+    print("found", json.dumps([jax.process_count(), len(jax.devices()), processes.is_first(), found]))
+
+
+def test_all_learn_of_a_signal_after_the_same_step():
+    lines = [
+        line for text in _run([__file__, "--xla_force_host_platform_device_count=2"], 2) for line in text.splitlines()
+    ]  # Gloo talks as well
+    said = [json.loads(line.removeprefix("found")) for line in lines if line.startswith("found")]
+    assert said == [[2, 4, index == 0, [None, None, None, 15, 15, 15]] for index in (0, 1)]
+
+
+def test_alone_it_is_known_at_once():
+    raised = None
+    agreement = processes.Agreement(lambda: raised)
+    agreement.exchange()
+    assert agreement.value is None
+    raised = 2
+    assert agreement.value == 2
+
+
+def test_one_process_is_left_alone(monkeypatch):
+    for name in (*processes.SETTINGS.values(), "SLURM_STEP_NODELIST", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("nobody else is there"))
+    processes.start()
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # a shell beside the job's steps
+    processes.start()
+    processes.start("localhost:1", 1, 0)
+
+
+@pytest.mark.parametrize(
+    "environment, settings",
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, {}),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu"}, {}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "node1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"},
+            {"coordinator_address": "node1:1234", "num_processes": 4, "process_id": 2},
+        ),
+    ],
+)
+def test_several_are_found_by_jax_or_named(monkeypatch, environment, settings):
+    given = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda **found: given.append(found))
+    monkeypatch.setattr("jax.config.update", lambda *_: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.start()
+    assert given == [{**settings, "shutdown_timeout_seconds": processes.FAREWELL}]
+
+
+@pytest.mark.parametrize(
+    "settings, mend",
+    [
+        (("node1:1234", None, None), "--num_processes .* is missing"),
+        ((None, 2, 0), "--coordinator .* is missing"),
+        (("node1", 2, 0), "HOST:PORT"),
+        (("node1:1234", 2, 2), "ids are 0 to 1"),
+        (("node1:1234", "two", 0), "must be numbers"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(settings, mend):
+    with pytest.raises(UserError, match=mend) as refused:
+        processes.start(*settings)
+    assert "\n" not in str(refused.value)
+
+
+if __name__ == "__main__":
+    _agree()

@@ -1,0 +1,172 @@
+"""A step on every mesh: the same numbers, nothing whole on one device; and the command that compiles for others."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny
+
+from rae_jax import aot, hlo, sharding, topology
+
+MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra 'tpu' is not installed")
+
+
+def _config():
+    """Every kernel is split by 2 and 8, and no size of one is that of a batch."""
+    config = tiny()
+    config.encoder.update({"width": 32, "num_heads": 2})
+    config.decoder.update({"width": 32, "depth": 2, "num_heads": 2, "hidden": 64})
+    config.decoder.train.update({"batch_size": 24, "discriminator_start": 0, "adversarial_start": 0})
+    config.dit.update({"width": 32, "depth": 2, "num_heads": 2, "head_width": 64, "head_num_heads": 2})
+    config.dit.train.update({"batch_size": 24, "clip_norm": 1.0})
+    return config
+
+
+@functools.cache
+def _compiled(stage, sizes):
+    config = _config()
+    config.stages = (stage,)
+    mesh, program = _only(config, sizes)
+    return mesh, program, program.jitted.lower(*program.arguments).compile()
+
+
+def _step(stage, sizes):
+    """(parameters, metrics) after a step from made-up weights, moments and images."""
+    mesh, program, compiled = _compiled(stage, sizes)
+    rng = np.random.default_rng(0)
+
+    def make(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        match leaf.dtype:
+            case np.uint8:
+                value = rng.integers(0, 256, leaf.shape)
+            case np.int32:
+                value = rng.integers(0, 10, leaf.shape) if leaf.shape else 0
+            case _:
+                value = 0.1 * rng.normal(size=leaf.shape)
+                value = np.square(value) if "/nu/" in name or name.endswith("var") else value
+        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
+
+    *trees, _ = program.arguments
+    arguments = [jax.tree_util.tree_map_with_path(make, tree) for tree in trees]
+    key = jax.device_put(jax.random.key(0), sharding.replicated(mesh))
+    state, metrics = jax.device_get(compiled(*arguments, key))
+    return {name: state[name] for name in state if name.endswith("params")}, metrics
+
+
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]), MESHES[2]], ids=str
+)
+def test_a_step_is_the_same_on_every_mesh(stage, sizes):
+    (params, metrics), (expected, numbers) = _step(stage, sizes), _step(stage, (1, 1, 1))
+    assert metrics["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def _whole(program, mesh, compiled):
+    """Arrays of the program that are a whole stack of kernels, or the whole batch's."""
+    state, _, batch, _ = program.arguments
+    stacks = {leaf.shape for leaf in jax.tree.leaves(state["params"]) if leaf.ndim == 3}
+    size = batch["label"].shape[0]
+    made = hlo.Program(compiled.as_text()).arrays()
+    return {(dtype, shape) for dtype, shape in made if shape in stacks or (size in shape and len(shape) > 1)}
+
+
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
+def test_no_device_holds_all_parameters_or_all_of_the_batch(stage):
+    mesh, program, compiled = _compiled(stage, (2, 2, 2))
+    assert not _whole(program, mesh, compiled)
+    for leaf in jax.tree.leaves(program.arguments[0]):
+        whole = leaf.sharding.is_fully_replicated
+        assert not (whole and leaf.ndim >= 2 and leaf.size > 1024), leaf
+
+
+def test_kernels_travel_in_the_compute_dtype_once_each_way():
+    """Bytes sent under FSDP, of a step from latents: gathered twice, gradients scattered once."""
+    config = _config()
+    config.stages, config.dtype, config.remat, config.data.latents = ("dit",), "bfloat16", "dots", "not read"
+    mesh, program = _only(config, (1, 8, 1))
+    compiled = program.jitted.lower(*program.arguments).compile()
+    sent = hlo.Program(compiled.as_text()).costs().sent
+    kernels = 2 * sum(leaf.size for leaf in jax.tree.leaves(program.arguments[0]["params"]) if leaf.ndim > 1)
+    assert kernels < sent.total() < 4.2 * kernels
+    assert sent["all-to-all"] == sent["collective-permute"] == 0
+
+
+def _only(config, sizes):
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
+    (program,) = aot.programs(config, mesh, ("train",))
+    return mesh, program
+
+
+def _compile(*arguments, timeout=600):
+    command = [sys.executable, "-m", "rae_jax.main", "--mode=compile", *arguments]
+    root = Path(__file__).parents[1]
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=timeout, env=environment)
+
+
+@needs_libtpu
+def test_the_command_compiles_for_a_tpu():
+    """A plain DiT's step from latents on four chips: the table, and the numbers as JSON in the last line."""
+    small = {"width": 128, "depth": 2, "num_heads": 2, "head_depth": 0}
+    sizes = [f"--config.dit.{key}={value}" for key, value in small.items()]
+    how = ["--config.dtype=bfloat16", "--config.remat=dots", "--config.unroll=False", "--config.mesh.data=1"]
+    stage = ["--config.stages=('dit',)", "--config.data.latents=none", "--config.dit.train.optimizer=adamw"]
+    rest = ["--config.mesh.fsdp=4", "--topology=v5e:2x2", "--program=train"]
+    done = _compile("--config=configs/small.py", *sizes, *how, *stage, *rest)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout.splitlines()[-1])
+    assert found["program"] == "train" and found["topology"] == "v5e:2x2" and found["fits"] is True
+    assert 0 < found["peak_bytes"] < found["hbm_bytes"] == int(15.75 * 2**30)
+    assert 1.0 <= found["flops_ratio"] < 1.1
+    assert found["collective_bytes"] == sum(found["collective_bytes_by_kind"].values()) > 0
+    assert "of the model's own" in done.stdout
+
+
+@needs_libtpu
+def test_nothing_is_whole_in_the_program_of_a_tpu():
+    config = _config()
+    config.stages, config.dtype, config.remat = ("dit",), "bfloat16", "dots"
+    devices, chip = topology.devices("v5e:2x2")
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, devices)
+    (program,) = aot.programs(config, mesh, ("train",))
+    assert not _whole(program, mesh, program.jitted.lower(*program.arguments).compile())
+
+
+SMALL = "--config=configs/small.py"
+BAD = {
+    "needs --topology": [SMALL],
+    "--topology=v9:2x2 is not KIND:SIZES": [SMALL, "--topology=v9:2x2"],
+    "a slice of v5e has 2 axes": [SMALL, "--topology=v5e:2x2x2"],
+    "libtpu knows no such topology": [SMALL, "--topology=v5e:3x5"],
+    "do not multiply to the 16 devices": [SMALL, "--topology=v5e:4x4", "--config.mesh.data=3"],
+    "config.dit.train.batch_size=20 cannot be split over 16 devices": [
+        *(SMALL, "--topology=v5e:4x4", "--config.dit.train.batch_size=20"),
+    ],
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("message", BAD)
+def test_mistakes_are_one_line(message):
+    done = _compile(*BAD[message])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(topology.UserError, match=r"pip install -e '.\[tpu\]'"):
+        topology.devices("v5e:4x4")
