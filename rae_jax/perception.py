@@ -15,6 +15,7 @@ from rae_jax.weights import engine, hub, perceptual
 # The config's keys of each part's files.
 _KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
 PARTS = tuple(_KEYS)
+AT_A_TIME = 32  # images that Inception sees on a device: on a CPU each one takes some 90 MB
 MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # features of Inception whose moments count, and their sizes
 
 
@@ -75,7 +76,7 @@ def compare(parts, images, others):
 def features(params, images):
     """What `Inception` sees in 8-bit images, given as floats in [0, 1]; float32 in earnest."""
     with jax.default_matmul_precision("highest"):
-        return Inception().apply({"params": params}, images)
+        return sharding.in_parts(lambda x: Inception().apply({"params": params}, x), images, AT_A_TIME)
 
 
 class Seen:

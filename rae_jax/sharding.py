@@ -95,6 +95,22 @@ def jit(function, mesh, **options):
     return jax.jit(functools.wraps(function)(on_mesh), **options)
 
 
+def in_parts(function, x, most):
+    """function(x) of x [B, ...] inside `jit`, row by row the same, by parts of at most `most` rows a device.
+
+    For what needs much memory a row. A number of rows without such a divisor makes smaller parts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = x.shape[0] // (1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"])
+    count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
+    if count == 1:
+        return function(x)
+    # Every device keeps its own rows: neighbours go to different parts.
+    parts = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    found = jax.lax.map(function, parts)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(x.shape[0], *a.shape[2:]), found)
+
+
 def gathered(kernel, name):
     """A kernel inside `jit`, whole but for its tensor part; its gradient is summed straight into parts again.
 

@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import tiny
 from jax.sharding import PartitionSpec as P
@@ -86,3 +87,19 @@ def test_a_batch_that_does_not_divide_is_refused():
     config.dit.train.batch_size = 12
     with pytest.raises(UserError, match="config.dit.train.batch_size=12 cannot be split over 8 devices"):
         config_lib.check(config, _mesh(2, 4, 1))
+
+
+@pytest.mark.parametrize("rows, part", [(24, 24), (48, 24), (40, 8)])
+def test_parts_of_a_batch_are_the_whole(rows, part):
+    """Each of at most three rows a device, or a divisor of its rows; the order stays."""
+    seen, mesh = [], _mesh(2, 4, 1)
+    x = jnp.arange(rows * 2.0).reshape(rows, 2)
+
+    def function(x):
+        seen.append(x.shape[0])
+        return {"twice": 2.0 * x, "sum": x.sum(1)}
+
+    found = sharding.jit(lambda x: sharding.in_parts(function, x, 3), mesh)(sharding.put_batch(x, mesh))
+    assert set(seen) == {part}
+    np.testing.assert_array_equal(found["twice"], 2.0 * x)
+    np.testing.assert_array_equal(found["sum"], x.sum(1))
