@@ -73,16 +73,17 @@ def _sizes(mesh, num_devices, slices):
 
 def _arranged(sizes, slices, devices):
     """The devices as an array: on TPU so that neighbours on an axis are neighbours in the torus, where that can be."""
-    options = {"devices": devices, "allow_split_physical_axes": True}
+    devices = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
+    options = {"devices": devices, "allow_split_physical_axes": True}
     try:
         if slices > 1:
             inside = (sizes[0] // slices, *sizes[1:])
             return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **options)
         return mesh_utils.create_device_mesh(sizes, **options)
     except (NotImplementedError, ValueError):  # no such assignment is known
-        return np.asarray(sorted(devices, key=lambda device: getattr(device, "slice_index", 0))).reshape(sizes)
+        return np.asarray(devices).reshape(sizes)
 
 
 def jit(function, mesh, **options):
