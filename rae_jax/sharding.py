@@ -84,7 +84,7 @@ def _arranged(sizes, slices, devices):
             inside = (sizes[0] // slices, *sizes[1:])
             return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **options)
         return mesh_utils.create_device_mesh(sizes, **options)
-    except (NotImplementedError, ValueError):  # no such assignment is known
+    except (AssertionError, NotImplementedError, ValueError):  # no such assignment is known
         return np.asarray(devices).reshape(sizes)
 
 
