@@ -80,7 +80,7 @@ def check(config, mesh):
     used = {
         stage: f"{stage}.train.batch_size" if stage in TRAINED else f"{stage}.batch_size" for stage in config.stages
     }
-    for key in (*used.values(), "evaluate.batch_size"):
+    for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
     _check_shapes(config)
 
