@@ -77,9 +77,7 @@ def check(config, mesh):
         _check_latents(config)
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)
     _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
-    used = {
-        stage: f"{stage}.train.batch_size" if stage in TRAINED else f"{stage}.batch_size" for stage in config.stages
-    }
+    used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
     for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
     _check_shapes(config)
