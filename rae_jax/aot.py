@@ -69,9 +69,9 @@ def measure(program, mesh, chip):
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
     }
     peak = sum(sizes.values()) - 2 * sizes["donated_bytes"]
+    sizes["code_bytes"] = memory.generated_code_size_in_bytes
     costs = hlo.Program(compiled.as_text()).costs()
     return {
         **{**found, **sizes, "fits": peak <= chip.hbm, "peak_bytes": peak},
@@ -107,7 +107,7 @@ def table(name, found):
         name,
         f"  arguments    {gib('argument_bytes')}",
         f"  outputs      {gib('output_bytes')}, {found['donated_bytes'] / GIB:.2f} of them in the arguments' place",
-        f"  temporaries  {gib('temp_bytes')}, and {found['code_bytes'] / GIB:.2f} of code",
+        f"  temporaries  {gib('temp_bytes')}, and {found['code_bytes'] / GIB:.2f} of code beside them",
         peak,
         f"  FLOPs        {found['flops'] / 1e12:9.2f} T, {found['flops_ratio']:.3f} of the model's own",
         *(f"  {kind:18} {size / GIB:.3f} GiB sent" for kind, size in sent.items()),

@@ -75,12 +75,13 @@ def check(config, mesh):
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
     for stage in TRAINED:
-        _check_training(config, f"{stage}.train", mesh)
+        _check_training(config, f"{stage}.train")
     if config.data.latents:
         _check_latents(config)
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)
     _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
-    for key in ("statistics.batch_size", "evaluate.batch_size"):
+    used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
+    for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
     _check_shapes(config)
     _check_attention(config, mesh.devices.flat[0])
@@ -171,7 +172,7 @@ _DECAYS = "it must be at least 0 and below 1"
 _ORDER = f"each at most once, in the order {', '.join(STAGES)}"
 
 
-def _check_training(config, section, mesh):
+def _check_training(config, section):
     train = _get(config, section)
     for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
         _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
@@ -180,7 +181,6 @@ def _check_training(config, section, mesh):
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     drawn = config.data.source == "shapes"
     _require(not (drawn and train.crop == "random"), config, f"{section}.crop", "shapes are drawn at their size")
-    sharding.check_batch(train.batch_size, mesh, f"config.{section}.batch_size")
 
 
 def _check_latents(config):

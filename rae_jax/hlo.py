@@ -148,9 +148,13 @@ def _made(i):
 def _written(i, fused):
     """Bytes that a fusion writes: of what it updates in place, the update's."""
     root = list(fused.values())[-1]
-    results = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    parts, results = _TYPE.findall(i.result), [root]
+    if root.opcode == "tuple":
+        results = [fused[name] for name in root.operands]
+    elif len(parts) > 1:
+        return _main_memory(i.result)
     total = 0.0
-    for part, result in zip(_TYPE.findall(i.result), results, strict=True):
+    for part, result in zip(parts, results, strict=True):
         made, size = _follow(result, fused), _main_memory(part)
         in_place = made.opcode == "dynamic-update-slice"
         total += min(size, _bytes(_arrays(fused[made.operands[1]].result))) if in_place else size

@@ -38,6 +38,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
             f"--images_per_shard={images_per_shard} cannot work: it must be a multiple of "
             f"config.statistics.batch_size={batch_size}"
         )
+    sharding.check_batch(batch_size, mesh, "config.statistics.batch_size")
     source = build.source(config, "train", crop="centre")
     params = stages.load(config, "encoder", "", mesh)
     index = {

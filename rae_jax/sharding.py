@@ -52,7 +52,8 @@ def make_mesh(mesh, devices=None):
     number of devices, or data does not to that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Elsewhere JAX may call every host a slice, but their order is that of jax.devices() already.
+    slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes = _sizes(mesh, len(devices), slices)
     asked = ", ".join(f"config.mesh.{axis}={mesh[axis]}" for axis in AXES)
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
@@ -73,16 +74,18 @@ def _sizes(mesh, num_devices, slices):
 
 def _arranged(sizes, slices, devices):
     """The devices as an array: on TPU so that neighbours on an axis are neighbours in the torus, where that can be."""
-    options = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        devices = sorted(devices, key=lambda device: device.slice_index)
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
+    options = {"devices": devices, "allow_split_physical_axes": True}
     try:
         if slices > 1:
             inside = (sizes[0] // slices, *sizes[1:])
             return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **options)
         return mesh_utils.create_device_mesh(sizes, **options)
-    except (NotImplementedError, ValueError):  # no such assignment is known
-        return np.asarray(sorted(devices, key=lambda device: getattr(device, "slice_index", 0))).reshape(sizes)
+    except (AssertionError, NotImplementedError, ValueError):  # no such assignment is known
+        return np.asarray(devices).reshape(sizes)
 
 
 def jit(function, mesh, **options):

@@ -139,12 +139,13 @@ class _Game:
         # A fresh, noise-free, 8-bit reconstruction by the updated decoder: what the images will really look like.
         fake = self.autoencoder.decode(state["params"], latents)
         fake = jnp.round(jnp.clip(fake, 0.0, 1.0) * 255.0) / 255.0
-        both = jax.lax.stop_gradient(jnp.concatenate([images, fake]))
+        # Each fake image after its real one: on a mesh, both are on the device that made them.
+        both = jax.lax.stop_gradient(jnp.stack([images, fake], 1).reshape(-1, *images.shape[1:]))
 
         def loss(disc_params):
             disc = {"params": disc_params, "spectral": state["disc_spectral"]}
             logits, moved = self.discriminator.judge(frozen["backbone"], disc, both, key, mutable=["spectral"])
-            real, fake = jnp.split(logits, 2)
+            real, fake = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
             return self.discriminator.loss(real, fake), (moved["spectral"], real.mean(), fake.mean())
 
         (value, (spectral, real, fake)), grads = jax.value_and_grad(loss, has_aux=True)(state["disc_params"])

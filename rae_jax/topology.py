@@ -35,6 +35,9 @@ CHIPS = {
 }
 
 
+_SOME_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
 def devices(topology, num_slices=1):
     """(devices, Chip) of `num_slices` slices of a topology such as 'v5e:16x16'; nothing of it need be here.
 
@@ -47,7 +50,8 @@ def devices(topology, num_slices=1):
     if num_slices < 1:
         raise UserError(f"--num_slices={num_slices} cannot work: it must be positive")
     jax.config.update("jax_platforms", "cpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask what TPU this is
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask what TPU this is,
+    os.environ.update(_SOME_HOST)  # and libtpu complains where nothing says it
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: no device is used
     try:
         slices = {"num_slices": num_slices} if num_slices > 1 else {}

@@ -1,4 +1,4 @@
-"""A step on every mesh: the same numbers, nothing whole on one device; and the command that compiles for others."""
+"""A step on every mesh: the same numbers, nothing whole on one device; and the command that compiles ahead of time."""
 
 import functools
 import importlib.util

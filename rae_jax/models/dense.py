@@ -34,8 +34,8 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         name = "/".join((*self.path, "kernel"))
         y, pieces = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
-        y = checkpoint_name(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), PRODUCT)
-        return _parts(y, pieces, self.parts)
+        found = _parts(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), pieces, self.parts)
+        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found)
 
 
 def product(x, kernel, name, parts=1):
