@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch_dit import DiTDH
 from configs import dit_b, encoders
 from rae_jax import build, malloc, published, stages
 from rae_jax.config import latent_shape
-from rae_jax.weights import engine, tables
+from rae_jax.weights import engine, store, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,21 +209,22 @@ def _encoders(args):
     params, e = _weights(config, "encoder"), config.encoder
     images = np.random.default_rng(1).random((args.batch, e.input_size, e.input_size, 3), np.float32)
     encoder = build.encoder(config, e)
-    module = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(
-            hidden_size=e.width,
-            num_hidden_layers=e.depth,
-            num_attention_heads=e.num_heads,
-            patch_size=e.patch_size,
-            image_size=e.position_size,
-        )
-    ).eval()
-    tensors = published.tensors_of(config, "encoder", params)
+    sizes = Dinov2WithRegistersConfig(
+        hidden_size=e.width,
+        num_hidden_layers=e.depth,
+        num_attention_heads=e.num_heads,
+        patch_size=e.patch_size,
+        image_size=e.position_size,
+    )
+    with tempfile.TemporaryDirectory() as folder:  # transformers' own names are those of its files no longer
+        store.write(Path(folder) / "model.safetensors", published.tensors_of(config, "encoder", params))
+        sizes.save_pretrained(folder)
+        module = Dinov2WithRegistersModel.from_pretrained(folder).eval()
     module.layernorm = torch.nn.Identity()  # ours comes without it, too
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     tokens = 1 + e.num_registers
     ours = _ours(lambda p, x: encoder.apply({"params": p}, x)[0], params, (images,))
-    theirs = _theirs(module, tensors, (pixels,), lambda found: found.last_hidden_state[:, tokens:])
+    theirs = _theirs(module, module.state_dict(), (pixels,), lambda found: found.last_hidden_state[:, tokens:])
     return {"rae_jax": Side(ours.forward, None), "transformers": Side(theirs.forward, None)}
 
 
