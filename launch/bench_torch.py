@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch_dit import DiTDH
 from configs import dit_b, encoders
 from rae_jax import build, malloc, published, stages
 from rae_jax.config import latent_shape
-from rae_jax.weights import engine, tables
+from rae_jax.weights import engine, store, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +129,14 @@ def _ours(function, params, inputs):
     )
 
 
-def _theirs(module, tensors, inputs, output):
+def _loaded(module, tensors):
+    """The module with these arrays as its weights; of what they lack it keeps its own."""
+    module.load_state_dict({**module.state_dict(), **{name: torch.tensor(array) for name, array in tensors.items()}})
+    return module.eval()
+
+
+def _theirs(module, inputs, output):
     """A torch module; `output` brings what it returns into our shape."""
-    module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in tensors.items()})
 
     def forward():
         with torch.inference_mode():
@@ -167,7 +173,7 @@ def _dits(args):
         their_sizes.update({"hidden_size": widths, "depth": depths, "num_heads": list(heads)})
         modules["authors"] = DiTwDDTHead(**their_sizes)
     for name, module in modules.items():
-        sides[name] = _theirs(module.eval(), tensors, inputs, lambda v: v.permute(0, 2, 3, 1))
+        sides[name] = _theirs(_loaded(module, tensors), inputs, lambda v: v.permute(0, 2, 3, 1))
     return sides
 
 
@@ -187,7 +193,7 @@ def _decoders(args):
         patch_size=d.patch_size,
         image_size=config.data.image_size,
     )
-    tensors = {**module.state_dict(), **engine.unload(params, tables.DIFFUSERS_DECODER)}
+    tensors = engine.unload(params, tables.DIFFUSERS_DECODER)
     tokens = torch.from_numpy(latents).flatten(1, 2)
     side, p = latents.shape[1], d.patch_size
 
@@ -197,7 +203,7 @@ def _decoders(args):
 
     return {
         "rae_jax": _ours(lambda p, x: decoder.apply({"params": p}, x), params, (latents,)),
-        "diffusers": _theirs(module.eval(), tensors, (tokens,), image),
+        "diffusers": _theirs(_loaded(module, tensors), (tokens,), image),
     }
 
 
@@ -208,21 +214,22 @@ def _encoders(args):
     params, e = _weights(config, "encoder"), config.encoder
     images = np.random.default_rng(1).random((args.batch, e.input_size, e.input_size, 3), np.float32)
     encoder = build.encoder(config, e)
-    module = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(
-            hidden_size=e.width,
-            num_hidden_layers=e.depth,
-            num_attention_heads=e.num_heads,
-            patch_size=e.patch_size,
-            image_size=e.position_size,
-        )
-    ).eval()
-    tensors = published.tensors_of(config, "encoder", params)
+    sizes = Dinov2WithRegistersConfig(
+        hidden_size=e.width,
+        num_hidden_layers=e.depth,
+        num_attention_heads=e.num_heads,
+        patch_size=e.patch_size,
+        image_size=e.position_size,
+    )
+    with tempfile.TemporaryDirectory() as folder:  # transformers' own names are those of its files no longer
+        store.write(Path(folder) / "model.safetensors", published.tensors_of(config, "encoder", params))
+        sizes.save_pretrained(folder)
+        module = Dinov2WithRegistersModel.from_pretrained(folder).eval()
     module.layernorm = torch.nn.Identity()  # ours comes without it, too
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     tokens = 1 + e.num_registers
     ours = _ours(lambda p, x: encoder.apply({"params": p}, x)[0], params, (images,))
-    theirs = _theirs(module, tensors, (pixels,), lambda found: found.last_hidden_state[:, tokens:])
+    theirs = _theirs(module, (pixels,), lambda found: found.last_hidden_state[:, tokens:])
     return {"rae_jax": Side(ours.forward, None), "transformers": Side(theirs.forward, None)}
 
 

@@ -41,6 +41,8 @@ def start(coordinator=None, num_processes=None, process_id=None):
     # The loop handles SIGTERM itself, and finds an agreement: see Agreement.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Gloo tells what it receives apart by its order alone: on CPU no program may begin before another one's end.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**settings, shutdown_timeout_seconds=FAREWELL)
     except (ValueError, RuntimeError) as error:

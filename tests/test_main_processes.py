@@ -36,6 +36,8 @@ def _start(command, index, count, port):
         "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
         **({"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}),
         **({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
+        # A program from the cache and one that was compiled anew may order their collectives differently.
+        **({"JAX_ENABLE_COMPILATION_CACHE": "false"} if count > 1 else {}),
     }
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipe)
@@ -67,6 +69,10 @@ def _command(workdir, mode, count, **changes):
     return ["-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={workdir}", f"--mode={mode}", *options]
 
 
+def _last_step(metrics):
+    return max((row["step"] for row in logs.read(metrics)), default=0)
+
+
 def _results(workdir):
     results = json.loads((workdir / "eval" / "tiny.json").read_text())
     return {name: value for name, value in results.items() if name != "seconds"}
@@ -80,7 +86,8 @@ def _assert_rows_close(one, two):
         for a, b in zip(*rows, strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5), (stage, key, a, b)
+                close = 1e-5 if key == "loss" else 1e-4  # a few steps against a discriminator magnify rounding
+                assert a[key] == pytest.approx(b[key], rel=close, abs=close), (stage, key, a, b)
 
 
 @pytest.mark.slow
@@ -107,21 +114,28 @@ def test_a_signal_to_one_stops_all_and_they_go_on(tmp_path):
     """SIGTERM to the second process alone; both stop at the same step, one process goes on from there."""
     shipped = {"width": 96, "depth": 4, "num_heads": 3, "hidden": 384}
     changes = {"stages": ("dit",), "decoder": shipped, "evaluate": {"num_images": 4}}
-    started = _start_all(_command(tmp_path, "train", 2, **changes, dit={"train": {"num_steps": 3000}}), 2)
+    changes["dit"] = {"train": {"num_steps": 3000}}
     metrics = tmp_path / "metrics" / "dit.jsonl"
-    deadline = time.monotonic() + 1500
-    while time.monotonic() < deadline and not (metrics.exists() and len(logs.read(metrics)) > 3):
-        time.sleep(0.2)
-    started[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=1500)[0] for process in started]
-    assert started[0].returncode == started[1].returncode != 0, said
-    stopped = {line.split(";")[0] for text in said for line in text.splitlines() if "interrupted at" in line}
-    assert len(stopped) == 1, said
-    step = int(stopped.pop().split("step ")[1].split()[0])
+
+    def run_for_a_while(count, beyond):
+        """Start, send SIGTERM to the last process after that step, and return the step at which all stopped."""
+        started = _start_all(_command(tmp_path, "train", count, **changes), count)
+        deadline = time.monotonic() + 1500
+        while time.monotonic() < deadline and _last_step(metrics) <= beyond:
+            time.sleep(0.2)
+        started[-1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=1500)[0] for process in started]
+        assert len({process.returncode for process in started}) == 1 and started[0].returncode > 0, said
+        stopped = {line.split(";")[0] for text in said for line in text.splitlines() if "interrupted at" in line}
+        assert len(stopped) == 1, said
+        return int(stopped.pop().split("step ")[1].split()[0]), said[0]
+
+    step, _ = run_for_a_while(2, 3)
     assert [path.name for path in (tmp_path / "checkpoints" / "dit").iterdir()] == [str(step)]
     assert logs.read(metrics)[-1]["step"] == step
-    said = _run(_command(tmp_path, "train", 1, **changes, dit={"train": {"num_steps": step + 2}}), 1)[0]
-    assert f"going on from step {step}" in said and logs.read(metrics)[-1]["step"] == step + 2
+    further, said = run_for_a_while(1, step)
+    assert f"going on from step {step}" in said and further > step
+    assert [row["step"] for row in logs.read(metrics)] == list(range(1, further + 1))
 
 
 def _agree():
