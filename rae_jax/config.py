@@ -9,7 +9,7 @@ import math
 
 from etils import epath
 
-from rae_jax import sharding
+from rae_jax import files, sharding
 from rae_jax.errors import UserError
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -17,7 +17,7 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint"),
+    *("name", "log_every", "unroll", "remat", "mesh", "checkpoint", "health"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
@@ -27,6 +27,8 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
+    "checkpoint.best_is": ("lowest", "highest"),
+    "checkpoint.on_error": ("continue", "stop"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
     "encoder.mlp": _MLPS,
     "discriminator.backbone.family": ("encoder", *_PUBLISHED),
@@ -67,6 +69,12 @@ def check(config, mesh):
     for key in ("data.num_threads", "data.num_workers"):
         _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
+    for key in ("checkpoint.keep_every", *(f"health.{name}" for name in config.health)):
+        _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
+    evaluated = not config.checkpoint.best or config.evaluate.every
+    _require(
+        evaluated, config, "checkpoint.best", "it is a metric of evaluations in training: set config.evaluate.every"
+    )
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
@@ -106,7 +114,7 @@ def save(config, workdir):
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to"

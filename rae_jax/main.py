@@ -3,6 +3,7 @@
 python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
 """
 
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -15,8 +16,9 @@ from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
-DIVERGED = 1  # exit status after a loss that is not finite
-INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
+DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can mend
+RESTART = 75  # after SIGTERM, with all saved: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130  # the same after Ctrl-C: whoever was at the keyboard wanted it to end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
@@ -35,7 +37,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
-    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
+    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.FATAL)
+    signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
     try:
         config, workdir = _CONFIG.value, epath.Path(_WORKDIR.value)
         malloc.keep_freed_memory()
@@ -52,10 +55,23 @@ def run(argv):
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:  # between two stages, or for the second time
+        sys.exit(RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
+    except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
+    except (OSError, MemoryError) as error:  # the machine's, not the program's
+        if flags.FLAGS.debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        command.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminate(number, frame):
+    raise _Terminated
 
 
 if __name__ == "__main__":
