@@ -60,7 +60,7 @@ def read(path):
     """The rows of a metrics file; a line cut off by a crash ends it."""
     path = epath.Path(path)
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
