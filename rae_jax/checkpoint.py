@@ -5,11 +5,11 @@ last that is written before the folder gets its name, so that a folder of that n
 is seen before it is used.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from rae_jax.errors import UserError
 MANIFEST = "manifest.json"
 _NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
 LONGEST_PAUSE = 600.0  # seconds between two tries to write
+PROMPT = 10.0  # seconds that a write may take for the next one, which is due, to be waited with
 _CHUNK = 2**22  # bytes
 # Of a program. Disks, networks and Orbax raise anything else: OSError, ValueError, RuntimeError.
 _MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
@@ -48,8 +49,8 @@ class Checkpoints:
         self._folder = epath.Path(folder).resolve()  # Orbax takes absolute paths alone
         self._keep, self._every, self._keep_every, self._on_error = keep, every, keep_every, on_error
         self._due, self._failures, self._not_before = False, 0, 0.0
-        self._pending, self._step, self._score, self._reason = None, None, None, ""
-        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending, self._began, self._step, self._score, self._reason = None, 0.0, None, None, ""
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             for path in self._folder.iterdir():
@@ -86,13 +87,15 @@ class Checkpoints:
     def wants(self, step, score=None):
         """Whether to save after this step: one in `every`, and where the score is the best one so far.
 
-        Later where the one before is still being written, and again after a pause where it could not be. Several
-        processes, who have to do the same, wait instead, and try again when the next one is due.
+        Later where the one before is still being written after `PROMPT` seconds, and again after a pause where it could
+        not be. Several processes, who have to do the same, wait instead, and try again when the next one is due.
         """
         self._due |= step % self._every == 0 or self._is_best(score)
         if jax.process_count() > 1:
             due, self._due = self._due, False
             return due
+        if self._due and self._pending is not None:
+            concurrent.futures.wait([self._pending], max(0.0, self._began + PROMPT - time.monotonic()))
         self._collect(wait=False)
         return self._due and self._pending is None and time.monotonic() >= self._not_before
 
@@ -105,7 +108,7 @@ class Checkpoints:
         self._collect(wait=True)
         if step in steps(self._folder):
             return
-        self._step, self._score, self._due = step, score, False
+        self._step, self._score, self._due, self._began = step, score, False, time.monotonic()
         parts = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(iterator.get_state())}
         try:
             self._writer.save(self._path(step), args=ocp.args.Composite(**parts))
@@ -314,7 +317,7 @@ def _fingerprints(folder, names=None):
                 checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
         return size, checksum
 
-    with ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(fingerprint, names), strict=True))
 
 
