@@ -93,7 +93,7 @@ def wait_for(condition, process, limit=1200):
 
 
 def differences(ours, theirs, stages):
-    """What differs between two finished workdirs, in words: every array of the final states, every number of the metrics.
+    """What differs between two finished workdirs, in words: arrays of the final states, numbers of the metrics.
 
     What depends on the clock (perf/) is left out.
     """

@@ -7,18 +7,18 @@ from absl import flags
 from ml_collections import config_flags
 
 
-def parser(config_flag):
+def parser(config_flag, values=flags.FLAGS):
     """absl's parser for a command whose --config is `config_flag`, with ml_collections' complaints as one line."""
 
     def parse(argv):
         try:
-            arguments = flags.FLAGS(argv)
+            arguments = values(argv)
             if config_flag.value is not None:
                 config_flag.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
         except flags.Error as error:
             fail(_one_line(error))
         except OSError:
-            path = config_flags.get_config_filename(flags.FLAGS["config"])
+            path = config_flags.get_config_filename(values["config"])
             fail(f"cannot load --config={path}: name a file such as configs/small.py")
         except (AttributeError, KeyError) as error:
             fail(f"unknown config key {_one_line(error)}")

@@ -96,7 +96,7 @@ def _names(path):
 
 def _read(path, name):
     try:
-        with path.open("rb") as file, np.load(file) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive[name]
     except _DAMAGED as error:
         raise _not_whole(error) from error
