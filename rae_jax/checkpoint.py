@@ -84,6 +84,12 @@ class Checkpoints:
             self._collect(wait=True)
         return "there is no checkpoint" if self.latest is None else f"last good checkpoint: {self._path(self.latest)}"
 
+    @property
+    def finished(self):
+        """Whether nothing is being written."""
+        self._collect(wait=False)
+        return self._pending is None
+
     def wants(self, step, score=None):
         """Whether to save after this step: one in `every`, and where the score is the best one so far.
 

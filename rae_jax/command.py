@@ -1,10 +1,15 @@
 """What the commands share: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
 
+import contextlib
+import os
 import re
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
+
+RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 def parser(config_flag, values=flags.FLAGS):
@@ -40,6 +45,27 @@ def plain_parser(argv):
     if len(arguments) > 1:
         fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
     return arguments
+
+
+@contextlib.contextmanager
+def peers():
+    """Where one of several processes is gone, the others cannot go on: say so, and end at once with status RESTART.
+
+    Without the usual end of a program, which would wait for all processes.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"another process of this run is gone, or cannot be reached ({reason}): run the same command again on all "
+            f"hosts, which goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(RESTART)
 
 
 def fail(message):

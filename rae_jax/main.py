@@ -6,6 +6,7 @@ python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=tr
 import signal
 import sys
 
+import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
@@ -17,8 +18,7 @@ from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct}
 DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can mend
-RESTART = 75  # after SIGTERM, with all saved: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
-INTERRUPTED = 130  # the same after Ctrl-C: whoever was at the keyboard wanted it to end
+INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.RESTART
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
@@ -45,7 +45,8 @@ def run(argv):
         mesh = sharding.make_mesh(config.mesh)
         config_lib.check(config, mesh)
         config_lib.check_workdir(config, workdir)
-        MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+        with command.peers():
+            MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
     except UserError as error:
         if flags.FLAGS.debug:
             raise
@@ -55,10 +56,14 @@ def run(argv):
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
-        sys.exit(RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
+        sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
     except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
+        sys.exit(command.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if flags.FLAGS.debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        command.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
     except (OSError, MemoryError) as error:  # the machine's, not the program's
         if flags.FLAGS.debug:
             raise
