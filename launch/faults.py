@@ -3,8 +3,8 @@
     python -m launch.faults [--only=WORD] [--folder=FOLDER]
 
 Each run is the command with one small stage, the judge's. After each fault the same command is run again, and must end
-as a run that was left alone, bit by bit, unless the table says otherwise. The exit status is 1 where something is not as
-it should be. What cannot be tried here (mounting takes root) is said.
+as a run that was left alone, bit by bit, unless the table says otherwise. The exit status is 1 where something is not
+as it should be. What cannot be tried here (mounting takes root) is said.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What a run says: metrics as JSON lines, TensorBoard where TensorFlow is, progress on the terminal."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -113,7 +114,8 @@ def say(text, *, everywhere=False):
     Of several processes the first one speaks; with `everywhere`, each does.
     """
     if everywhere or jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a run does not end because its log's disk is full, or its terminal gone
+            print(text, file=sys.stderr, flush=True)
 
 
 def _tensorboard(folder):

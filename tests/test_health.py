@@ -17,8 +17,7 @@ from rae_jax import checkpoint, health, heartbeat
 from rae_jax.train import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
-BAD = PLACES(8)[1][3]  # an image of the eighth batch, which is of the second epoch
-FIRST = next(step for step in range(1, 20) if BAD in PLACES(step)[1])  # and when it came first
+BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoch shows once
 
 
 def _incidents(workdir):
@@ -46,12 +45,10 @@ def test_skipped_updates_leave_the_state_alone(tmp_path, capfd):
     toy.run(workdir, FIRST, **how)
     toy.run(workdir, 12, **how)
     assert trials.differences(workdir, whole, ["toy"]) == []
-    before, after = (trials.read_state(whole / "checkpoints" / "toy" / str(step)) for step in (FIRST, FIRST + 1))
-    skipped = trials.read_state(whole / "checkpoints" / "toy" / str(max(FIRST - 1, 1)))
-    assert int(before["['step']"]) == FIRST and (
-        FIRST == 1 or (skipped["['params']['kernel']"] == before["['params']['kernel']"]).all()
-    )
-    assert (after["['params']['kernel']"] != before["['params']['kernel']"]).any()
+    states = [trials.read_state(whole / "checkpoints" / "toy" / str(step)) for step in (FIRST - 1, FIRST, FIRST + 1)]
+    assert [int(state["['step']"]) for state in states] == [FIRST - 1, FIRST, FIRST + 1]
+    kernels = [state["['params']['kernel']"] for state in states]
+    assert (kernels[0] == kernels[1]).all() and (kernels[1] != kernels[2]).any()
     assert all(np.isfinite(value) for row in toy.rows(whole) for value in row.values())
     assert [row["step"] for row in toy.rows(whole)] == list(range(1, 13)) and "loss" not in toy.rows(whole)[FIRST - 1]
     assert f"the update of step {FIRST} is left out" in capfd.readouterr().err

@@ -96,6 +96,10 @@ def _safetensors(path):
     }
 
 
+# What torch's reader of plain tensors raises for files that are cut off, garbled, or hold anything else.
+_GARBLED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
 def _torch_tensors(path):
     torch = _torch(f"reading {path}", f"put {WHOLE} beside it")
     try:
@@ -106,7 +110,7 @@ def _torch_tensors(path):
             for name, tensor in state.items()
             if tensor is not None
         }
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except _GARBLED as error:
         raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
 
 
