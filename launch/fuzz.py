@@ -4,8 +4,8 @@
 
 Images go through the pipeline's reader; safetensors, npz and torch files through the loaders; random overrides through
 the flags' parser and all checks that come before training, and now and then the shapes of the models. Whatever is
-neither taken nor a UserError, or takes more than `LIMIT` seconds of work, is printed with its number; the exit status is 1
-then.
+neither taken nor a UserError, or takes more than `LIMIT` seconds of work, is printed with its number; the exit status
+is 1 then.
 """
 
 import argparse
@@ -227,7 +227,8 @@ def _start_up(arguments, folder, deep):
     values = flags.FlagValues()
     path = str(Path(tiny.__file__))
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    command.parser(holder, values)(["main", f"--config={path}", *arguments])
+    sys.argv = ["main", f"--config={path}", *arguments]  # where ml_collections looks for overrides
+    command.parser(holder, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     config_lib.check(config, mesh)

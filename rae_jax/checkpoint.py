@@ -8,6 +8,8 @@ is seen before it is used.
 import concurrent.futures
 import contextlib
 import json
+import os
+import re
 import time
 import zlib
 
@@ -354,6 +356,8 @@ def _agreed(number):
 
 
 def _in_one_line(error):
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of a screenful of TensorStore's
+        return os.strerror(int(code[1]))
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
