@@ -1,8 +1,8 @@
 """A run of two stages, killed again and again, must end as one that was left alone: bit by bit.
 
-    python -m launch.soak [--kills=30] [--steps=40] [--seed=0] [--folder=FOLDER]
+    python -m launch.soak [--kills=30] [--steps=40] [--seed=0] [--stages=decoder,dit] [--folder=FOLDER]
 
-Decoder and DiT by the command itself; only what comes after the last stage, evaluation and report, is left out. SIGKILL
+By the command itself; only what comes after the last stage, evaluation and report, is left out. SIGKILL
 and SIGTERM at random moments: while it starts, while it steps, while a checkpoint is being written. After every kill
 all finished checkpoints are whole, and none that was there is lost but for newer ones. Prints a table; the exit status
 is 1 where anything differs. A start takes about ten seconds of one core's time.
@@ -21,30 +21,29 @@ from pathlib import Path
 from launch import trials
 from rae_jax import checkpoint
 
-STAGES = ("decoder", "dit")
 MOMENTS = ("start", "step", "step", "writing", "writing")
 RESTART = 75
 
 
-def main(kills, steps, seed, folder):
+def main(kills, steps, seed, stages, folder):
     """Returns what differs in the end, in words."""
     rng, runs = random.Random(seed), trials.Trials(folder)
-    flags = [f"--config.{stage}.train.num_steps={steps}" for stage in STAGES]
+    flags = [f"--config.stages={tuple(stages)}", *(f"--config.{stage}.train.num_steps={steps}" for stage in stages)]
     alone, killed = (Path(folder) / name for name in ("alone", "killed"))
     for workdir in (alone, killed):
         shutil.rmtree(workdir, ignore_errors=True)
     status, said = runs.finish(alone, *flags, before=trials.without_evaluation)
     if status != 0:
         return [f"the run that was left alone ended with status {status}: {said[-2000:]}"]
-    wrong, newest, done = [], dict.fromkeys(STAGES, 0), 0
+    wrong, newest, done = [], dict.fromkeys(stages, 0), 0
     print(f"{'kill':>4}  {'signal':8} {'moment':10} {'status':>6}  newest checkpoint", flush=True)
     while done < kills:
         number = rng.choice((signal.SIGKILL, signal.SIGTERM))
         moment = rng.choice(MOMENTS)
-        if moment != "start" and sum(newest.values()) >= 2 * steps - 2:
+        if moment != "start" and sum(newest.values()) >= len(stages) * steps - 2:
             moment = "start"  # nothing is left to step
         process = runs.start(killed, *flags, before=trials.without_evaluation)
-        if not _await(moment, process, killed, rng, steps, kills - done):
+        if not _await(moment, process, killed, rng, len(stages) * steps, kills - done, stages):
             process.join()
             if process.exitcode != 0:
                 return [*wrong, f"it ended by itself with status {process.exitcode}: {trials.said(process)[-2000:]}"]
@@ -53,22 +52,22 @@ def main(kills, steps, seed, folder):
         process.join(300)
         done += 1
         wrong += _check(killed, newest, process.exitcode, number)
-        place = " ".join(f"{stage} {newest[stage]}" for stage in STAGES)
+        place = " ".join(f"{stage} {newest[stage]}" for stage in stages)
         print(f"{done:>4}  {number.name:8} {moment:10} {process.exitcode!s:>6}  {place}", flush=True)
     status, said = runs.finish(killed, *flags, before=trials.without_evaluation)
     if status != 0:
         wrong.append(f"the last run ended with status {status}: {said[-2000:]}")
         return wrong
-    return wrong + [f"differs: {what}" for what in trials.differences(killed, alone, STAGES)]
+    return wrong + [f"differs: {what}" for what in trials.differences(killed, alone, stages)]
 
 
-def _await(moment, process, workdir, rng, steps, left):
+def _await(moment, process, workdir, rng, rows, left, stages):
     """Until a random moment of that kind; False where the process ended first."""
     if moment == "start":
         return not _ended_within(process, rng.uniform(0.0, 6.0))
-    before = _rows(workdir)
-    share = max(1, round(rng.uniform(0.2, 1.8) * (2 * steps - before) / max(left, 1)))
-    reached = trials.wait_for(lambda: _rows(workdir) >= min(before + share, 2 * steps - 1), process)
+    before = _rows(workdir, stages)
+    share = max(1, round(rng.uniform(0.2, 1.8) * (rows - before) / max(left, 1)))
+    reached = trials.wait_for(lambda: _rows(workdir, stages) >= min(before + share, rows - 1), process)
     if reached and moment == "writing":
         pattern = "checkpoints/*/*.orbax-checkpoint-tmp*"
         reached = trials.wait_for(lambda: any(workdir.glob(pattern)), process)
@@ -80,14 +79,14 @@ def _ended_within(process, seconds):
     return not process.is_alive()
 
 
-def _rows(workdir):
-    return sum(trials.num_rows(workdir, stage) for stage in STAGES)
+def _rows(workdir, stages):
+    return sum(trials.num_rows(workdir, stage) for stage in stages)
 
 
 def _check(workdir, newest, status, number):
     """What is wrong after a kill; `newest` is brought up to date."""
     wrong = []
-    for stage in STAGES:
+    for stage in newest:
         folder = workdir / "checkpoints" / stage
         found = checkpoint.steps(folder)
         wrong += [f"{folder / str(s)}: {why}" for s in found if (why := checkpoint.damage(folder / str(s)))]
@@ -104,9 +103,11 @@ if __name__ == "__main__":
     for name, default in (("kills", 30), ("steps", 40), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", default=None, help="for the runs; by default a new one")
+    parser.add_argument("--stages", default="decoder,dit")
     given = parser.parse_args()
     began = time.monotonic()
-    found = main(given.kills, given.steps, given.seed, given.folder or tempfile.mkdtemp(prefix="soak_"))
+    folder = given.folder or tempfile.mkdtemp(prefix="soak_")
+    found = main(given.kills, given.steps, given.seed, given.stages.split(","), folder)
     print("\n".join(found) or "final parameters, averages, optimisers and metrics are the same to the last bit")
     print(f"{given.kills} kills, {time.monotonic() - began:.0f} s")
     sys.exit(bool(found))

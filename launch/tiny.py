@@ -17,7 +17,8 @@ def get_config():
     c.decoder.update({"width": 16, "depth": 1, "num_heads": 1, "hidden": 16})
     c.discriminator.layers = (0,)
     c.dit.update({"width": 16, "depth": 1, "num_heads": 1, "head_width": 16, "head_depth": 1, "head_num_heads": 1})
-    for stage in (c.decoder, c.dit):
+    c.judge.widths = (8,)
+    for stage in (c.encoder, c.judge, c.decoder, c.dit):
         stage.train.update({"num_steps": 100, "batch_size": 8, "warmup_steps": 2, "optimizer": "adamw"})
     c.decoder.train.update({"discriminator_start": 5, "adversarial_start": 10})
     c.sampler.num_steps = 2

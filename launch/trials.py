@@ -50,7 +50,7 @@ class Trials:
         process.start()
         return process
 
-    def finish(self, workdir, *arguments, limit=1200, **options):
+    def finish(self, workdir, *arguments, limit=3000, **options):
         """A whole run: (exit status, what it said); status None where it had to be killed after `limit` seconds."""
         process = self.start(workdir, *arguments, **options)
         process.join(limit)
@@ -80,7 +80,7 @@ def num_rows(workdir, stage):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(condition, process, limit=1200):
+def wait_for(condition, process, limit=3000):
     """Look every few milliseconds; whether it came true before the process ended."""
     began = time.monotonic()
     while not condition():
