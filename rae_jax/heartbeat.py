@@ -75,10 +75,13 @@ class Heartbeat:
             self._write()
             self._look()
 
+    def _usual(self):
+        return statistics.median(tuple(self._seconds))  # copied at once: the loop goes on meanwhile
+
     def _look(self):
         if not self._stalled or self._doing != "stepping" or len(self._seconds) < _ENOUGH:
             return
-        usual, waited = statistics.median(self._seconds), time.monotonic() - self._last
+        usual, waited = self._usual(), time.monotonic() - self._last
         if waited > max(self._stalled * usual, self._shortest, 2 * self._told):
             self._told = waited
             logs.say(
@@ -90,7 +93,7 @@ class Heartbeat:
     def _write(self):
         if jax.process_index() != 0:
             return
-        rate = 1 / max(statistics.median(self._seconds), 1e-9) if self._seconds else 0.0
+        rate = 1 / max(self._usual(), 1e-9) if self._seconds else 0.0
         state = {
             **{"stage": self._stage, "step": self._step, "num_steps": self._num_steps, "doing": self._doing},
             **{"steps_per_second": round(rate, 4), "memory": _memory()},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from launch import fuzz
+from rae_jax.data import sources
 from rae_jax.errors import UserError
 from rae_jax.weights import hub
 
@@ -29,6 +30,19 @@ def test_garbled_members_of_a_torch_file(tmp_path, member, content):
             np.testing.assert_array_equal(tensor.read(), np.ones(3))
     except UserError as error:
         assert "is not a whole file of tensors" in str(error)
+
+
+def test_what_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(21):
+            archive.writestr(f"a/{number}.png", bytes(100_000))
+    how = {"path": str(tmp_path / "bomb.zip"), "heldout_path": "", "split": "train", "image_size": 16}
+    assert (tmp_path / "bomb.zip").stat().st_size < 10_000
+    with pytest.raises(UserError, match="cannot identify image"):
+        sources.image_folder(**how)[0]
+    monkeypatch.setattr(sources, "LARGEST_ENTRY", 99_999)
+    with pytest.raises(UserError, match="bomb.zip:a/1.png .it unpacks to 100000 bytes"):
+        sources.image_folder(**how)[0]
 
 
 def _fetched(folder, name, content):
