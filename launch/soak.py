@@ -1,11 +1,12 @@
 """A run of two stages, killed again and again, must end as one that was left alone: bit by bit.
 
-    python -m launch.soak [--kills=30] [--steps=40] [--seed=0] [--stages=decoder,dit] [--folder=FOLDER]
+    python -m launch.soak [--kills=30] [--steps=40] [--seed=0] [--stages=decoder,dit | --toy] [--folder=FOLDER]
 
-By the command itself; only what comes after the last stage, evaluation and report, is left out. SIGKILL
+By the command itself; only what comes after the last stage, evaluation and report, is left out. With --toy, by the loop
+and all that is around it, but with two stages (parameters, averages, Adam) whose steps cost next to nothing. SIGKILL
 and SIGTERM at random moments: while it starts, while it steps, while a checkpoint is being written. After every kill
 all finished checkpoints are whole, and none that was there is lost but for newer ones. Prints a table; the exit status
-is 1 where anything differs. A start takes about ten seconds of one core's time.
+is 1 where anything differs. A start takes about ten seconds of one core's time, of a toy two.
 """
 
 import argparse
@@ -25,16 +26,26 @@ MOMENTS = ("start", "step", "step", "writing", "writing")
 RESTART = 75
 
 
-def main(kills, steps, seed, stages, folder):
+def main(kills, steps, seed, stages, folder, toy=False):
     """Returns what differs in the end, in words."""
     rng, runs = random.Random(seed), trials.Trials(folder)
     flags = [f"--config.stages={tuple(stages)}", *(f"--config.{stage}.train.num_steps={steps}" for stage in stages)]
+
+    def start(workdir):
+        if toy:
+            return runs.start_toy(workdir, stages, steps)
+        return runs.start(workdir, *flags, before=trials.without_evaluation)
+
+    def finish(workdir):
+        process = start(workdir)
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{workdir} ended with status {process.exitcode}: {trials.said(process)[-2000:]}")
+
     alone, killed = (Path(folder) / name for name in ("alone", "killed"))
     for workdir in (alone, killed):
         shutil.rmtree(workdir, ignore_errors=True)
-    status, said = runs.finish(alone, *flags, before=trials.without_evaluation)
-    if status != 0:
-        return [f"the run that was left alone ended with status {status}: {said[-2000:]}"]
+    finish(alone)
     wrong, newest, done = [], dict.fromkeys(stages, 0), 0
     print(f"{'kill':>4}  {'signal':8} {'moment':10} {'status':>6}  newest checkpoint", flush=True)
     while done < kills:
@@ -42,7 +53,7 @@ def main(kills, steps, seed, stages, folder):
         moment = rng.choice(MOMENTS)
         if moment != "start" and sum(newest.values()) >= len(stages) * steps - 2:
             moment = "start"  # nothing is left to step
-        process = runs.start(killed, *flags, before=trials.without_evaluation)
+        process = start(killed)
         if not _await(moment, process, killed, rng, len(stages) * steps, kills - done, stages):
             process.join()
             if process.exitcode != 0:
@@ -54,10 +65,7 @@ def main(kills, steps, seed, stages, folder):
         wrong += _check(killed, newest, process.exitcode, number)
         place = " ".join(f"{stage} {newest[stage]}" for stage in stages)
         print(f"{done:>4}  {number.name:8} {moment:10} {process.exitcode!s:>6}  {place}", flush=True)
-    status, said = runs.finish(killed, *flags, before=trials.without_evaluation)
-    if status != 0:
-        wrong.append(f"the last run ended with status {status}: {said[-2000:]}")
-        return wrong
+    finish(killed)
     return wrong + [f"differs: {what}" for what in trials.differences(killed, alone, stages)]
 
 
@@ -104,10 +112,12 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", default=None, help="for the runs; by default a new one")
     parser.add_argument("--stages", default="decoder,dit")
+    parser.add_argument("--toy", action="store_true")
     given = parser.parse_args()
     began = time.monotonic()
     folder = given.folder or tempfile.mkdtemp(prefix="soak_")
-    found = main(given.kills, given.steps, given.seed, given.stages.split(","), folder)
+    stages = ["first", "second"] if given.toy else given.stages.split(",")
+    found = main(given.kills, given.steps, given.seed, stages, folder, given.toy)
     print("\n".join(found) or "final parameters, averages, optimisers and metrics are the same to the last bit")
     print(f"{given.kills} kills, {time.monotonic() - began:.0f} s")
     sys.exit(bool(found))

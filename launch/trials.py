@@ -29,24 +29,26 @@ class Trials:
             }
         )
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["rae_jax.main", "launch.tiny", "orbax.checkpoint", "diffrax"])
-        self.call(_write_weights, self.folder / "weights")
-
-    def call(self, function, *arguments):
-        """Run a function in a process of its own, which must end well."""
-        process = self._processes.Process(target=function, args=arguments)
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{function.__name__} ended with status {process.exitcode}")
+        self._processes.set_forkserver_preload(["rae_jax.main", "launch.tiny", "launch.toy"])
 
     def start(self, workdir, *arguments, devices=1, before=None):
         """Begin a run; `before` is called in its process first. What it says goes to WORKDIR.log."""
+        if not (self.folder / "weights").exists():
+            writer = self._processes.Process(target=_write_weights, args=(self.folder / "weights",))
+            writer.start()
+            writer.join()
         weights = [f"--config.{part}.weights={self.folder / 'weights'}" for part in PARTS]
         argv = ["main", f"--config={ROOT / 'launch' / 'tiny.py'}", f"--workdir={workdir}", *weights, *arguments]
         log = Path(f"{workdir}.log")
         process = self._processes.Process(target=_run, args=(argv, log, devices, before))
         process.log = log
+        process.start()
+        return process
+
+    def start_toy(self, workdir, stages, num_steps):
+        """Begin a run of toy stages, which is the loop and all that is around it, and steps that cost nothing."""
+        process = self._processes.Process(target=_run_toy, args=(workdir, stages, num_steps, Path(f"{workdir}.log")))
+        process.log = Path(f"{workdir}.log")
         process.start()
         return process
 
@@ -129,12 +131,34 @@ def read_state(path):
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
 
 
-def _run(argv, log, devices, before):
-    """In the run's own process."""
+def _say_to(log):
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+
+
+def _run_toy(workdir, stages, num_steps, log):
+    """In the run's own process, with the exit statuses of the command."""
+    _say_to(log)
+    from etils import epath
+
+    from launch import toy
+    from rae_jax import command, health, lock
+    from rae_jax.train import InterruptedRun
+
+    try:
+        with lock.hold(workdir):
+            for name in stages:
+                care = health.Settings(heartbeat=0.05)
+                toy.run(epath.Path(workdir), num_steps, name=name, keep=2, care=care, on_error="continue")
+    except InterruptedRun:
+        sys.exit(command.RESTART)
+
+
+def _run(argv, log, devices, before):
+    """In the run's own process."""
+    _say_to(log)
     flags = "--xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     from absl import app

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from etils import epath
 
-from launch import trials
+from launch import toy, trials
 from rae_jax import checkpoint, sharding
 from rae_jax.errors import UserError
 

@@ -9,10 +9,9 @@ import types
 import jax
 import numpy as np
 import pytest
-import toy
 from etils import epath
 
-from launch import trials
+from launch import toy, trials
 from rae_jax import checkpoint, health, heartbeat
 from rae_jax.train import DivergedRun, InterruptedRun
 

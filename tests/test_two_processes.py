@@ -9,10 +9,9 @@ import time
 
 import jax
 import pytest
-import toy
 from etils import epath
 
-from launch import trials
+from launch import toy, trials
 from rae_jax import command, logs
 
 STEPS, BOUND = 60, 120.0  # seconds

@@ -47,11 +47,11 @@ def step(bad=None, leap=None):
     return toy_step
 
 
-def stage(num_steps, *, source=None, **kind):
+def stage(num_steps, *, name="toy", source=None, **kind):
     """Batches of 8, five to an epoch."""
     how = {"batch_size": 8, "seed": 0, "random_crop": False, "flip": False, "num_threads": 0}
     batches = pipeline.training_batches(source or Labels(), **how)
-    return Stage("toy", _init, step(**kind), {}, batches, batch_size=8, num_steps=num_steps)
+    return Stage(name, _init, step(**kind), {}, batches, batch_size=8, num_steps=num_steps)
 
 
 def mesh(data=1, fsdp=1):
@@ -60,10 +60,10 @@ def mesh(data=1, fsdp=1):
     return sharding.make_mesh(sizes, jax.devices()[: data * fsdp])
 
 
-def run(workdir, num_steps, *, on=None, source=None, kind=None, **how):
+def run(workdir, num_steps, *, name="toy", on=None, source=None, kind=None, **how):
     """Train it in `workdir`, from where it stands."""
     how = {"log_every": 1, "checkpoint_every": 2, "keep": 3, "mesh": on or mesh(), "key": jax.random.key(0), **how}
-    fit(stage(num_steps, source=source, **(kind or {})), workdir=workdir, **how)
+    fit(stage(num_steps, name=name, source=source, **(kind or {})), workdir=workdir, **how)
 
 
 def rows(workdir):
