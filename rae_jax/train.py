@@ -100,10 +100,8 @@ def fit(
                 pulse.beat(step)
                 if not (last or signals.received):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
-                if (
-                    step % log_every == 0 or last
-                ):  # only here, and before a checkpoint, does the host wait for this very step
-                    watch.ended()
+                if step % log_every == 0 or last:
+                    watch.ended()  # only here, and before a checkpoint, does the host wait for this very step
                     metrics_file.write(step, {**metrics, **clock.read()})
                     progress.update(step, _note(metrics))
                 # Before the checkpoint: a run that is killed in between does it again, and no number is missing.
