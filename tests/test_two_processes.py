@@ -49,8 +49,11 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     began = time.monotonic()
     said = pair[1 - victim].communicate(timeout=BOUND)[1]
     seconds, status = time.monotonic() - began, pair[1 - victim].returncode
-    print(f"the other one ended after {seconds:.1f} s with status {status}: {said[-600:]}")
-    assert status == command.RESTART and "another process of this run is gone" in said and "Traceback" not in said
+    print(f"the other one ended after {seconds:.1f} s with status {status}: {said[:3000]}")
+    # JAX's service ends it from a thread of its own, if the loop does not see first that the other one is gone.
+    ours = status == command.RESTART and "another process of this run is gone" in said
+    assert ours or (status == -signal.SIGABRT and "another task died" in said), said
+    assert "Traceback" not in said
     pair[victim].communicate()
     said = [process.communicate(timeout=600)[1] for process in _start(workdir)]
     assert "going on from step" in said[0], said
