@@ -29,7 +29,8 @@ def get_config():
     # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
     # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 64, data the rest.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    c.checkpoint = ConfigDict({"every": 500, "keep": 2})
+    c.checkpoint = _checkpoint()
+    c.health = _health()
     c.data = _data()
     c.encoder = _encoder()
     c.judge = _judge()
@@ -44,6 +45,30 @@ def get_config():
     c.guidance = _guidance()
     c.evaluate = _evaluate()
     return c
+
+
+def _checkpoint():
+    return ConfigDict(
+        {
+            "every": 500,  # steps
+            "keep": 2,  # the newest ones
+            "keep_every": 0,  # and those of every so many-th step; 0: none
+            "best": "",  # and the best one by this metric of config.evaluate.every, 'fd' or 'psnr' say; '': none
+            "best_is": "lowest",  # or 'highest'
+            "on_error": "continue",  # at one that cannot be written: reported, tried again after a pause; or 'stop'
+        }
+    )
+
+
+def _health():
+    return ConfigDict(
+        {
+            "skip": 0,  # updates in a row that may be left out as they are not finite; takes a second state's memory
+            "spike": 10.0,  # a loss so many interquartile ranges above the recent ones is reported; 0: none
+            "stalled": 20.0,  # a step that takes so many times as long as usual, and half a minute, is; 0: none
+            "heartbeat": 10.0,  # seconds between two writings of heartbeat.json; 0: none, and no look at stalled steps
+        }
+    )
 
 
 def _evaluate():

@@ -1,43 +1,170 @@
-"""Checkpoints of a stage: its whole state and the position of its data iterator, through Orbax."""
+"""Checkpoints of a stage: its whole state and the position of its data iterator, through Orbax.
+
+STAGE/STEP/ holds Orbax's folders `state` and `data`, and manifest.json: the size and CRC-32 of every file. It is the
+last that is written before the folder gets its name, so that a folder of that name was whole; and what is damaged later
+is seen before it is used.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import re
+import time
+import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from rae_jax import logs
 from rae_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+_NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
+LONGEST_PAUSE = 600.0  # seconds between two tries to write
+PROMPT = 10.0  # seconds that a write may take for the next one, which is due, to be waited with
+_CHUNK = 2**22  # bytes
+# Of a program. Disks, networks and Orbax raise anything else: OSError, ValueError, RuntimeError.
+_MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that was whole when it was written, and no longer is; `path` names it."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"the checkpoint {path} is damaged ({reason}): move it away, and --mode=train makes it again")
+        self.path, self.reason = path, reason
 
 
 class Checkpoints:
-    """The checkpoints of one stage in `folder`/STEP; a context manager that ends with every write finished."""
+    """The checkpoints of one stage in `folder`/STEP; a context manager that ends with every write finished.
 
-    def __init__(self, folder, *, keep):
+    The newest `keep` of them stay, those of every `keep_every`-th step (0: none) and the one with the highest score.
+    None goes before the next is whole. With `on_error`='continue' one that cannot be written is reported and tried
+    again, with growing pauses; 'stop' raises UserError.
+    """
+
+    def __init__(self, folder, *, keep, every=1, keep_every=0, on_error="stop"):
         self._folder = epath.Path(folder).resolve()  # Orbax takes absolute paths alone
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._keep, self._every, self._keep_every, self._on_error = keep, every, keep_every, on_error
+        self._due, self._failures, self._not_before = False, 0, 0.0
+        self._pending, self._began, self._step, self._score, self._reason = None, 0.0, None, None, ""
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():
+                if _is_unfinished(path):  # of a run that was killed
+                    path.rmtree()
+        self._writer = self._new_writer()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
+            return  # another process is gone: what is being written waits for it in vain
+        try:
+            self._collect(wait=True)
+        except UserError as error:
+            if kind is None:
+                raise
+            logs.say(str(error))
+        finally:
+            self._finisher.shutdown()
+            with contextlib.suppress(Exception):
+                self._writer.close()
 
     @property
     def latest(self):
-        """Newest whole checkpoint's step, or None."""
-        return self._manager.latest_step()
+        """Newest finished checkpoint's step, or None."""
+        return latest_step(self._folder)
+
+    def newest_in_words(self):
+        """Where to go on from, for messages; what is being written is waited for."""
+        with contextlib.suppress(UserError):
+            self._collect(wait=True)
+        return "there is no checkpoint" if self.latest is None else f"last good checkpoint: {self._path(self.latest)}"
 
     @property
-    def latest_path(self):
-        """Folder of the newest one."""
-        return self._folder / str(self.latest)
+    def finished(self):
+        """Whether nothing is being written."""
+        self._collect(wait=False)
+        return self._pending is None
 
-    def save(self, step, state, iterator):
-        """Write in the background; the state is copied first, the iterator's position is the one consumed.
+    def wants(self, step, score=None):
+        """Whether to save after this step: one in `every`, and where the score is the best one so far.
 
-        That position is a few numbers that hold for every process, so that another number of them can go on.
+        Later where the one before is still being written after `PROMPT` seconds, and again after a pause where it could
+        not be. Several processes, who have to do the same, wait instead, and try again when the next one is due.
         """
+        self._due |= step % self._every == 0 or self._is_best(score)
+        if jax.process_count() > 1:
+            due, self._due = self._due, False
+            return due
+        if self._due and self._pending is not None:
+            concurrent.futures.wait([self._pending], max(0.0, self._began + PROMPT - time.monotonic()))
+        self._collect(wait=False)
+        return self._due and self._pending is None and time.monotonic() >= self._not_before
+
+    def save(self, step, state, iterator, score=None):
+        """Begin to write, and return while a thread goes on; the state may be donated then.
+
+        The iterator's position is the one consumed: a few numbers that hold for every process, so that another number
+        of them can go on.
+        """
+        self._collect(wait=True)
+        if step in steps(self._folder):
+            return
+        self._step, self._score, self._due, self._began = step, score, False, time.monotonic()
         parts = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(iterator.get_state())}
-        self._manager.save(step, args=ocp.args.Composite(**parts))
+        try:
+            self._writer.save(self._path(step), args=ocp.args.Composite(**parts))
+        except Exception as error:
+            self._failed(error)
+            return
+        self._pending = self._finisher.submit(self._finish)
+
+    def save_surely(self, step, state, iterator, score=None, *, patience):
+        """Write and wait until it is done; with `on_error`='continue' it is tried again for so many seconds.
+
+        Raises UserError where it cannot be done.
+        """
+        began = time.monotonic()
+        while True:
+            self.save(step, state, iterator, score)
+            self._collect(wait=True)
+            if step in steps(self._folder):
+                return
+            if jax.process_count() > 1 or time.monotonic() - began > patience:
+                raise UserError(
+                    f"the checkpoint of step {step} cannot be written to {self._folder} ({self._reason}): make room, "
+                    f"or mend what hinders it; {self.newest_in_words()}, from which the same command goes on"
+                )
+            time.sleep(max(0.0, self._not_before - time.monotonic()))
+
+    def newest_whole(self):
+        """Step of the newest one that is undamaged, or None where the stage never had any.
+
+        Those that are damaged are reported and set aside. Raises UserError where no other is left.
+        """
+        if jax.process_index() == 0:
+            for step in reversed(steps(self._folder)):
+                path = self._path(step)
+                reason = damage(path)
+                if reason is None:
+                    break
+                aside = set_aside(path)
+                logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
+        step = _agreed(-1 if self.latest is None else self.latest)
+        if step < 0 and any(".damaged" in path.name for path in self._folder.iterdir()):
+            raise UserError(
+                f"all checkpoints in {self._folder} are damaged: bring a whole one back, or remove that folder to "
+                f"train this stage from its beginning"
+            )
+        return None if step < 0 else step
 
     def restore(self, step, abstract_state, iterator):
         """The state, placed as `abstract_state` says; `iterator` is moved to its position.
@@ -46,30 +173,194 @@ class Checkpoints:
         """
         parts = {"state": ocp.args.StandardRestore(abstract_state), "data": ocp.args.JsonRestore()}
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**parts))
-        except FileNotFoundError as error:
+            restored = self._writer.restore(self._path(step), args=ocp.args.Composite(**parts))
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self._folder / str(step)} is not a whole checkpoint ({error}): remove that folder to go on from "
-                f"the one before, or take another --workdir"
+                f"{self._path(step)} is not a whole checkpoint ({_in_one_line(error)}): remove that folder to go on "
+                f"from the one before, or take another --workdir"
             ) from error
         iterator.set_state(restored["data"])
         return restored["state"]
 
+    def _path(self, step):
+        return self._folder / str(step)
+
+    def _new_writer(self):
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+    def _seal(self):
+        """In the writer's thread, before the folder gets its name."""
+        name = f"{self._step}.orbax-checkpoint-tmp"
+        (folder,) = [p for p in self._folder.iterdir() if p.name.startswith(name) or p.name == str(self._step)]
+        manifest = {"score": self._score, "files": _fingerprints(folder)}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    def _finish(self):
+        """In a thread: wait for the write, then remove what need not stay."""
+        self._writer.wait_until_finished()
+        if jax.process_index() == 0:
+            for step in self._superfluous():
+                try:
+                    self._path(step).rmtree()
+                except OSError as error:
+                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({error.strerror})")
+
+    def _superfluous(self):
+        there = steps(self._folder)
+        scores = {step: score for step in there if (score := _score(self._path(step))) is not None}
+        stay = set(there[-self._keep :])
+        stay |= {step for step in there if self._keep_every and step % self._keep_every == 0}
+        stay |= {max(scores, key=scores.get)} if scores else set()
+        return [step for step in there if step not in stay]
+
+    def _is_best(self, score):
+        if score is None:
+            return False
+        others = [_score(self._path(step)) for step in steps(self._folder)]
+        return all(other is None or score > other for other in others)
+
+    def _collect(self, *, wait):
+        """Take notice of a write that has ended."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return
+        pending, self._pending = self._pending, None
+        error = pending.exception()
+        if error is None:
+            self._failures, self._not_before = 0, 0.0
+        else:
+            self._failed(error)
+
+    def _failed(self, error):
+        if isinstance(error, _MISTAKES):
+            raise error
+        self._failures, self._due, self._reason = self._failures + 1, True, _in_one_line(error)
+        pause = min(2.0**self._failures, LONGEST_PAUSE)
+        self._not_before = time.monotonic() + pause
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):  # half a checkpoint takes room that the next one needs
+                for path in self._folder.iterdir():
+                    if _is_unfinished(path):
+                        path.rmtree()
+        self._writer = self._new_writer()
+        said = f"the checkpoint of step {self._step} cannot be written ({self._reason})"
+        if self._on_error == "stop":
+            raise UserError(f"{said}; {self.newest_in_words()}, from which the same command goes on")
+        logs.say(f"{said}: training goes on, next try in {pause:.0f} s; {self.newest_in_words()}")
+
+
+def steps(folder):
+    """Steps of the finished checkpoints in a stage's folder, in order; creates nothing."""
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.isdecimal()]
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
 
 def latest_step(folder):
-    """Newest whole checkpoint's step in a stage's folder, or None; creates nothing."""
-    folder = epath.Path(folder)
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+    """Newest finished checkpoint's step in a stage's folder, or None; creates nothing."""
+    return max(steps(folder), default=None)
 
 
 def restore_entries(folder, step, abstract):
-    """Some top-level entries of a stage's state; `abstract` holds just those, with shapes and shardings."""
+    """Some top-level entries of a stage's state; `abstract` holds just those, with shapes and shardings.
+
+    Raises DamagedCheckpoint.
+    """
+    path = epath.Path(folder).resolve() / str(step)  # Orbax takes absolute paths alone here
+    reason = damage(path) if jax.process_index() == 0 else None
+    if _agreed(int(reason is not None)):
+        raise DamagedCheckpoint(path, reason or "see the first process")
     with ocp.PyTreeCheckpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(
             item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
         )
-        # Orbax takes absolute paths alone here.
-        return checkpointer.restore(epath.Path(folder).resolve() / str(step) / "state", args=args)
+        return checkpointer.restore(path / "state", args=args)
+
+
+def damage(path):
+    """What is wrong with a finished checkpoint, in words; None where all is as its manifest says.
+
+    One without a manifest is of an earlier version, and nothing can be said. Raises OSError where it cannot be reached.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())["files"]
+        expected = {name: (size, checksum) for name, (size, checksum) in manifest.items()}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is garbled"
+    missing = next((name for name in expected if not (path / name).exists()), None)
+    if missing is not None:
+        return f"{missing} is missing"
+    found = _fingerprints(path, expected)
+    for name, (size, checksum) in expected.items():
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes, not {size}"
+        if found[name][1] != checksum:
+            return f"{name} is not what was written"
+    return None
+
+
+def set_aside(path):
+    """Rename a damaged checkpoint, so that it no longer counts; returns the new path."""
+    taken = sum(other.name.startswith(f"{path.name}.damaged") for other in path.parent.iterdir())
+    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken}" if taken else ""))
+    path.rename(aside)
+    return aside
+
+
+def _fingerprints(folder, names=None):
+    """{name: (size, CRC-32)} of the files in a folder. What lies in an object store was checked on its way there."""
+    if names is None:
+        names = sorted(str(path.relative_to(folder)) for path in _walk(folder))
+    remote = "://" in str(folder)
+
+    def fingerprint(name):
+        path = folder / name
+        if remote:
+            return path.stat().length, None
+        checksum, size = 0, 0
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        return size, checksum
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return dict(zip(names, pool.map(fingerprint, names), strict=True))
+
+
+def _walk(folder):
+    for path in folder.iterdir():
+        if path.name != _NOTE:
+            yield from _walk(path) if path.is_dir() else (path,)
+
+
+def _score(path):
+    try:
+        return json.loads((path / MANIFEST).read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_unfinished(path):
+    if ".orbax-checkpoint-tmp" in path.name:
+        return True
+    return path.name.isdecimal() and not ocp.utils.is_checkpoint_finalized(path)
+
+
+def _agreed(number):
+    """The first process's number, on every process."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
+def _in_one_line(error):
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of a screenful of TensorStore's
+        return os.strerror(int(code[1]))
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _restore_arg(leaf):

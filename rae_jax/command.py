@@ -1,24 +1,29 @@
 """What the commands share: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
 
+import contextlib
+import os
 import re
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
+RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
-def parser(config_flag):
+
+def parser(config_flag, values=flags.FLAGS):
     """absl's parser for a command whose --config is `config_flag`, with ml_collections' complaints as one line."""
 
     def parse(argv):
         try:
-            arguments = flags.FLAGS(argv)
+            arguments = values(argv)
             if config_flag.value is not None:
                 config_flag.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
         except flags.Error as error:
             fail(_one_line(error))
         except OSError:
-            path = config_flags.get_config_filename(flags.FLAGS["config"])
+            path = config_flags.get_config_filename(values["config"])
             fail(f"cannot load --config={path}: name a file such as configs/small.py")
         except (AttributeError, KeyError) as error:
             fail(f"unknown config key {_one_line(error)}")
@@ -40,6 +45,27 @@ def plain_parser(argv):
     if len(arguments) > 1:
         fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
     return arguments
+
+
+@contextlib.contextmanager
+def peers():
+    """Where one of several processes is gone, the others cannot go on: say so, and end at once with status RESTART.
+
+    Without the usual end of a program, which would wait for all processes.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        print(
+            f"another process of this run is gone, or cannot be reached ({reason}): run the same command again on all "
+            f"hosts, which goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(RESTART)
 
 
 def fail(message):

@@ -9,7 +9,7 @@ import math
 
 from etils import epath
 
-from rae_jax import processes, sharding
+from rae_jax import files, processes, sharding
 from rae_jax.errors import UserError
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -17,7 +17,18 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *("name", "log_every", "wandb", "unroll", "remat", "attention", "mesh", "checkpoint", "compilation_cache"),
+    *(
+        "name",
+        "log_every",
+        "wandb",
+        "unroll",
+        "remat",
+        "attention",
+        "mesh",
+        "checkpoint",
+        "health",
+        "compilation_cache",
+    ),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 
@@ -29,6 +40,8 @@ _CHOICES = {
     "remat": ("none", "dots", "full"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
+    "checkpoint.best_is": ("lowest", "highest"),
+    "checkpoint.on_error": ("continue", "stop"),
     "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
     "encoder.mlp": _MLPS,
     "discriminator.backbone.family": ("encoder", *_PUBLISHED),
@@ -71,6 +84,12 @@ def check(config, mesh):
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
     there = not config.wandb or importlib.util.find_spec("wandb") is not None
     _require(there, config, "wandb", "it needs wandb (pip install -e '.[wandb]'); '' does without")
+    for key in ("checkpoint.keep_every", *(f"health.{name}" for name in config.health)):
+        _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
+    evaluated = not config.checkpoint.best or config.evaluate.every
+    _require(
+        evaluated, config, "checkpoint.best", "it is a metric of evaluations in training: set config.evaluate.every"
+    )
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
@@ -114,7 +133,7 @@ def save(config, workdir):
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to"

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import secrets
 import sys
 import time
@@ -11,33 +12,47 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from rae_jax import files
 from rae_jax.errors import UserError
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
 
 
 class Metrics:
-    """Appends to metrics/STAGE.jsonl; lines after `step`, left by a run that went further, are dropped first."""
+    """Appends to metrics/STAGE.jsonl; lines after `step`, left by a run that went further, are dropped first.
+
+    What cannot be written, as the disk is full or away, is said once and kept for later: training goes on.
+    """
 
     def __init__(self, workdir, stage, *, step, tracker=None):
         self._active = jax.process_index() == 0
         self._stage, self._tracker = stage, tracker
         self._path = epath.Path(workdir) / "metrics" / f"{stage}.jsonl"
-        self._tensorboard = None
+        self._tensorboard, self._kept = None, []
         if not self._active:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read(self._path) if row["step"] <= step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._rewrite([row for row in read(self._path) if row["step"] <= step])
         self._tensorboard = _tensorboard(epath.Path(workdir) / "tensorboard" / stage)
 
     def write(self, step, values):
-        """One line: `step`, then the numbers by name."""
+        """One line: `step`, then the numbers by name; what is not finite is left out, as JSON has no word for it."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        row = {"step": step, **{name: value for name, value in values.items() if math.isfinite(value)}}
+        try:
+            if self._kept:  # what was cut off then ends what can be read
+                self._rewrite(read(self._path) + [*self._kept, row])
+                say(f"{self._path} can be written again: no line of it is lost")
+            else:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self._kept = []
+        except OSError as error:
+            if not self._kept:
+                say(f"{self._path} cannot be written ({error.strerror}): training goes on, and its lines are kept")
+            self._kept.append(row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
         if self._tracker:
@@ -97,15 +112,19 @@ def _local_folder(workdir):
     """Where wandb keeps its own files: in the workdir; in its default place where that is not local."""
     return None if "://" in str(workdir) else str(workdir)
 
+    def _rewrite(self, rows):
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
 
 def read(path):
     """The rows of a metrics file; a line cut off by a crash ends it."""
     path = epath.Path(path)
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError):
             break
     return rows
 
@@ -154,7 +173,8 @@ def say(text, *, everywhere=False):
     Of several processes the first one speaks; with `everywhere`, each does.
     """
     if everywhere or jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a run does not end because its log's disk is full, or its terminal gone
+            print(text, file=sys.stderr, flush=True)
 
 
 def _tensorboard(folder):

@@ -4,6 +4,7 @@ python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=tr
 """
 
 import os
+import signal
 import sys
 
 import jax
@@ -21,8 +22,8 @@ MODES = {
     **{"benchmark": modes.benchmark, "demo": modes.demo},
 }
 DOES_NOT_FIT = 1  # exit status of --mode=compile
-DIVERGED = 1  # exit status after a loss that is not finite
-INTERRUPTED = 130  # the same after a signal: everything is saved, the same command goes on
+DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can mend
+INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.RESTART
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
@@ -58,7 +59,8 @@ def _has_workdir(given):
 
 def run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
-    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.ERROR)
+    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.FATAL)
+    signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
     try:
         config = _CONFIG.value
         if _MODE.value == "compile":
@@ -72,7 +74,8 @@ def run(argv):
         if _WORKDIR.value is not None:
             config_lib.check_workdir(config, workdir)
         processes.wait_for_all("checked")  # before the first one writes there
-        MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+        with command.peers():
+            MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
         processes.wait_for_all("done")
     except UserError as error:
         if flags.FLAGS.debug:
@@ -83,10 +86,27 @@ def run(argv):
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:  # between two stages, or for the second time
+        sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
+    except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(command.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if flags.FLAGS.debug or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        command.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
+    except (OSError, MemoryError) as error:  # the machine's, not the program's
+        if flags.FLAGS.debug:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        command.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminate(number, frame):
+    raise _Terminated
 
 
 def _keep_compiled(folder):

@@ -14,6 +14,9 @@ from rae_jax import (
     build,
     environment,
     exhibits,
+    files,
+    health,
+    lock,
     logs,
     perception,
     pictures,
@@ -28,7 +31,7 @@ from rae_jax import benchmark as timing
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
-from rae_jax.checkpoint import latest_step
+from rae_jax.checkpoint import DamagedCheckpoint, latest_step, set_aside
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 
@@ -41,8 +44,17 @@ def train(config, workdir, mesh, flags):
         stages.packed_latents(config, mesh)
     perception.find(config)  # and so does a network that would be missed when all is trained
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
-    config_lib.save(config, workdir)
-    environment.record(workdir)
+    with lock.hold(workdir):
+        config_lib.save(config, workdir)
+        environment.record(workdir)
+        while True:
+            try:
+                return _train(config, workdir, mesh, evaluator)
+            except DamagedCheckpoint as error:  # of a stage that was done: it is made again from the one before
+                logs.say(f"{error.path} is damaged ({error.reason}): set aside as {set_aside(error.path).name}")
+
+
+def _train(config, workdir, mesh, evaluator):
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
@@ -193,7 +205,8 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
         key=jax.random.key(stages.stage_seed(config, name)),
         log_every=config.log_every,
         checkpoint_every=config.checkpoint.every,
-        keep=config.checkpoint.keep,
+        **{key: config.checkpoint[key] for key in ("keep", "keep_every", "on_error")},
+        care=health.Settings(**config.health),
         evaluate=_evaluate_in_training(config, stage, workdir, mesh, evaluator),
         evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
         tracker=tracker,
@@ -220,10 +233,24 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
         results, shown = evaluator.weights(parts)
         for kind, picture in shown.items() if processes.is_first() else ():
-            pictures.save(workdir / "samples" / stage.name / f"{step:07d}_{kind}.png", picture)
-        return results
+            path = workdir / "samples" / stage.name / f"{step:07d}_{kind}.png"
+            try:
+                pictures.save(path, picture)
+            except OSError as error:  # training goes on, whatever becomes of a picture
+                logs.say(f"cannot write the picture {path} ({error.strerror})")
+        return {**results, **_score(config.checkpoint, results)}
 
     return evaluate
+
+
+def _score(checkpoint, results):
+    """{'score': the higher the better} of config.checkpoint.best. Raises UserError where it is none of the metrics."""
+    if not checkpoint.best:
+        return {}
+    if checkpoint.best not in results:
+        raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")
+    sign = 1.0 if checkpoint.best_is == "highest" else -1.0
+    return {"score": sign * float(results[checkpoint.best])}
 
 
 def _there(config, name):
@@ -267,7 +294,7 @@ def _write_results(workdir, name, results):
         return
     path = workdir / "eval" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    files.write_text(path, json.dumps(results, indent=2) + "\n")
     width = max(map(len, results))
     for key, value in results.items():
         print(f"{key:{width}}  {value:.4f}")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, command, logs, malloc, rae, sharding, stages
+from rae_jax import build, command, files, logs, malloc, rae, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.data import latents, packed, pipeline, shards
 from rae_jax.errors import UserError
@@ -50,7 +50,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     shards.claim(output, {**index, "data": data, **sizes})
     encode = _encoder(config, params, mesh, dtype, mirrored)
     index["shards"] = _write_shards(config, source, output, encode, mirrored, images_per_shard)
-    shards.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
     return index
 
 

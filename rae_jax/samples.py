@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rae_jax import generate, logs, pictures
+from rae_jax import files, generate, logs, pictures
 from rae_jax.errors import UserError
 
 
@@ -77,7 +77,7 @@ def _present(folder, request, labels):
         found[i].unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = wanted if then == request else labels.tolist()
-    path.write_text(json.dumps({"request": request, "labels": kept}) + "\n")
+    files.write_text(path, json.dumps({"request": request, "labels": kept}) + "\n")
     return frozenset(same)
 
 

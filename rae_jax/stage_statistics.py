@@ -25,7 +25,7 @@ def make(*, autoencoder, latent_shape):
         weight = batch["mask"][:, None, None, None]
         new_count = jnp.round(batch["mask"].sum()).astype(jnp.int32)
         total = state["count"] + new_count
-        share = new_count / total
+        share = new_count / jnp.maximum(total, 1)  # where nothing of the first batches could be read
 
         centred = latents - state["mean"]
         shift = (weight * centred).sum(0) / jnp.maximum(new_count, 1)  # of the batch's mean from the running one
@@ -36,7 +36,7 @@ def make(*, autoencoder, latent_shape):
         total_squares, squares_low = _add(state["squares"], state["squares_low"], squares + between)
         moments = {"mean": mean, "mean_low": mean_low, "squares": total_squares, "squares_low": squares_low}
         new = {"step": state["step"] + 1, "count": total, **moments}
-        return new, {"mean": mean.mean(), "variance": (total_squares / total).mean()}
+        return new, {"mean": mean.mean(), "variance": (total_squares / jnp.maximum(total, 1)).mean()}
 
     return init, step
 

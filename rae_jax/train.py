@@ -8,9 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import numpy as np
 
-from rae_jax import checkpoint, logs, processes, sharding
+from rae_jax import checkpoint, health, heartbeat, logs, processes, sharding
+from rae_jax.health import DivergedRun  # noqa: F401  what the loop raises is found here
+
+# Seconds for which a checkpoint that cannot be written is tried again where nothing else is left to do; after a signal,
+# it has to be there before the machine goes.
+LAST_PATIENCE, STOPPING_PATIENCE = 600.0, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,30 +35,47 @@ class Stage:
 
 
 class InterruptedRun(Exception):
-    """A signal ended the run after a checkpoint was written."""
+    """A signal, `number`, ended the run after a checkpoint was written."""
+
+    def __init__(self, message, number):
+        super().__init__(message)
+        self.number = number
 
 
-class DivergedRun(Exception):
-    """A metric was not finite; no checkpoint of that was written."""
-
-
-def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluate=None, evaluate_every=0, tracker=None):
-    """Bring `stage` to its last step, from its newest checkpoint if it has one.
+def fit(
+    stage,
+    *,
+    workdir,
+    mesh,
+    key,
+    log_every,
+    checkpoint_every,
+    keep,
+    evaluate=None,
+    evaluate_every=0,
+    care=health.OFF,
+    tracker=None,
+    **saving,
+):
+    """Bring `stage` to its last step, from its newest whole checkpoint if it has one.
 
     The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
-    never) `evaluate(state, step)` gives more numbers by name to write; a `logs.WandB` as `tracker` is told
-    as well. Raises InterruptedRun after a first SIGINT or SIGTERM, a second one stops at once; and DivergedRun where
-    what was to be logged or saved is not finite.
+    never) `evaluate(state, step)` gives more numbers by name to write; 'score' among them, if it is there, says which
+    checkpoint is the best. `tracker`, a logs.WandB, is told them as well. `saving`: what else Checkpoints takes. Raises
+    InterruptedRun after a first SIGINT or SIGTERM, a second one ends the process at once; DivergedRun where a step is
+    not finite, and `care` does not have it skipped; and UserError where a checkpoint cannot be read, or one that must
+    be there cannot be written.
     """
     shapes = jax.eval_shape(stage.init, key)
     abstract = sharding.abstract(shapes, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
+    stage = dataclasses.replace(stage, step=health.guarded(stage.step, care.skip))
     feed = _Feed(iter(stage.batches), mesh)
 
-    folder = workdir / "checkpoints" / stage.name
-    with checkpoint.Checkpoints(folder, keep=keep) as checkpoints, _Signals() as signals, contextlib.closing(feed):
-        start = checkpoints.latest
+    kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage.name, keep=keep, every=checkpoint_every, **saving)
+    with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
+        start = checkpoints.newest_whole()
         if start is None:
             start, state = 0, jax.jit(stage.init, out_shardings=placed)(key)
         else:
@@ -68,32 +89,45 @@ def fit(stage, *, workdir, mesh, key, log_every, checkpoint_every, keep, evaluat
         step_fn = compiled_step(stage.step, placed, mesh)
 
         stop = processes.Agreement(lambda: signals.received)
+        incidents = health.Incidents(workdir, stage.name)
+        watch = health.Watch(stage, care, incidents, checkpoints.newest_in_words)
+        pulse = heartbeat.Heartbeat(workdir, stage, start=start, every=care.heartbeat, stalled=care.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
-        with progress, contextlib.closing(_Clock(stage.batch_size)) as clock:
+        with progress, pulse, contextlib.closing(_Clock(stage.batch_size)) as clock:
             if start < stage.num_steps:
                 clock.wait_for(feed.fetch)
             for step in range(start + 1, stage.num_steps + 1):
                 last = step == stage.num_steps
                 state, metrics = step_fn(state, frozen, feed.take(), key)
                 clock.tick(metrics)
+                watch.began(step, metrics)
+                pulse.beat(step)
                 stop.exchange(last=last)
                 if not (last or stop.value):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
-                log, save = (step % every == 0 or last for every in (log_every, checkpoint_every))
-                if log:  # only here, and before a checkpoint, does the host wait for this very step
-                    _check_finite(stage.name, step, metrics, checkpoints)
+                if step % log_every == 0 or last:
+                    watch.ended()  # only here, and before a checkpoint, does the host wait for this very step
                     metrics_file.write(step, {**metrics, **clock.read()})
                     progress.update(step, _note(metrics))
                 # Before the checkpoint: a run that is killed in between does it again, and no number is missing.
+                score = None
                 if evaluate_every and step % evaluate_every == 0:
-                    metrics_file.write(step, {f"eval/{name}": v for name, v in evaluate(state, step).items()})
+                    with pulse.doing("evaluating"):
+                        results = evaluate(state, step)
+                    score = results.pop("score", None)
+                    metrics_file.write(step, {f"eval/{name}": v for name, v in results.items()})
                     clock.read()  # its time is not the steps'
                 stopping = stop.value
-                if save or stopping:
-                    _check_finite(stage.name, step, metrics, checkpoints)
-                    checkpoints.save(step, state, feed)
+                if last or stopping or checkpoints.wants(step, score):
+                    watch.ended()
+                    with pulse.doing("saving"):
+                        if last or stopping:
+                            patience = STOPPING_PATIENCE if stopping else LAST_PATIENCE
+                            checkpoints.save_surely(step, state, feed, score, patience=patience)
+                        else:
+                            checkpoints.save(step, state, feed, score)
                 if stopping:
-                    raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}")
+                    raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
 
 
 def compiled_step(step, placed, mesh):
@@ -103,17 +137,6 @@ def compiled_step(step, placed, mesh):
         return step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
 
     return sharding.jit(with_key, mesh, out_shardings=(placed, sharding.replicated(mesh)), donate_argnums=0)
-
-
-def _check_finite(name, step, metrics, checkpoints):
-    metrics = jax.device_get(metrics)
-    if all(np.isfinite(value) for value in metrics.values()):
-        return
-    values = ", ".join(f"{key} {float(value):.4g}" for key, value in metrics.items())
-    good = (
-        "there is no checkpoint" if checkpoints.latest is None else f"last good checkpoint: {checkpoints.latest_path}"
-    )
-    raise DivergedRun(f"stage {name!r} stopped at step {step}, where not all is finite: {values}; {good}")
 
 
 def _note(metrics):
@@ -204,21 +227,22 @@ def _when_ready(arrays):
 
 
 class _Signals:
-    """Remembers the first SIGINT or SIGTERM; hands the second one to whoever handled them before."""
+    """Remembers the first SIGINT or SIGTERM, as `received`; a second one ends the process at once, whatever it does.
+
+    What is half written then does not count, and what is whole stays.
+    """
 
     def __enter__(self):
-        self.received = False
+        self.received = None
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        self._restore()
-
-    def _handle(self, number, frame):
-        self.received = True
-        self._restore()
-        logs.say("stopping after this step and a checkpoint; once more to stop at once")
-
-    def _restore(self):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        self.received = number
+        for again in self._previous:
+            signal.signal(again, signal.SIG_DFL)
+        logs.say("stopping after this step and a checkpoint; once more to stop at once")

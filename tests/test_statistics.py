@@ -1,5 +1,6 @@
 """Latent statistics of real images through the real loop, against float64 on the same latents."""
 
+import types
 import zipfile
 from pathlib import Path
 
@@ -113,3 +114,16 @@ def test_thousands_of_small_batches_lose_no_digits():
     assert int(state["count"]) == len(seen)
     np.testing.assert_allclose(found["mean"], seen.mean(0), rtol=1e-7)
     np.testing.assert_allclose(found["var"], seen.var(0), rtol=1e-6)
+
+
+def test_a_batch_of_which_nothing_can_be_read_changes_nothing():
+    """Also where it is the first one."""
+    encoder = types.SimpleNamespace(encode=lambda params, images: images)
+    init, step = stage_statistics.make(autoencoder=encoder, latent_shape=(2, 2, 3))
+    rng, state = np.random.default_rng(0), init(None)
+    for images, mask in ((np.zeros((4, 2, 2, 3), np.uint8), 0), (rng.integers(0, 256, (4, 2, 2, 3), np.uint8), 1)):
+        batch = {"image": images, "mask": np.full(4, mask, np.float32)}
+        state, metrics = step(state, {"encoder": None}, batch, None)
+        assert all(np.isfinite(value) for value in metrics.values())
+    np.testing.assert_allclose(stage_statistics.statistics(state)["mean"], (images / 255).mean(0), atol=1e-6)
+    np.testing.assert_allclose(stage_statistics.statistics(state)["var"], (images / 255).var(0), atol=1e-6)

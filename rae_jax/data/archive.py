@@ -1,5 +1,6 @@
 """Sets of images as evaluators exchange them: ADM's .npz files, with images or moments of features, and folders."""
 
+import struct
 import zipfile
 import zlib
 
@@ -12,7 +13,11 @@ from rae_jax.errors import UserError
 IMAGES, LABELS = "arr_0", "arr_1"
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 _LOCAL_HEADER = 30  # bytes of a zip member's, before its name and extra field
-_DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+# What numpy and zipfile raise for files that are cut off, garbled, encrypted or of another kind.
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, SyntaxError, TypeError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 def open_images(path, image_size):
@@ -96,7 +101,7 @@ def _names(path):
 
 def _read(path, name):
     try:
-        with path.open("rb") as file, np.load(file) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return archive[name]
     except _DAMAGED as error:
         raise _not_whole(error) from error

@@ -120,7 +120,7 @@ def naming(name):
 
 # What Pillow raises for files that are damaged, unknown, or larger than its limit against decompression bombs.
 _DAMAGED = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, NotImplementedError),
+    *(OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
 )
 

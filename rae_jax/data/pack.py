@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax import command, logs
+from rae_jax import command, files, logs
 from rae_jax.data import images, packed, shards, sources
 from rae_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
         packed_shards[split].append(shard)
     class_names = list(parts["train"].class_names)
     index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": packed_shards}
-    shards.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
     return index
 
 

@@ -82,6 +82,11 @@ class Batches:
     def __iter__(self):
         return BatchIterator(self)
 
+    def places_of_step(self, step):
+        """(epoch, [index]) of the whole global batch that a run's step, from 1, is made of."""
+        places = self._read.order.places(step - 1, range(self.identity["batch_size"]))
+        return places[0][0], [index for _, index in places if index < self.identity["num_images"]]
+
     def start(self, batch):
         """Grain's iterator over what the reader makes of `batch` and the numbers after it."""
         import grain  # here, so that a benchmark on made-up data does not need it
@@ -153,11 +158,11 @@ class _Reader:
     """From the number of a global batch to this process's rows of it, read by a few threads."""
 
     def __init__(self, order, rows, example, num_threads):
-        self._order, self._rows, self._example, self._num_threads = order, rows, example, num_threads
+        self.order, self._rows, self._example, self._num_threads = order, rows, example, num_threads
         self.num_batches = order.num_batches
 
     def __call__(self, batch):
-        places = self._order.places(batch, self._rows)
+        places = self.order.places(batch, self._rows)
         found = list(self._pool.map(self._example, places) if self._num_threads else map(self._example, places))
         examples = [example for example, _ in found]
         arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}

@@ -5,6 +5,7 @@ import json
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from rae_jax import files
 from rae_jax.data import packed
 from rae_jax.errors import UserError
 
@@ -21,10 +22,10 @@ def claim(output, request):
         output.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read(path) != json.loads(json.dumps(request)):
             raise UserError(f"--output={output} holds something else, or in another form: choose another folder")
-        begun = {path, _unfinished(path)}  # by one that was killed before it could say more
+        begun = {path, files.unfinished_of(path)}  # by one that was killed before it could say more
         if not path.exists() and set(output.iterdir()) - begun:
             raise UserError(f"--output={output} is not empty: choose another folder")
-        write_text(path, json.dumps(request))
+        files.write_text(path, json.dumps(request))
     except OSError as error:
         raise UserError(f"cannot write to --output={output} ({error.strerror}): choose another folder") from error
 
@@ -71,7 +72,7 @@ def write(file, records, check):
 
 def finish(file, result):
     """Note `result` (a dict), without which the shard does not count."""
-    write_text(file.with_suffix(".json"), json.dumps(result))
+    files.write_text(file.with_suffix(".json"), json.dumps(result))
     return result
 
 
@@ -87,14 +88,3 @@ def _verify(file, digests, check):
         raise UserError(f"{file} cannot be read back ({error}): is the disk full or failing?") from error
     if not same:
         raise UserError(f"{file} does not hold what was written: is the disk full or failing?")
-
-
-def write_text(path, text):
-    """All of a file or nothing."""
-    unfinished = _unfinished(path)
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
-def _unfinished(path):
-    return path.with_name(f"{path.name}.unfinished")

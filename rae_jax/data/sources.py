@@ -12,6 +12,7 @@ import numpy as np
 from rae_jax.data import images
 from rae_jax.errors import UserError
 
+LARGEST_ENTRY = 2**28  # bytes of an archive's entry when unpacked: no image is larger
 HELDOUT_EVERY = 20  # where no images are set apart for evaluation, every so many-th one is held out
 
 
@@ -135,6 +136,9 @@ class _Zip:
 
     def read(self, index):
         entry, label = self._entries[index]
+        size = self._archive.getinfo(entry).file_size  # no more than that is unpacked
+        if size > LARGEST_ENTRY:
+            raise ValueError(f"it unpacks to {size} bytes")
         return self._archive.read(entry), label
 
     def name(self, index):

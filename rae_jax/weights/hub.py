@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +112,10 @@ def _safetensors(path):
     }
 
 
+# What torch's reader of plain tensors raises for files that are cut off, garbled, or hold anything else.
+_GARBLED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
 def _torch_tensors(path):
     torch = _torch(f"reading {path}", f"put {WHOLE} beside it")
     try:
@@ -120,7 +126,7 @@ def _torch_tensors(path):
             for name, tensor in state.items()
             if tensor is not None
         }
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+    except _GARBLED as error:
         raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
 
 
@@ -148,9 +154,31 @@ def _in_cache(repo, name):
     return Path(path) if isinstance(path, str) else None
 
 
+def _verified(path):
+    """A file that was fetched, if it is what the hub published: its cache names files by their hashes.
+
+    SHA-256 for large files, git's for others. Raises UserError, and removes the file, where it is not.
+    """
+    kept = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", kept.name):
+        found = hashlib.sha256()
+    elif re.fullmatch("[0-9a-f]{40}", kept.name):
+        found = hashlib.sha1(f"blob {kept.stat().st_size}\0".encode())
+    else:
+        return path
+    with kept.open("rb") as file:
+        while chunk := file.read(2**22):
+            found.update(chunk)
+    if found.hexdigest() == kept.name:
+        return path
+    path.unlink()
+    kept.unlink(missing_ok=True)
+    raise UserError(f"{path.name} did not arrive as the hub has it (its hash is another): fetch it again")
+
+
 def _from_hub(repo, name, file):
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, name))
+        return _verified(Path(huggingface_hub.hf_hub_download(repo, name)))
     except errors.RemoteEntryNotFoundError:
         return None
     except errors.GatedRepoError as error:

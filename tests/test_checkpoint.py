@@ -1,0 +1,195 @@
+"""Checkpoints: what stays, what is damaged, what cannot be written, and other meshes."""
+
+import json
+import resource
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from launch import toy, trials
+from rae_jax import checkpoint, sharding
+from rae_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run of 8 steps that was left alone."""
+    workdir = epath.Path(tmp_path_factory.mktemp("whole"))
+    toy.run(workdir, 8)
+    return workdir
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The workdir of a run that ended after 6 steps."""
+    workdir = epath.Path(tmp_path / "begun")
+    toy.run(workdir, 6)
+    return workdir
+
+
+def _folder(workdir):
+    return workdir / "checkpoints" / "toy"
+
+
+def _largest(path):
+    """The file with the arrays."""
+    return max((p for p in (path / "state").glob("*/d/*")), key=lambda p: p.stat().length)
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "truncated": (lambda path: _largest(path).write_bytes(_largest(path).read_bytes()[:-10]), "bytes, not"),
+    "a shard missing": (lambda path: _largest(path).unlink(), "is missing"),
+    "a bit of an array": (lambda path: _flip(_largest(path)), "is not what was written"),
+    "metadata": (lambda path: (path / "state" / "_METADATA").write_text("{]"), "_METADATA has 2 bytes"),
+    "data position": (lambda path: _flip(path / "data" / "metadata"), "data/metadata is not what was written"),
+    "manifest": (lambda path: (path / checkpoint.MANIFEST).write_text("{]"), "manifest.json is garbled"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_newest_one_is_set_aside_and_the_run_ends_the_same(begun, whole, capfd, kind):
+    damage, said = DAMAGE[kind]
+    damage(_folder(begun) / "6")
+    toy.run(begun, 8)
+    told = capfd.readouterr().err
+    assert "6 is damaged" in told and said in told and "going on from step 4" in told
+    assert (_folder(begun) / "6.damaged").exists()  # nothing is deleted
+    assert checkpoint.steps(_folder(begun)) == [4, 6, 8]
+    assert trials.differences(begun, whole, ["toy"]) == []
+
+
+def test_where_all_are_damaged_nothing_begins_anew(begun):
+    for step in checkpoint.steps(_folder(begun)):
+        DAMAGE["truncated"][0](_folder(begun) / str(step))
+    for _ in range(2):  # and not the second time, either
+        with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+            toy.run(begun, 8)
+    assert checkpoint.steps(_folder(begun)) == []
+
+
+def test_a_done_stage_that_is_damaged_is_named(begun):
+    DAMAGE["a bit of an array"][0](_folder(begun) / "6")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="toy/6 is damaged .*move it away"):
+        checkpoint.restore_entries(_folder(begun), 6, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
+
+
+def test_what_was_half_written_is_not_taken_for_whole(begun, whole):
+    unfinished = _folder(begun) / "8.orbax-checkpoint-tmp"
+    shutil.copytree(_folder(begun) / "6", unfinished)
+    assert checkpoint.latest_step(_folder(begun)) == 6
+    toy.run(begun, 8)
+    assert not unfinished.exists()
+    assert trials.differences(begun, whole, ["toy"]) == []
+
+
+def test_the_newest_every_so_many_and_the_best_stay(tmp_path):
+    scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2, 10: 0.3, 12: 0.3}
+    how = {"evaluate": lambda state, step: {"score": scores[step], "psnr": 1.0}, "evaluate_every": 2}
+    toy.run(epath.Path(tmp_path), 12, keep=2, keep_every=6, **how)
+    assert checkpoint.steps(_folder(tmp_path)) == [4, 6, 10, 12]
+    assert all("eval/score" not in row for row in toy.rows(tmp_path))
+
+
+def test_the_best_one_is_kept_although_none_is_due(tmp_path):
+    scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2}
+    how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
+    toy.run(epath.Path(tmp_path), 4, keep=1, **how)
+    assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
+
+
+def test_other_meshes_restore_the_same(tmp_path):
+    """8 -> 4 -> 1 devices, and back, split and not."""
+    states, workdir = [], epath.Path(tmp_path)
+    for number, (data, fsdp) in enumerate([(2, 4), (1, 4), (1, 1), (1, 2), (8, 1)]):
+        how = {"checkpoint_every": 1, "keep": 20}
+        toy.run(workdir, 4 * number + 3, on=toy.mesh(data, fsdp), **how)
+        mesh, shapes = toy.mesh(data, fsdp), jax.eval_shape(toy.stage(1).init, jax.random.key(0))
+        placed = sharding.shardings(shapes, mesh)
+        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+        step = checkpoint.latest_step(_folder(workdir))
+        with checkpoint.Checkpoints(_folder(workdir), keep=20) as checkpoints:
+            restored = checkpoints.restore(step, abstract, iter(toy.stage(1).batches))
+        on_disk = trials.read_state(_folder(workdir) / str(step))
+        for name in ("params", "ema_params"):
+            np.testing.assert_array_equal(restored[name]["kernel"], on_disk[f"['{name}']['kernel']"])
+        np.testing.assert_array_equal(
+            restored["opt_state"][0].mu["kernel"], on_disk["['opt_state'][0]['mu']['kernel']"]
+        )
+        states.append(int(restored["step"]))
+    assert states == [3, 7, 11, 15, 19]
+
+
+def _no_file_above(size):
+    """As on a full disk: every write beyond so many bytes fails."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, capsys):
+    """Training goes on, the older ones stay, and nothing is lost when there is room again."""
+    workdir, newest = epath.Path(tmp_path), []
+
+    def seen(step):
+        if step == 3:
+            while checkpoint.latest_step(_folder(workdir)) is None:
+                time.sleep(0.01)
+            _no_file_above(100)
+        if step == 6:
+            newest.append(checkpoint.latest_step(_folder(workdir)))
+            _no_file_above(resource.RLIM_INFINITY)
+        return {}
+
+    try:
+        how = {"evaluate": lambda state, step: seen(step) or {"x": 1.0}, "evaluate_every": 1}
+        toy.run(workdir, 8, on_error="continue", **how)
+    finally:
+        _no_file_above(resource.RLIM_INFINITY)
+    told = capsys.readouterr().err
+    assert (
+        "the checkpoint of step 4 cannot be written (File too large)" in told
+        and "training goes on" in told
+        and newest == [2]
+    )
+    assert "metrics/toy.jsonl cannot be written" in told and "no line of it is lost" in told
+    assert checkpoint.latest_step(_folder(workdir)) == 8
+    assert [row for row in toy.rows(workdir) if "loss" in row] == toy.rows(whole)
+
+
+def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
+    workdir = epath.Path(tmp_path)
+    toy.run(workdir, 2)
+    try:
+        _no_file_above(1000)
+        with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written .*toy/2, from which"):
+            toy.run(workdir, 8, log_every=100)
+    finally:
+        _no_file_above(resource.RLIM_INFINITY)
+    assert checkpoint.steps(_folder(workdir)) == [2]
+    manifest = json.loads((_folder(workdir) / "2" / checkpoint.MANIFEST).read_text())
+    assert manifest["files"]["data/metadata"][0] > 0
+
+
+def test_a_state_that_is_donated_at_once_is_written_as_it_was(tmp_path):
+    """The write reads what the next step would overwrite."""
+    state = {"step": jnp.int32(0), "kernel": jnp.zeros((512, 2048))}
+    add = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    iterator = iter(toy.stage(1).batches)
+    with checkpoint.Checkpoints(tmp_path, keep=100) as checkpoints:
+        for step in range(1, 7):
+            state = add(state)
+            checkpoints.save(step, state, iterator)
+            for _ in range(5):
+                state = add(state)
+    for step in range(1, 7):
+        found = trials.read_state(epath.Path(tmp_path) / str(step))
+        assert (found["['kernel']"] == 6 * step - 5).all()

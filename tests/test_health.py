@@ -1,0 +1,132 @@
+"""Steps that are not finite, that leap or stall: reported, with what they were made of; and the heartbeat."""
+
+import json
+import os
+import signal
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from launch import toy, trials
+from rae_jax import checkpoint, health, heartbeat
+from rae_jax.train import DivergedRun, InterruptedRun
+
+PLACES = toy.stage(1).batches.places_of_step
+BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoch shows once
+
+
+def _incidents(workdir):
+    return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
+
+
+def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
+    workdir = epath.Path(tmp_path)
+    with pytest.raises(DivergedRun) as stop:
+        toy.run(workdir, 20, kind={"bad": BAD}, log_every=100, checkpoint_every=1)
+    images = PLACES(FIRST)[1]
+    assert f"stopped at step {FIRST}, where not all is finite: " in str(stop.value) and "loss nan" in str(stop.value)
+    assert f"images {' '.join(map(str, images))} of epoch 0" in str(stop.value) and "\n" not in str(stop.value)
+    assert checkpoint.latest_step(workdir / "checkpoints" / "toy") == (FIRST - 1 or None)
+    (incident,) = _incidents(workdir)
+    assert incident["kind"] == "not finite" and incident["step"] == FIRST and incident["images"] == images
+    assert incident["metrics"] == {"loss": "nan", "grad_norm": "nan"} and incident["stage"] == "toy"
+
+
+def test_skipped_updates_leave_the_state_alone(tmp_path, capfd):
+    """But for the count of steps; and a run that is interrupted just then ends the same."""
+    how = {"kind": {"bad": BAD}, "care": health.Settings(skip=1), "checkpoint_every": 1, "keep": 50}
+    whole, workdir = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
+    toy.run(whole, 12, **how)
+    toy.run(workdir, FIRST, **how)
+    toy.run(workdir, 12, **how)
+    assert trials.differences(workdir, whole, ["toy"]) == []
+    states = [trials.read_state(whole / "checkpoints" / "toy" / str(step)) for step in (FIRST - 1, FIRST, FIRST + 1)]
+    assert [int(state["['step']"]) for state in states] == [FIRST - 1, FIRST, FIRST + 1]
+    kernels = [state["['params']['kernel']"] for state in states]
+    assert (kernels[0] == kernels[1]).all() and (kernels[1] != kernels[2]).any()
+    assert all(np.isfinite(value) for row in toy.rows(whole) for value in row.values())
+    assert [row["step"] for row in toy.rows(whole)] == list(range(1, 13)) and "loss" not in toy.rows(whole)[FIRST - 1]
+    assert f"the update of step {FIRST} is left out" in capfd.readouterr().err
+    assert {incident["step"] for incident in _incidents(whole)} == {
+        step for step in range(1, 13) if BAD in PLACES(step)[1]
+    }
+
+
+def test_no_more_are_skipped_than_may_be(tmp_path):
+    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    watch = health.Watch(stage, health.Settings(skip=2), health.Incidents(epath.Path(tmp_path), "toy"), lambda: "none")
+    losses = [1.0, np.nan, np.inf, 1.0, np.nan, np.nan, np.nan]
+    for step, loss in enumerate(losses[:-1], 1):
+        watch.began(step, {"loss": np.float32(loss)})
+    watch.began(7, {"loss": np.float32(losses[-1])})
+    with pytest.raises(DivergedRun, match="step 7, .* for the 3th time"):
+        watch.ended()
+
+
+def test_a_loss_that_leaps_is_reported_once(tmp_path, capfd):
+    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    watch = health.Watch(stage, health.Settings(spike=10.0), health.Incidents(epath.Path(tmp_path), "toy"), str)
+    rng = np.random.default_rng(0)
+    for step in range(1, 301):
+        loss = 50.0 if step in (150, 151) else -1.0 + 0.1 * rng.normal()  # losses may be negative
+        watch.began(step, {"loss": np.float32(loss)})
+    watch.ended()
+    (incident,) = _incidents(epath.Path(tmp_path))
+    assert incident["kind"] == "spike" and incident["step"] == 150 and incident["images"] == PLACES(150)[1]
+    assert capfd.readouterr().err.count("the loss leaps") == 1
+
+
+def test_the_heartbeat_tells_where_a_run_is(tmp_path):
+    seen = []
+
+    def look(state, step):
+        time.sleep(0.1)
+        seen.append(json.loads((tmp_path / "heartbeat.json").read_text()))
+        return {"x": 0.0}
+
+    toy.run(epath.Path(tmp_path), 4, care=health.Settings(heartbeat=0.02), evaluate=look, evaluate_every=2)
+    assert [(s["stage"], s["step"], s["num_steps"], s["doing"]) for s in seen] == [
+        ("toy", 2, 4, "evaluating"),
+        ("toy", 4, 4, "evaluating"),
+    ]
+    last = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert last["doing"] == "finished" and last["pid"] == os.getpid() and last["memory"]["process"] > 1e7
+    assert last["steps_per_second"] > 0 and {"time", "host"} <= last.keys()
+
+
+def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "heartbeat.json").mkdir()
+    toy.run(epath.Path(tmp_path), 2, care=health.Settings(heartbeat=0.01))
+
+
+def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
+    def wait_for_the_disk():
+        time.sleep(0.7)
+
+    stage = types.SimpleNamespace(name="toy", num_steps=100)
+    pulse = heartbeat.Heartbeat(epath.Path(tmp_path), stage, start=0, every=0.02, stalled=5.0, shortest_stall=0.2)
+    with pulse:
+        for step in range(1, 8):
+            time.sleep(0.01)
+            pulse.beat(step)
+        wait_for_the_disk()
+        pulse.beat(8)
+        with pulse.doing("evaluating"):
+            time.sleep(0.5)
+    said = [line for line in capfd.readouterr().err.splitlines() if "has taken" in line]
+    assert 1 <= len(said) <= 2 and said[0].startswith("toy: step 8 has taken ")
+    assert "wait_for_the_disk (test_health.py" in said[0]
+
+
+def test_either_signal_saves_and_says_which(tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        workdir = epath.Path(tmp_path) / number.name
+        how = {"evaluate": lambda state, step, n=number: os.kill(os.getpid(), n) or {"x": 0.0}, "evaluate_every": 3}
+        with pytest.raises(InterruptedRun) as stop:
+            toy.run(workdir, 8, checkpoint_every=100, **how)
+        assert stop.value.number == number and checkpoint.latest_step(workdir / "checkpoints" / "toy") == 3
+    assert jax.devices()
