@@ -17,18 +17,8 @@ TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A workdir may be continued although these differ: nothing that was trained depends on them.
 FREE_KEYS = (
-    *(
-        "name",
-        "log_every",
-        "wandb",
-        "unroll",
-        "remat",
-        "attention",
-        "mesh",
-        "checkpoint",
-        "health",
-        "compilation_cache",
-    ),
+    *("name", "log_every", "wandb", "checkpoint", "health", "mesh"),
+    *("unroll", "remat", "attention", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
 )
 

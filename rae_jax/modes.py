@@ -118,7 +118,7 @@ def sample(config, workdir, mesh, flags):
 def _only_how(key):
     """Whether a key says how samples are computed, rather than which."""
     return key.split(".")[0] in (
-        *("name", "log_every", "wandb", "mesh", "checkpoint", "evaluate"),
+        *("name", "log_every", "wandb", "checkpoint", "health", "mesh", "evaluate"),
         *("unroll", "remat", "attention", "compilation_cache"),
     )
 
