@@ -48,6 +48,10 @@ def start(coordinator=None, num_processes=None, process_id=None):
     except (ValueError, RuntimeError) as error:
         flags = ", ".join(f"--{flag}" for flag in SETTINGS)
         raise UserError(f"the processes of this run do not come together ({error}): name {flags}") from error
+    if jax.default_backend() == "cpu":
+        # Of two processes one found a program in the cache, the other compiled it anew, with its collectives in another
+        # order; and Gloo took the ones for the others.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_first():

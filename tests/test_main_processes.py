@@ -36,8 +36,6 @@ def _start(command, index, count, port):
         "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
         **({"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}),
         **({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
-        # A program from the cache and one that was compiled anew may order their collectives differently.
-        **({"JAX_ENABLE_COMPILATION_CACHE": "false"} if count > 1 else {}),
     }
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipe)
