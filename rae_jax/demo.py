@@ -5,6 +5,7 @@ Served from this machine, with everything it needs; nothing is sent anywhere.
 
 import os
 import signal
+import socket
 import threading
 
 import gradio as gr
@@ -35,25 +36,26 @@ def serve(page, *, host, port):
     """Serve what `build_page` made until a signal ends it. Raises UserError where nobody may listen there."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            inbrowser=False,
-            max_file_size=MAX_UPLOAD,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            app_kwargs={"middleware": [Middleware(BoundedBodies)]},
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=_CSS,
-        )
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise UserError(f"cannot listen on --host={host} --port={port}: it is taken, or not of this machine") from error
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        inbrowser=False,
+        max_file_size=MAX_UPLOAD,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        pwa=False,
+        app_kwargs={"middleware": [Middleware(BoundedBodies)]},
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_CSS,
+    )
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

@@ -12,7 +12,7 @@ FILE = "config.json"
 _SHIPPED = (
     epath.Path(__file__).parent / "weights" / "small" / FILE
 )  # every key there is; a test compares it with small.py
-_OF_A_MODEL = ("name", "dtype", "unroll", "remat", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
+_OF_A_MODEL = ("name", "dtype", "unroll", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
 
 
 def read(folder):

@@ -24,6 +24,17 @@ def record(workdir):
     path.write_text(f"{before}{json.dumps(describe())}\n")
 
 
+def starts(workdir):
+    """What `record` wrote, start by start; a line that was cut off ends it."""
+    path, found = epath.Path(workdir) / FILE, []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
 def describe():
     """{name: what it is here}."""
     devices = jax.devices()

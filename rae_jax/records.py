@@ -37,7 +37,7 @@ class Run:
     @functools.cached_property
     def starts(self):
         """What was said of the machine at each start of the run; see `environment.describe`."""
-        return logs.read(self.workdir / environment.FILE)
+        return environment.starts(self.workdir)
 
     @functools.cached_property
     def results(self):
