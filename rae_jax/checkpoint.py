@@ -14,6 +14,7 @@ import time
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -119,6 +120,10 @@ class Checkpoints:
         if step in steps(self._folder):
             return
         self._step, self._score, self._due, self._began = step, score, False, time.monotonic()
+        # Where memory is the devices' own, Orbax copies it to the host. On CPU it reads it where it lies until all is
+        # written, and the step that the state is donated to would wait for that: a copy costs much less.
+        if jax.default_backend() == "cpu":
+            state = _copy(state)
         parts = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(iterator.get_state())}
         try:
             self._writer.save(self._path(step), args=ocp.args.Composite(**parts))
@@ -247,6 +252,11 @@ class Checkpoints:
         if self._on_error == "stop":
             raise UserError(f"{said}; {self.newest_in_words()}, from which the same command goes on")
         logs.say(f"{said}: training goes on, next try in {pause:.0f} s; {self.newest_in_words()}")
+
+
+@jax.jit
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 def steps(folder):
