@@ -10,7 +10,12 @@ from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
 def make_sampler(config, mesh):
-    """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
+    """`sampler`, compiled for a mesh."""
+    return sharding.jit(sampler(config), mesh)
+
+
+def sampler(config):
+    """Returns pure (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
     Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
     where the guidance is AutoGuidance.
@@ -29,7 +34,7 @@ def make_sampler(config, mesh):
         latents = build_flow.solve(config, _guided(config, parts, labels), noise, times, noise_fn)
         return rae.to_uint8(autoencoder.decode(parts["decoder"], rae.denormalise(latents, parts["statistics"])))
 
-    return sharding.jit(sample, mesh)
+    return sample
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
