@@ -155,8 +155,8 @@ def _sample(config, mesh):
     batch_size = sharding.round_up(config.evaluate.batch_size, mesh)
     numbers = [_split((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
     arguments = (sharding.abstract(shapes, mesh), _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh), *numbers)
-    jitted, same = (generate.make_sampler(c, mesh) for c in (config, plain(config)))
-    return Program("sample", "dit", batch_size, jitted, same, arguments)
+    asked = generate.sampler(plain(config))
+    return Program("sample", "dit", batch_size, generate.make_sampler(config, mesh), asked, arguments)
 
 
 def plain(config):

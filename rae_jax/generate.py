@@ -10,7 +10,12 @@ from rae_jax import build, build_flow, flow, logs, rae, sharding
 
 
 def make_sampler(config, mesh):
-    """Returns jitted (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
+    """`sampler`, compiled for a mesh."""
+    return sharding.jit(sampler(config), mesh)
+
+
+def sampler(config):
+    """Returns pure (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
     Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
     where the guidance is AutoGuidance.
@@ -21,7 +26,7 @@ def make_sampler(config, mesh):
         latents = draw(config, parts, key, indices, labels)
         return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
 
-    return sharding.jit(sample, mesh)
+    return sample
 
 
 def draw(config, parts, key, indices, labels, *, scale=None):

@@ -247,13 +247,13 @@ def _sent(kind, i, computation):
 
 
 def _group_size(attributes):
-    groups = re.search(r"replica_groups=(mesh\[.*?\] ?\{.*?\}|\[[\d,]+\]|\{\{[\d,]*\}|\{\})", attributes)[1]
-    if groups.startswith("mesh"):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", groups)}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", groups.split("]")[1]))
-    if groups.startswith("["):  # [groups,size]<=[devices]
-        return int(groups.strip("[]").split(",")[-1])
-    return groups.count(",") + 1
+    """Devices in a group, in each of the ways in which groups are written."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [groups,size]<=[devices]
+        return int(counted[1])
+    return re.search(r"replica_groups=\{\{?([\d,]*)", attributes)[1].count(",") + 1
 
 
 def _dot(i, computation):

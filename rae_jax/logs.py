@@ -58,6 +58,9 @@ class Metrics:
         if self._tracker:
             self._tracker.write(self._stage, step, values)
 
+    def _rewrite(self, rows):
+        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
 
 class WandB:
     """A run of Weights & Biases for a workdir, taken up again by the same workdir; a context manager.
@@ -111,9 +114,6 @@ def _run_id(workdir):
 def _local_folder(workdir):
     """Where wandb keeps its own files: in the workdir; in its default place where that is not local."""
     return None if "://" in str(workdir) else str(workdir)
-
-    def _rewrite(self, rows):
-        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read(path):
