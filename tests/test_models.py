@@ -79,7 +79,7 @@ def test_rematerialised_blocks_keep_less():
         _, residuals = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, *arguments), p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
-    assert kept("full") < 0.4 * kept("dots") < 0.4 * 0.7 * kept("none")
+    assert kept("full") < 0.6 * kept("dots") < 0.6 * 0.8 * kept("none")
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "dit"])

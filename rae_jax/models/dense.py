@@ -128,7 +128,12 @@ _product.defvjp(_forward, _backward)
 
 
 def _gather(kernel, plan):
-    return kernel if plan.fsdp is None else jax.lax.all_gather(kernel, "fsdp", axis=plan.fsdp, tiled=True)
+    if plan.fsdp is None:
+        return kernel
+    if plan.fsdp > 0:
+        return jax.lax.all_gather(kernel, "fsdp", axis=plan.fsdp, tiled=True)
+    # Along an axis of its own: rows that do not fill the tiles of a TPU's memory are gathered by an all-reduce else.
+    return jax.lax.all_gather(kernel, "fsdp").reshape(-1, *kernel.shape[1:])
 
 
 def _times(x, kernel):
