@@ -50,6 +50,10 @@ _TRAIN_CHOICES = {  # of every stage's `train`
     **{"unit": ("step", "epoch"), "crop": ("centre", "random")},
     **{"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")},
 }
+_NUMBERS = (  # of any length
+    *("encoder.layers", "encoder.widths", "judge.widths", "discriminator.layers"),
+    *("dit.train.more_ema_decays", "sampler.refresh"),
+)
 _COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # in `train.unit`s
 _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
@@ -64,6 +68,9 @@ def check(config, mesh):
     """Raise UserError for the first value that cannot work."""
     for key, choices in _CHOICES.items():
         _require(_get(config, key) in choices, config, key, f"choose one of {', '.join(choices)}")
+    for key in _NUMBERS:
+        numbers = all(isinstance(value, int | float) for value in _get(config, key))
+        _require(numbers, config, key, "it holds numbers, such as (0, 2)")
     for name in config.stages:
         _require(name in STAGES, config, "stages", f"choose from {', '.join(STAGES)}")
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)

@@ -100,6 +100,7 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("encoder.input_size", 30),
         ("encoder.position_size", 30),
         ("encoder.layers", (0, 2)),
+        ("encoder.layers", ("/dev/null",)),
         ("decoder.patch_size", 8),
         ("decoder.width", 18),
         ("dit.width", 18),

@@ -29,9 +29,9 @@ def test_freed_memory_is_kept():
     setups = {"as it is": "", "kept": "malloc.keep_freed_memory(); "}
     found = {}
     for name, setup in setups.items():
-        code = f"from rae_jax import malloc; from tests import test_malloc; {setup}print(test_malloc._faults())"
-        root = Path(__file__).parents[1]
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+        code = f"from rae_jax import malloc; import test_malloc; {setup}print(test_malloc._faults())"
+        here = Path(__file__).parent
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, check=True)
         found[name] = int(done.stdout)
     once = CHUNK // resource.getpagesize()
     assert found["as it is"] > 0.9 * ROUNDS * once

@@ -99,7 +99,8 @@ def test_kernels_travel_in_the_compute_dtype_once_each_way():
     compiled = program.jitted.lower(*program.arguments).compile()
     sent = hlo.Program(compiled.as_text()).costs().sent
     kernels = 2 * sum(leaf.size for leaf in jax.tree.leaves(program.arguments[0]["params"]) if leaf.ndim > 1)
-    assert kernels < sent.total() < 4.2 * kernels
+    # Four times where gradients are summed in float32, as XLA does on CPU; the embedding of times is float32 both ways.
+    assert kernels < sent.total() < 4.5 * kernels
     assert sent["all-to-all"] + sent["collective-permute"] < 0.01 * kernels  # activations stay where they are
 
 
