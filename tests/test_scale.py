@@ -62,7 +62,8 @@ def _step(stage, sizes):
     return {name: state[name] for name in state if name.endswith("params")}, metrics
 
 
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
+# The decoder's has a test on eight devices of its own, in test_stage_decoder.py.
+@pytest.mark.parametrize("stage", [pytest.param("decoder", marks=pytest.mark.slow), "dit"])
 @pytest.mark.parametrize(
     "sizes", [*(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]), MESHES[2]], ids=str
 )
