@@ -77,7 +77,7 @@ def test_guided_euler_on_the_published_grid(case, method):
     _close(out, x)
 
 
-@pytest.mark.parametrize("reuse, refresh", [(2, ()), (1, (1, 2, 7))])
+@pytest.mark.parametrize("reuse, refresh", [(2, ()), (3, ()), (1, (1, 2, 7))])
 def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
     """And is made anew where the guidance interval begins, where the weak one is asked for the first time."""
     config, latent, parts = case
