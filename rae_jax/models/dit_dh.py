@@ -35,14 +35,22 @@ class DiTDH(nn.Module):
         self.time_embed = dit.TimeEmbedding(self.width, torch_linear)
 
     def __call__(self, x, t, labels):
-        return self.velocity(x, t, self.condition(x, t, labels))
+        time = self.time_embed(t)
+        return self._head(x, time, self._trunk(x, time, labels))
 
-    @nn.compact
     def condition(self, x, t, labels):
         """The condition per token [B, N, width]. It changes slowly with t: the head may use it at other times too."""
+        return self._trunk(x, self.time_embed(t), labels)
+
+    def velocity(self, x, t, s):
+        """The velocity of x_t at times t, from what the trunk made of the same x_t or of an earlier one."""
+        return self._head(x, self.time_embed(t), s)
+
+    @nn.compact
+    def _trunk(self, x, time, labels):
         grid, tokens = self._tokens(x)
         label = dit.LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels)
-        condition = nn.silu(self.time_embed(t) + label)[:, None]
+        condition = nn.silu(time + label)[:, None]
 
         s = dit.patch_embedding(self.width, dtype=self.dtype, name="trunk_embed")(tokens)
         s = s + sincos_2d(*grid, self.width).astype(self.dtype)
@@ -50,10 +58,9 @@ class DiTDH(nn.Module):
         return trunk(s, condition, rope_2d(*grid, self.width // self.num_heads))[0]
 
     @nn.compact
-    def velocity(self, x, t, s):
-        """The velocity of x_t at times t, from what the trunk made of the same x_t or of an earlier one."""
+    def _head(self, x, time, s):
         grid, tokens = self._tokens(x)
-        s = nn.silu(self.time_embed(t)[:, None] + s)
+        s = nn.silu(time[:, None] + s)
         if self.width != self.head_width:
             s = torch_linear(self.head_width, self.width, dtype=self.dtype, name="condition_proj")(s)
 
