@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from launch import tiny
-from rae_jax import build, command, sharding, stages
+from rae_jax import build, checks, command, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.data import archive, pipeline, sources
 from rae_jax.errors import UserError
@@ -231,7 +231,7 @@ def _start_up(arguments, folder, deep):
     command.parser(holder, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
-    config_lib.check(config, mesh)
+    checks.check(config, mesh)
     config_lib.check_workdir(config, folder)
     for split in ("train", "heldout"):
         build.source(config, split)

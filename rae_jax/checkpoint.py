@@ -1,17 +1,14 @@
 """Checkpoints of a stage: its whole state and the position of its data iterator, through Orbax.
 
-STAGE/STEP/ holds Orbax's folders `state` and `data`, and manifest.json: the size and CRC-32 of every file. It is the
-last that is written before the folder gets its name, so that a folder of that name was whole; and what is damaged later
-is seen before it is used.
+STAGE/STEP/ holds Orbax's folders `state` and `data`, and a manifest of all files. That is the last to be written before
+the folder gets its name, so that a folder of that name was whole; and what is damaged later is seen before it is used.
 """
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import re
 import time
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +17,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from rae_jax import logs
+from rae_jax import logs, manifest
 from rae_jax.errors import UserError
 
-MANIFEST = "manifest.json"
-_NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
 LONGEST_PAUSE = 600.0  # seconds between two tries to write
 PROMPT = 10.0  # seconds that a write may take for the next one, which is due, to be waited with
-_CHUNK = 2**22  # bytes
 # Of a program. Disks, networks and Orbax raise anything else: OSError, ValueError, RuntimeError.
 _MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
 
@@ -158,10 +152,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in reversed(steps(self._folder)):
                 path = self._path(step)
-                reason = damage(path)
+                reason = manifest.damage(path)
                 if reason is None:
                     break
-                aside = set_aside(path)
+                aside = manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
         step = _agreed(-1 if self.latest is None else self.latest)
         if step < 0 and any(".damaged" in path.name for path in self._folder.iterdir()):
@@ -198,8 +192,7 @@ class Checkpoints:
         """In the writer's thread, before the folder gets its name."""
         name = f"{self._step}.orbax-checkpoint-tmp"
         (folder,) = [p for p in self._folder.iterdir() if p.name.startswith(name) or p.name == str(self._step)]
-        manifest = {"score": self._score, "files": _fingerprints(folder)}
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        manifest.write(folder, self._score)
 
     def _finish(self):
         """In a thread: wait for the write, then remove what need not stay."""
@@ -213,7 +206,7 @@ class Checkpoints:
 
     def _superfluous(self):
         there = steps(self._folder)
-        scores = {step: score for step in there if (score := _score(self._path(step))) is not None}
+        scores = {step: score for step in there if (score := manifest.score(self._path(step))) is not None}
         stay = set(there[-self._keep :])
         stay |= {step for step in there if self._keep_every and step % self._keep_every == 0}
         stay |= {max(scores, key=scores.get)} if scores else set()
@@ -222,7 +215,7 @@ class Checkpoints:
     def _is_best(self, score):
         if score is None:
             return False
-        others = [_score(self._path(step)) for step in steps(self._folder)]
+        others = [manifest.score(self._path(step)) for step in steps(self._folder)]
         return all(other is None or score > other for other in others)
 
     def _collect(self, *, wait):
@@ -279,7 +272,7 @@ def restore_entries(folder, step, abstract):
     Raises DamagedCheckpoint.
     """
     path = epath.Path(folder).resolve() / str(step)  # Orbax takes absolute paths alone here
-    reason = damage(path) if jax.process_index() == 0 else None
+    reason = manifest.damage(path) if jax.process_index() == 0 else None
     if _agreed(int(reason is not None)):
         raise DamagedCheckpoint(path, reason or "see the first process")
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -287,71 +280,6 @@ def restore_entries(folder, step, abstract):
             item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
         )
         return checkpointer.restore(path / "state", args=args)
-
-
-def damage(path):
-    """What is wrong with a finished checkpoint, in words; None where all is as its manifest says.
-
-    One without a manifest is of an earlier version, and nothing can be said. Raises OSError where it cannot be reached.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {name: (size, checksum) for name, (size, checksum) in manifest.items()}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is garbled"
-    missing = next((name for name in expected if not (path / name).exists()), None)
-    if missing is not None:
-        return f"{missing} is missing"
-    found = _fingerprints(path, expected)
-    for name, (size, checksum) in expected.items():
-        if found[name][0] != size:
-            return f"{name} has {found[name][0]} bytes, not {size}"
-        if found[name][1] != checksum:
-            return f"{name} is not what was written"
-    return None
-
-
-def set_aside(path):
-    """Rename a damaged checkpoint, so that it no longer counts; returns the new path."""
-    taken = sum(other.name.startswith(f"{path.name}.damaged") for other in path.parent.iterdir())
-    aside = path.with_name(f"{path.name}.damaged" + (f"-{taken}" if taken else ""))
-    path.rename(aside)
-    return aside
-
-
-def _fingerprints(folder, names=None):
-    """{name: (size, CRC-32)} of the files in a folder. What lies in an object store was checked on its way there."""
-    if names is None:
-        names = sorted(str(path.relative_to(folder)) for path in _walk(folder))
-    remote = "://" in str(folder)
-
-    def fingerprint(name):
-        path = folder / name
-        if remote:
-            return path.stat().length, None
-        checksum, size = 0, 0
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-        return size, checksum
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(fingerprint, names), strict=True))
-
-
-def _walk(folder):
-    for path in folder.iterdir():
-        if path.name != _NOTE:
-            yield from _walk(path) if path.is_dir() else (path,)
-
-
-def _score(path):
-    try:
-        return json.loads((path / MANIFEST).read_text())["score"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _is_unfinished(path):

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import command, descriptions, logs, published, sharding, stages
+from rae_jax import checks, command, descriptions, logs, published, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
@@ -87,7 +87,7 @@ def _main(argv):
         if config is None and workdir is None:
             raise UserError("there is nothing to convert: name a run by --workdir, or weights by --config")
         if config is not None:
-            config_lib.check(config, sharding.make_mesh(_ALL_DEVICES))
+            checks.check(config, sharding.make_mesh(_ALL_DEVICES))
         written = export(workdir, _OUTPUT.value, config=config, parts=_PARTS.value, form=_FORMAT.value)
         for path, size in written.items():
             print(f"{path}  {size / 1e6:.2f} MB")

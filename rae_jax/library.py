@@ -18,7 +18,7 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax import build, descriptions, generate, sharding, stages
+from rae_jax import build, checks, descriptions, generate, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.rae import to_float
@@ -167,7 +167,7 @@ def _open(source, parts, dtype):
         workdir = ""
     if not workdir:
         config.stages = ()
-    config_lib.check(config, _mesh(None))
+    checks.check(config, _mesh(None))
     return config, workdir
 
 

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, command, malloc, modes, processes, sharding
+from rae_jax import benchmark, checks, command, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
@@ -70,7 +70,7 @@ def run(argv):
         processes.start(**{name: flags.FLAGS[name].value for name in processes.SETTINGS})
         _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
-        config_lib.check(config, mesh)
+        checks.check(config, mesh)
         if _WORKDIR.value is not None:
             config_lib.check_workdir(config, workdir)
         processes.wait_for_all("checked")  # before the first one writes there

@@ -12,12 +12,14 @@ from etils import epath
 from rae_jax import (
     aot,
     build,
+    checks,
     environment,
     exhibits,
     files,
     health,
     lock,
     logs,
+    manifest,
     perception,
     pictures,
     processes,
@@ -31,7 +33,7 @@ from rae_jax import benchmark as timing
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
-from rae_jax.checkpoint import DamagedCheckpoint, latest_step, set_aside
+from rae_jax.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 
@@ -51,7 +53,8 @@ def train(config, workdir, mesh, flags):
             try:
                 return _train(config, workdir, mesh, evaluator)
             except DamagedCheckpoint as error:  # of a stage that was done: it is made again from the one before
-                logs.say(f"{error.path} is damaged ({error.reason}): set aside as {set_aside(error.path).name}")
+                aside = manifest.set_aside(error.path)
+                logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
 
 
 def _train(config, workdir, mesh, evaluator):
@@ -155,7 +158,7 @@ def compile_ahead(config, flags):
         raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
     devices, chip = topology.devices(flags.topology, flags.num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    config_lib.check(config, mesh)
+    checks.check(config, mesh)
     return aot.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
 
 

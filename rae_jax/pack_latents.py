@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, command, files, logs, malloc, rae, sharding, stages
+from rae_jax import build, checks, command, files, logs, malloc, rae, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.data import latents, packed, pipeline, shards
 from rae_jax.errors import UserError
@@ -124,7 +124,7 @@ def _main(argv):
         malloc.keep_freed_memory()
         config = ConfigDict({**given.config, "stages": ()})  # nothing is trained here
         mesh = sharding.make_mesh(config.mesh)
-        config_lib.check(config, mesh)
+        checks.check(config, mesh)
         options = {name: given[name].value for name in ("dtype", "mirrored", "images_per_shard")}
         index = pack(config.lock(), given.output, mesh, **options)
     except UserError as error:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, sharding
-from rae_jax import config as config_lib
+from rae_jax import build, checks, sharding
 from rae_jax.errors import UserError
 from rae_jax.models import attention
 
@@ -76,7 +75,7 @@ def test_what_the_platform_lacks_is_refused_in_one_line(name, mend):
     config = tiny()
     config.attention = name
     with pytest.raises(UserError, match=rf"config.attention='{name}' cannot work: .*{mend}") as refused:
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
     assert "\n" not in str(refused.value)
 
 

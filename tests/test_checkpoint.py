@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, sharding
+from rae_jax import checkpoint, manifest, sharding
 from rae_jax.errors import UserError
 
 
@@ -53,7 +53,7 @@ DAMAGE = {
     "a bit of an array": (lambda path: _flip(_largest(path)), "is not what was written"),
     "metadata": (lambda path: (path / "state" / "_METADATA").write_text("{]"), "_METADATA has 2 bytes"),
     "data position": (lambda path: _flip(path / "data" / "metadata"), "data/metadata is not what was written"),
-    "manifest": (lambda path: (path / checkpoint.MANIFEST).write_text("{]"), "manifest.json is garbled"),
+    "manifest": (lambda path: (path / manifest.NAME).write_text("{]"), "manifest.json is garbled"),
 }
 
 
@@ -175,8 +175,8 @@ def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
     finally:
         _no_file_above(resource.RLIM_INFINITY)
     assert checkpoint.steps(_folder(workdir)) == [2]
-    manifest = json.loads((_folder(workdir) / "2" / checkpoint.MANIFEST).read_text())
-    assert manifest["files"]["data/metadata"][0] > 0
+    found = json.loads((_folder(workdir) / "2" / manifest.NAME).read_text())
+    assert found["files"]["data/metadata"][0] > 0
 
 
 def test_a_state_that_is_donated_at_once_is_written_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny
 
 from configs import small
-from rae_jax import build, sharding, stages
+from rae_jax import build, checks, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
@@ -27,7 +27,7 @@ def test_the_configs_are_right():
     for name in CONFIGS:
         config = importlib.import_module(f"configs.{name}").get_config()
         assert config.name == name and set(config_lib.flatten(config.to_dict())) == keys
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
         trained = config.stages if config.stages != small.get_config().stages else ()
         for part in {*trained, "encoder", "decoder", "statistics", "dit"}:
             placed = sharding.shardings(stages.part_shapes(config, part), sharding.make_mesh(config.mesh))
@@ -78,12 +78,12 @@ def test_the_full_size_discriminator_is_the_published_one():
 def test_a_decoder_of_larger_patches_or_on_another_grid():
     config = importlib.import_module("configs.decoder_b").get_config()
     config.data.image_size, config.decoder.patch_size = 512, 32  # from the same 256 tokens
-    config_lib.check(config, sharding.make_mesh(config.mesh))
+    checks.check(config, sharding.make_mesh(config.mesh))
     config.decoder.update({"grid_size": 32, "patch_size": 16})
-    config_lib.check(config, sharding.make_mesh(config.mesh))
+    checks.check(config, sharding.make_mesh(config.mesh))
     config.decoder.grid_size = 24
     with pytest.raises(UserError, match="config.data.image_size=512.*24 tokens"):
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
 
 
 @pytest.mark.parametrize(
@@ -134,29 +134,29 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
 def test_impossible_values_are_named(tiny_config, key, value):
     tiny_config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config.{key}"):
-        config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+        checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
 
 
 def test_a_guide_is_checked_as_the_dit_is(tiny_config):
     mesh = sharding.make_mesh(tiny_config.mesh)
     tiny_config.guidance.method = "autoguidance"
     with pytest.raises(UserError, match="config.guidance.dit.weights=''"):
-        config_lib.check(tiny_config, mesh)
+        checks.check(tiny_config, mesh)
     tiny_config.guidance.dit.weights = "FOLDER"
-    config_lib.check(tiny_config, mesh)
+    checks.check(tiny_config, mesh)
     for key, value in (("width", 18), ("head_width", 18), ("head_depth", -1), ("patch_size", 3), ("patch_size", 0)):
         wrong = tiny_config.copy_and_resolve_references()
         wrong.guidance.dit[key] = value
         with pytest.raises(UserError, match=f"config.guidance.dit.{key}"):
-            config_lib.check(wrong, mesh)
+            checks.check(wrong, mesh)
 
 
 def test_guidance_by_labels_takes_labels(tiny_config):
     tiny_config.dit.class_conditional = False
     with pytest.raises(UserError, match="config.guidance.method='cfg'.*class_conditional"):
-        config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+        checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
     tiny_config.guidance.method = "none"
-    config_lib.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+    checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
 
 
 def test_a_run_goes_on_with_keys_that_a_later_version_brought(tiny_config, tmp_path):

@@ -10,8 +10,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax import augment, build, losses, sharding, stages
-from rae_jax import config as config_lib
+from rae_jax import augment, build, checks, losses, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv
 
@@ -135,7 +134,7 @@ def test_a_backbone_of_its_own_sees_resized_images_and_gives_patch_tokens_of_its
     config.discriminator.backbone.update(
         {"weights": str(tmp_path), "width": 16, "depth": 2, "num_heads": 2, "input_size": 24, "position_size": 24}
     )
-    config_lib.check(config, sharding.make_mesh(config.mesh))
+    checks.check(config, sharding.make_mesh(config.mesh))
     case = encoder_cases.TINY["dino"]
     theirs = transformers.ViTModel(transformers.ViTConfig(**{**case.theirs, "patch_size": 8}), add_pooling_layer=False)
     theirs.save_pretrained(tmp_path)

@@ -11,8 +11,7 @@ import pytest
 from conftest import tiny
 
 from configs import encoders
-from rae_jax import build, sharding, stages
-from rae_jax import config as config_lib
+from rae_jax import build, checks, sharding, stages
 
 EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
 
@@ -157,7 +156,7 @@ def test_published_configs_are_right():
         config.encoder.update(values)
         config.decoder.patch_size = 16
         config.discriminator.layers = (2, 5, 8, 11)
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
         blank = build.autoencoder(config).encoder_input(jnp.zeros((1, 256, 256, 3)))
         jax.eval_shape(build.encoder(config, config.encoder).init, jax.random.key(0), blank)
         assert build.latent_shape(config) == (16, 16, config.encoder.width)

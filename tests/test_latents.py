@@ -10,8 +10,7 @@ from conftest import random_like, tiny
 from etils import epath
 from flax import linen as nn
 
-from rae_jax import build, build_flow, logs, pack_latents, sharding, stage_dit, stages
-from rae_jax import config as config_lib
+from rae_jax import build, build_flow, checks, logs, pack_latents, sharding, stage_dit, stages
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 from rae_jax.weights import store
@@ -159,7 +158,7 @@ def test_what_is_missing_is_named(config, packed, tmp_path):
     trained = _with(config, packed)
     trained.stages = ("encoder", "dit")
     with pytest.raises(UserError, match="config.data.latents=.* not of the encoder that this run trains"):
-        config_lib.check(trained, _mesh())
+        checks.check(trained, _mesh())
     with pytest.raises(UserError, match="--images_per_shard=10.*batch_size=16"):
         pack_latents.pack(config, tmp_path / "new", _mesh(), **{**FORM, "images_per_shard": 10})
 

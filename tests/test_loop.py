@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 import rae_jax
-from rae_jax import build, checkpoint, convert, logs, modes, sharding, stages
+from rae_jax import build, checkpoint, checks, convert, logs, modes, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun, fit
@@ -25,7 +25,7 @@ STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 
 def _train(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
-    config_lib.check(config, mesh)
+    checks.check(config, mesh)
     config_lib.check_workdir(config, workdir)
     modes.train(config, workdir, mesh, None)
 

@@ -13,8 +13,8 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
+from rae_jax import checks, modes, perception, sharding, stages
 from rae_jax import config as config_lib
-from rae_jax import modes, perception, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -125,8 +125,8 @@ def test_without_files_it_is_off_and_half_of_it_is_a_mistake(paths, tiny_config)
     mesh = sharding.make_mesh(tiny_config.mesh)
     for key in ("vgg", "linear"):
         with pytest.raises(UserError, match="config.lpips.linear=.* or neither"):
-            config_lib.check(cases.config_of({key: paths[key]}), mesh)
-    config_lib.check(cases.config_of(paths), mesh)
+            checks.check(cases.config_of({key: paths[key]}), mesh)
+    checks.check(cases.config_of(paths), mesh)
 
 
 @pytest.mark.parametrize("key", ["lpips.vgg", "lpips.linear", "evaluate.inception"])

@@ -16,8 +16,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, convert, generate, logs, modes, pictures, rae, sharding, stages
-from rae_jax import config as config_lib
+from rae_jax import build, checks, convert, generate, logs, modes, pictures, rae, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 
@@ -76,7 +75,7 @@ def test_full_size_is_diffusers_own(tmp_path):
 
 def test_the_published_config_is_the_published_model():
     config = sdvae_dit_xl.get_config()
-    config_lib.check(config, sharding.make_mesh(config.mesh))
+    checks.check(config, sharding.make_mesh(config.mesh))
     assert build.latent_shape(config) == (32, 32, 4)
     vae = build.autoencoder(config)
     key, shapes = jax.random.key(0), ((1, 256, 256, 3), (1, *build.latent_shape(config)))
@@ -167,16 +166,16 @@ def test_other_models_files_and_damaged_ones_are_refused(checkpoint, tmp_path):
 )
 def test_impossible_values_are_named(key, value):
     config = cases.config_of(cases.TINY, "a/folder")
-    config_lib.check(config, sharding.make_mesh(config.mesh))
+    checks.check(config, sharding.make_mesh(config.mesh))
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"config.{key}"):
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
 
 
 def test_the_encoder_is_not_trained():
     config = cases.config_of(cases.TINY, "a/folder", stages=("encoder", "dit"))
     with pytest.raises(UserError, match="config.encoder.family='sd_vae'"):
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
 
 
 def _dit_job(folder):
@@ -185,7 +184,7 @@ def _dit_job(folder):
     config.data.num_train = 16
     config.dit.train.update({"num_steps": 2, "batch_size": 8})
     config.evaluate.batch_size = 8
-    config_lib.check(config, one_device())
+    checks.check(config, one_device())
     return config
 
 

@@ -10,8 +10,7 @@ from conftest import tiny
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_xl
-from rae_jax import config as config_lib
-from rae_jax import sharding, stages
+from rae_jax import checks, sharding, stages
 from rae_jax.errors import UserError
 
 
@@ -85,9 +84,9 @@ def test_a_batch_that_does_not_divide_is_refused():
     config = tiny()
     config.dit.train.batch_size = 12
     with pytest.raises(UserError, match="config.dit.train.batch_size=12 cannot be split over 8 devices"):
-        config_lib.check(config, _mesh(2, 4, 1))
+        checks.check(config, _mesh(2, 4, 1))
     config.stages = ("encoder", "judge", "decoder", "statistics")  # whoever does not train it, may leave it as it is
-    config_lib.check(config, _mesh(2, 4, 1))
+    checks.check(config, _mesh(2, 4, 1))
 
 
 @pytest.mark.parametrize("rows, part", [(24, 24), (48, 24), (40, 8)])

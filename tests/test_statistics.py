@@ -10,8 +10,7 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax import build, checkpoint, sharding, stage_statistics, stages
-from rae_jax import config as config_lib
+from rae_jax import build, checkpoint, checks, sharding, stage_statistics, stages
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 
@@ -41,7 +40,7 @@ def _config(folder, num_images, batch_size):
 def _run(config, workdir, devices):
     """The final state of the stage."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    config_lib.check(config, mesh)
+    checks.check(config, mesh)
     stage = stages.stage(config, "statistics", workdir, mesh)
     options = {"log_every": 1000, "checkpoint_every": 1000, "keep": 1}
     fit(stage, workdir=workdir, mesh=mesh, key=jax.random.key(0), **options)
@@ -91,7 +90,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
     config = tiny()
     config.statistics.batch_size = 7
     with pytest.raises(UserError, match="config.statistics.batch_size=7 cannot be split over 8 devices"):
-        config_lib.check(config, sharding.make_mesh(config.mesh))
+        checks.check(config, sharding.make_mesh(config.mesh))
 
 
 def test_thousands_of_small_batches_lose_no_digits():

@@ -7,18 +7,17 @@ import sys
 import pytest
 from conftest import tiny
 
-from rae_jax import config as config_lib
-from rae_jax import logs, sharding
+from rae_jax import checks, logs, sharding
 from rae_jax.errors import UserError
 
 
 def test_it_is_off_by_default_and_named_where_it_is_missing(monkeypatch):
     config, mesh = tiny(), sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    monkeypatch.setattr(config_lib.importlib.util, "find_spec", lambda name: None)
-    config_lib.check(config, mesh)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    checks.check(config, mesh)
     config.wandb = "project"
     with pytest.raises(UserError, match=r"config.wandb='project' cannot work: it needs wandb"):
-        config_lib.check(config, mesh)
+        checks.check(config, mesh)
 
 
 def test_metrics_are_written_offline_and_a_run_keeps_its_id(tmp_path):

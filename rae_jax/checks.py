@@ -1,0 +1,254 @@
+"""Checks of a config, before anything is computed or written.
+
+Each mistake is one line that names the key and the mend.
+"""
+
+import importlib.util
+import math
+
+from etils import epath
+
+from rae_jax import sharding
+from rae_jax.config import STAGES, TRAINED, input_size
+from rae_jax.errors import UserError
+
+_PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
+_MLPS = ("gelu", "gelu_tanh", "swiglu")
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("xla", "cudnn", "flash"),
+    "remat": ("none", "dots", "full"),
+    "data.source": ("shapes", "image_folder", "array_record", "tfds"),
+    "data.on_error": ("stop", "skip"),
+    "checkpoint.best_is": ("lowest", "highest"),
+    "checkpoint.on_error": ("continue", "stop"),
+    "encoder.family": ("small", *_PUBLISHED, "sd_vae"),
+    "encoder.mlp": _MLPS,
+    "discriminator.backbone.family": ("encoder", *_PUBLISHED),
+    "discriminator.backbone.mlp": _MLPS,
+    "discriminator.loss": ("hinge", "vanilla"),
+    "dit.path": ("linear", "cosine", "vp"),
+    "dit.prediction": ("velocity", "noise", "data"),
+    "dit.train.time": ("logit_normal", "uniform"),
+    "sampler.method": ("euler", "heun", "adaptive", "sde"),
+    "sampler.grid": ("plain", "published"),
+    "sampler.diffusion": ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing"),
+    "sampler.last_step": ("mean", "tweedie", "euler", "none"),
+    "guidance.method": ("none", "cfg", "autoguidance"),
+}
+_TRAIN_CHOICES = {  # of every stage's `train`
+    **{"unit": ("step", "epoch"), "crop": ("centre", "random")},
+    **{"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")},
+}
+_NUMBERS = (  # of any length
+    *("encoder.layers", "encoder.widths", "judge.widths", "discriminator.layers"),
+    *("dit.train.more_ema_decays", "sampler.refresh"),
+)
+_POSITIVE = (
+    *("log_every", "checkpoint.every", "checkpoint.keep"),
+    *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
+    *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
+    *("dit.train.microbatches", "sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
+    *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
+)
+
+
+def check(config, mesh):
+    """Raise UserError for the first value that cannot work."""
+    for key, choices in _CHOICES.items():
+        _require(_get(config, key) in choices, config, key, f"choose one of {', '.join(choices)}")
+    for key in _NUMBERS:
+        numbers = all(isinstance(value, int | float) for value in _get(config, key))
+        _require(numbers, config, key, "it holds numbers, such as (0, 2)")
+    for name in config.stages:
+        _require(name in STAGES, config, "stages", f"choose from {', '.join(STAGES)}")
+    _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
+    for key in _POSITIVE:
+        _require(_get(config, key) > 0, config, key, "it must be positive")
+    for key in ("data.num_threads", "data.num_workers"):
+        _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
+    _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
+    there = not config.wandb or importlib.util.find_spec("wandb") is not None
+    _require(there, config, "wandb", "it needs wandb (pip install -e '.[wandb]'); '' does without")
+    for key in ("checkpoint.keep_every", *(f"health.{name}" for name in config.health)):
+        _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
+    evaluated = not config.checkpoint.best or config.evaluate.every
+    _require(
+        evaluated, config, "checkpoint.best", "it is a metric of evaluations in training: set config.evaluate.every"
+    )
+    reference = config.evaluate.reference
+    there = not reference or epath.Path(reference).exists()
+    _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
+    for stage in TRAINED:
+        _check_training(config, f"{stage}.train")
+    if config.data.latents:
+        _check_latents(config)
+    both = bool(config.lpips.vgg) == bool(config.lpips.linear)
+    _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
+    used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
+    for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
+        sharding.check_batch(_get(config, key), mesh, f"config.{key}")
+    _check_shapes(config)
+    _check_attention(config, mesh.devices.flat[0])
+
+
+_DIVIDES = "it must divide the latent grid's {}"
+_HEAD_DEPTH = "it must be 0 for a plain DiT, or positive"
+_DECAYS = "it must be at least 0 and below 1"
+_ORDER = f"each at most once, in the order {', '.join(STAGES)}"
+
+
+def _check_training(config, section):
+    train = _get(config, section)
+    for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
+        _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
+    _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", _DECAYS)
+    for key, choices in _TRAIN_CHOICES.items():
+        _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
+    drawn = config.data.source == "shapes"
+    _require(not (drawn and train.crop == "random"), config, f"{section}.crop", "shapes are drawn at their size")
+
+
+def _check_latents(config):
+    fixed = "encoder" not in config.stages
+    _require(fixed, config, "data.latents", "they are not of the encoder that this run trains: set it to ''")
+    _require(config.dit.train.crop == "centre", config, "dit.train.crop", "latents are packed of centre crops")
+
+
+def _check_shapes(config):
+    if config.encoder.family == "sd_vae":
+        _check_sd_vae(config)
+    size, patch = config.data.image_size, config.encoder.patch_size
+    key = "encoder.input_size" if config.encoder.input_size else "data.image_size"
+    multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
+    _require(_get(config, key) > 0 and _get(config, key) % patch == 0, config, key, multiple)
+    grid = _get(config, key) // patch
+    tokens = config.decoder.grid_size or grid
+    _require(size % tokens == 0, config, "data.image_size", f"it must be a multiple of the decoder's {tokens} tokens")
+    _require(
+        config.decoder.patch_size * tokens == size,
+        config,
+        "decoder.patch_size",
+        f"{size // tokens} makes {size} px images from {tokens}x{tokens} tokens",
+    )
+    widths = [
+        ("encoder", "width", "num_heads", 1),
+        ("decoder", "width", "num_heads", 1),
+        ("dit", "width", "num_heads", 4),  # rotary embedding turns pairs along two axes
+    ]
+    dits = ["dit"]
+    if config.guidance.method == "autoguidance":
+        dits.append("guidance.dit")
+        widths.append(("guidance.dit", "width", "num_heads", 4))
+    for section in dits:
+        _require(grid % _get(config, section).patch_size == 0, config, f"{section}.patch_size", _DIVIDES.format(grid))
+        _require(_get(config, section).head_depth >= 0, config, f"{section}.head_depth", _HEAD_DEPTH)
+        if _get(config, section).head_depth:
+            widths.append((section, "head_width", "head_num_heads", 4))
+    for section, width, heads, multiple in widths:
+        of = _get(config, section)
+        mend = f"it must be a multiple of {multiple} times config.{section}.{heads}={of[heads]}"
+        _require(of[width] % (multiple * of[heads]) == 0, config, f"{section}.{width}", mend)
+    for key in ("decoder.width", *(f"{section}.width" for section in dits)):
+        _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
+    inside = all(0 <= layer < config.encoder.depth for layer in config.encoder.layers)
+    _require(inside, config, "encoder.layers", "they are encoder blocks, from 0")
+    if "decoder" in config.stages:
+        _check_discriminator(config)
+    position = config.encoder.position_size
+    _require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
+    if "encoder" in config.stages:
+        _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
+    _check_sampling(config)
+
+
+def _check_attention(config, device):
+    match config.attention:
+        case "cudnn":
+            hopper = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9
+            mend = f"it takes an NVIDIA GPU from Hopper on, and this is {device.device_kind}: set it to 'xla'"
+            _require(hopper, config, "attention", mend)
+            half = config.dtype == "bfloat16"
+            _require(half, config, "attention", "it takes config.dtype='bfloat16', or set it to 'xla'")
+            for part, of in (("encoder", ""), ("decoder", ""), ("dit", ""), ("dit", "head_")):
+                width, heads = (config[part][f"{of}{key}"] for key in ("width", "num_heads"))
+                mend = f"config.{part}.{of}width={width} leaves {heads} heads no multiple of 8 each: set it to 'xla'"
+                _require(width // heads % 8 == 0, config, "attention", mend)
+        case "flash":
+            mend = f"it takes a TPU, and this is {device.device_kind}: set it to 'xla'"
+            _require(device.platform == "tpu", config, "attention", mend)
+
+
+def _check_sampling(config):
+    train, sampler = config.dit.train, config.sampler
+    decays = train.more_ema_decays
+    _require(all(0.0 <= decay < 1.0 for decay in decays), config, "dit.train.more_ema_decays", _DECAYS)
+    number = f"0, or the number of one of the {len(decays)} in config.dit.train.more_ema_decays"
+    _require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
+    whole = train.batch_size % train.microbatches == 0
+    _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
+    reusable = sampler.method == "euler" and config.dit.head_depth > 0
+    share = "only euler steps of a DiT^DH can share its trunk's output: set it to"
+    _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
+    _require(reusable or not sampler.refresh, config, "sampler.refresh", f"{share} ()")
+    last = sampler.num_steps - (2 if sampler.grid == "published" else 1)  # there, they are points
+    inside = all(0 <= step <= last for step in sampler.refresh)
+    _require(inside, config, "sampler.refresh", f"they are steps, from 0 to {last}")
+    alone = not sampler.refresh or sampler.reuse == 1
+    _require(alone, config, "sampler.reuse", "config.sampler.refresh names the steps: set it to 1")
+    _require(0 < sampler.last_step_size < 1, config, "sampler.last_step_size", "it must be between 0 and 1")
+    there = sampler.method != "adaptive" or importlib.util.find_spec("diffrax") is not None
+    _require(there, config, "sampler.method", "it needs diffrax (pip install -e '.[adaptive]')")
+    guidance = config.guidance
+    labelled = config.dit.class_conditional or guidance.method != "cfg"
+    _require(labelled, config, "guidance.method", "it takes classes: config.dit.class_conditional=True")
+    named = guidance.method != "autoguidance" or bool(guidance.dit.weights)
+    _require(named, config, "guidance.dit.weights", "name the weights of a weaker model, which guidance.dit describes")
+    _require(0 <= guidance.t_min <= guidance.t_max <= 1, config, "guidance.t_min", "0 <= t_min <= t_max <= 1 must hold")
+    _require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a number")
+
+
+def _check_discriminator(config):
+    train, d = config.decoder.train, config.discriminator
+    for key in ("adversarial_weight", "lpips_weight"):
+        _require(train[key] >= 0, config, f"decoder.train.{key}", "it must be positive, or 0 for no such loss")
+    for key in ("prob", "cutout"):
+        _require(0 <= d.augment[key] <= 1, config, f"discriminator.augment.{key}", "it must be between 0 and 1")
+    own = d.backbone.family != "encoder"
+    depth = d.backbone.depth if own else config.encoder.depth
+    inside = len(d.layers) > 0 and all(0 <= layer < depth for layer in d.layers)
+    _require(inside, config, "discriminator.layers", f"they are some of the backbone's {depth} blocks, from 0")
+    if not own:
+        return
+    for key, size in (("input_size", input_size(config, d.backbone)), ("position_size", d.backbone.position_size)):
+        mend = f"it must be a multiple of config.discriminator.backbone.patch_size={d.backbone.patch_size}"
+        _require(size >= 0 and size % d.backbone.patch_size == 0, config, f"discriminator.backbone.{key}", mend)
+    heads = d.backbone.num_heads
+    mend = f"it must be a multiple of config.discriminator.backbone.num_heads={heads}"
+    _require(d.backbone.width % heads == 0, config, "discriminator.backbone.width", mend)
+
+
+def _check_sd_vae(config):
+    e = config.encoder
+    fits = len(e.widths) > 0 and all(width > 0 and width % 32 == 0 for width in e.widths)
+    _require(fits, config, "encoder.widths", "each level's must be a multiple of the 32 groups of its norms")
+    smaller = 2 ** (len(e.widths) - 1)
+    mend = f"latents are {smaller} times smaller after {len(e.widths)} levels"
+    _require(e.patch_size == smaller, config, "encoder.patch_size", mend)
+    _require(e.depth > 0, config, "encoder.depth", "it must be positive")
+    _require(not e.input_size, config, "encoder.input_size", "the VAE sees images as they are: set it to 0")
+    _require(not e.layers, config, "encoder.layers", "the VAE has one latent alone: set it to ()")
+    _require("decoder" not in config.stages, config, "stages", "the VAE's decoder is not trained: leave 'decoder' out")
+    named = config.decoder.weights != "small"
+    _require(named, config, "decoder.weights", "name the VAE's hub id or folder, as in config.encoder.weights")
+
+
+def _require(condition, config, key, mend):
+    if not condition:
+        raise UserError(f"config.{key}={_get(config, key)!r} cannot work: {mend}")
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config
