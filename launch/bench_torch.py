@@ -1,11 +1,11 @@
-"""DiT^DH, decoder or encoder, ours beside PyTorch's on the same weights and cores: equal? and how fast?
+"""DiT^DH or decoder, ours beside PyTorch's on the same weights and cores: equal? and how fast?
 
     python launch/bench_torch.py [--model=dit] [--size=s] [--batch=4] [--rounds=5] [--authors=FOLDER]
 
-Needs torch (and transformers for the encoder, diffusers for the decoder); no network, the weights are random. Float32.
-The same batch goes through either in turn, in one process, forward and, but for the frozen encoder, forward with the
-gradients of all weights. --authors: a checkout of the code of RAE's authors, whose DiT^DH is then timed as a third
-side. The last line printed is one JSON object; `times_as_fast` divides PyTorch's median by ours.
+Needs torch (and diffusers for the decoder); no network, the weights are random. Float32. The same batch goes through
+either in turn, in one process, forward and forward with the gradients of all weights. --authors: a checkout of the code
+of RAE's authors, whose DiT^DH is then timed as a third side. The last line printed is one JSON object; `times_as_fast`
+divides PyTorch's median by ours. The encoder: bench_encoder.py.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,35 +30,33 @@ from torch_dit import DiTDH
 from configs import dit_b, encoders
 from rae_jax import build, malloc, published, stages
 from rae_jax.config import latent_shape
-from rae_jax.weights import engine, store, tables
+from rae_jax.weights import engine, tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """`forward()` -> output as ours is shaped; `backward()` -> (loss, gradients), or None. Both wait for the result."""
+    """`forward()` -> output as ours is shaped; `backward()` -> (loss, gradients). Both wait for the result."""
 
     forward: Callable
-    backward: Callable | None
+    backward: Callable
 
 
 def main():
     """Time all sides in turn, print what they took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("dit", "decoder", "encoder"), default="dit")
-    parser.add_argument("--size", default=None, help="s, b, l or xl; by default S for the DiT, B for the others")
+    parser.add_argument("--model", choices=("dit", "decoder"), default="dit")
+    parser.add_argument("--size", default=None, help="s, b, l or xl; by default S for the DiT, B for the decoder")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--authors", help="a checkout of the authors' code, whose DiT^DH is timed as well")
     args = parser.parse_args()
     malloc.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    sides = {"dit": _dits, "decoder": _decoders, "encoder": _encoders}[args.model](args)
+    sides = {"dit": _dits, "decoder": _decoders}[args.model](args)
     results = {"model": args.model, "batch": args.batch, "cores": len(os.sched_getaffinity(0))}
     results["max_difference"] = _differences(sides)
     for kind in ("forward", "backward"):
-        runs = {name: getattr(side, kind) for name, side in sides.items()}
-        if runs["rae_jax"] is not None:
-            results[kind] = _alternate(kind, runs, args.rounds)
+        results[kind] = _alternate(kind, {name: getattr(side, kind) for name, side in sides.items()}, args.rounds)
     print(json.dumps(results))
 
 
@@ -102,8 +99,7 @@ def _config(args):
     config.unroll = True  # as for any CPU
     config.dit.update(dit_b.DITS[args.size or "s"])
     config.decoder.update(dit_b.DECODERS[(args.size or "b") if args.model == "decoder" else "b"])
-    names = {"s": "small", "b": "base", "l": "large"}
-    config.encoder.update(encoders.dinov2(names[(args.size or "b") if args.model == "encoder" else "b"]))
+    config.encoder.update(encoders.dinov2("base"))
     return config
 
 
@@ -205,32 +201,6 @@ def _decoders(args):
         "rae_jax": _ours(lambda p, x: decoder.apply({"params": p}, x), params, (latents,)),
         "diffusers": _theirs(_loaded(module, tensors), (tokens,), image),
     }
-
-
-def _encoders(args):
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    config = _config(args)
-    params, e = _weights(config, "encoder"), config.encoder
-    images = np.random.default_rng(1).random((args.batch, e.input_size, e.input_size, 3), np.float32)
-    encoder = build.encoder(config, e)
-    sizes = Dinov2WithRegistersConfig(
-        hidden_size=e.width,
-        num_hidden_layers=e.depth,
-        num_attention_heads=e.num_heads,
-        patch_size=e.patch_size,
-        image_size=e.position_size,
-    )
-    with tempfile.TemporaryDirectory() as folder:  # transformers' own names are those of its files no longer
-        store.write(Path(folder) / "model.safetensors", published.tensors_of(config, "encoder", params))
-        sizes.save_pretrained(folder)
-        module = Dinov2WithRegistersModel.from_pretrained(folder).eval()
-    module.layernorm = torch.nn.Identity()  # ours comes without it, too
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    tokens = 1 + e.num_registers
-    ours = _ours(lambda p, x: encoder.apply({"params": p}, x)[0], params, (images,))
-    theirs = _theirs(module, (pixels,), lambda found: found.last_hidden_state[:, tokens:])
-    return {"rae_jax": Side(ours.forward, None), "transformers": Side(theirs.forward, None)}
 
 
 if __name__ == "__main__":

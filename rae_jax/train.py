@@ -66,8 +66,7 @@ def fit(
     not finite, and `care` does not have it skipped; and UserError where a checkpoint cannot be read, or one that must
     be there cannot be written.
     """
-    shapes = jax.eval_shape(stage.init, key)
-    abstract = sharding.abstract(shapes, mesh)
+    abstract = sharding.abstract(jax.eval_shape(stage.init, key), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
     stage = dataclasses.replace(stage, step=health.guarded(stage.step, care.skip))
@@ -75,16 +74,7 @@ def fit(
 
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage.name, keep=keep, every=checkpoint_every, **saving)
     with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
-        start = checkpoints.newest_whole()
-        if start is None:
-            start, state = 0, jax.jit(stage.init, out_shardings=placed)(key)
-        else:
-            state = checkpoints.restore(start, abstract, feed)
-            logs.say(f"{stage.name}: going on from step {start}")
-        if start == 0 and "params" in shapes:
-            from clu import parameter_overview  # here, so that a benchmark does not need it
-
-            logs.say(parameter_overview.get_parameter_overview(shapes["params"], include_stats=False))
+        start, state = _begin(stage, checkpoints, abstract, feed, key)
         metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
         step_fn = compiled_step(stage.step, placed, mesh)
 
@@ -113,21 +103,46 @@ def fit(
                 score = None
                 if evaluate_every and step % evaluate_every == 0:
                     with pulse.doing("evaluating"):
-                        results = evaluate(state, step)
-                    score = results.pop("score", None)
-                    metrics_file.write(step, {f"eval/{name}": v for name, v in results.items()})
+                        score = _evaluate(evaluate, state, step, metrics_file)
                     clock.read()  # its time is not the steps'
                 stopping = stop.value
                 if last or stopping or checkpoints.wants(step, score):
                     watch.ended()
                     with pulse.doing("saving"):
-                        if last or stopping:
-                            patience = STOPPING_PATIENCE if stopping else LAST_PATIENCE
-                            checkpoints.save_surely(step, state, feed, score, patience=patience)
-                        else:
-                            checkpoints.save(step, state, feed, score)
+                        _save(checkpoints, step, state, feed, score, last=last, stopping=stopping)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
+
+
+def _begin(stage, checkpoints, abstract, feed, key):
+    """(step, state) to go on from: those of the newest whole checkpoint, with `feed` moved there; or the first."""
+    start = checkpoints.newest_whole()
+    if start is not None:
+        logs.say(f"{stage.name}: going on from step {start}")
+        return start, checkpoints.restore(start, abstract, feed)
+    if "params" in abstract:
+        from clu import parameter_overview  # here, so that a benchmark does not need it
+
+        logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return 0, jax.jit(stage.init, out_shardings=placed)(key)
+
+
+def _evaluate(evaluate, state, step, metrics_file):
+    """Write what `evaluate` finds; its score, or None."""
+    results = evaluate(state, step)
+    score = results.pop("score", None)
+    metrics_file.write(step, {f"eval/{name}": v for name, v in results.items()})
+    return score
+
+
+def _save(checkpoints, step, state, feed, score, *, last, stopping):
+    """Begin a checkpoint; one after which nothing more comes has to be there before this returns."""
+    if last or stopping:
+        patience = STOPPING_PATIENCE if stopping else LAST_PATIENCE
+        checkpoints.save_surely(step, state, feed, score, patience=patience)
+    else:
+        checkpoints.save(step, state, feed, score)
 
 
 def compiled_step(step, placed, mesh):
