@@ -91,7 +91,8 @@ class _Files:
 
     def read(self, index):
         path, label = self._files[index]
-        return Path(path).read_bytes(), label
+        with open(path, "rb") as file:
+            return file.read(), label
 
     def name(self, index):
         return str(self._files[index][0])
