@@ -12,7 +12,6 @@ RELEASED = "nyu-visionx/RAE-collections"
 LPIPS = {"vgg": "timm/vgg16.tv_in1k", "linear": "chaofengc/IQA-PyTorch-Weights:LPIPS_v0.1_vgg-a78928a0.pth"}
 INCEPTION = "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of what pytorch-fid releases
 IMAGENET = 1_281_167  # training images
-CHANNELS = 768  # of DINOv2-B's latent
 
 
 def get_config():

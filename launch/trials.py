@@ -52,16 +52,6 @@ class Trials:
         process.start()
         return process
 
-    def finish(self, workdir, *arguments, limit=3000, **options):
-        """A whole run: (exit status, what it said); status None where it had to be killed after `limit` seconds."""
-        process = self.start(workdir, *arguments, **options)
-        process.join(limit)
-        status = process.exitcode
-        if status is None:
-            process.kill()
-            process.join()
-        return status, said(process)
-
 
 def without_evaluation():
     """A run's `before`: it ends with its last stage."""

@@ -6,21 +6,21 @@ the folder gets its name, so that a folder of that name was whole; and what is d
 
 import concurrent.futures
 import contextlib
+import math
 import os
 import re
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from rae_jax import logs, manifest
+from rae_jax import files, logs, manifest, processes
 from rae_jax.errors import UserError
 
 LONGEST_PAUSE = 600.0  # seconds between two tries to write
+TOGETHER = 300  # seconds for which a process waits at the end of a write for the others; one may have failed
 PROMPT = 10.0  # seconds that a write may take for the next one, which is due, to be waited with
 # Of a program. Disks, networks and Orbax raise anything else: OSError, ValueError, RuntimeError.
 _MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
@@ -58,9 +58,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        if jax.process_count() > 1 and kind is not None and issubclass(kind, jax.errors.JaxRuntimeError):
-            return  # another process is gone: what is being written waits for it in vain
+    def __exit__(self, kind, error, _):
+        if kind is not None and processes.lost_another(error):
+            return  # what is being written waits for it in vain
         try:
             self._collect(wait=True)
         except UserError as error:
@@ -157,7 +157,7 @@ class Checkpoints:
                     break
                 aside = manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
-        step = _agreed(-1 if self.latest is None else self.latest)
+        step = int(processes.agreed(-1 if self.latest is None else self.latest))
         if step < 0 and any(".damaged" in path.name for path in self._folder.iterdir()):
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged: bring a whole one back, or remove that folder to "
@@ -174,6 +174,8 @@ class Checkpoints:
         try:
             restored = self._writer.restore(self._path(step), args=ocp.args.Composite(**parts))
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            if processes.lost_another(error):
+                raise
             raise UserError(
                 f"{self._path(step)} is not a whole checkpoint ({_in_one_line(error)}): remove that folder to go on "
                 f"from the one before, or take another --workdir"
@@ -185,7 +187,8 @@ class Checkpoints:
         return self._folder / str(step)
 
     def _new_writer(self):
-        options = ocp.options.AsyncOptions(post_finalization_callback=self._seal)
+        how = {"timeout_secs": TOGETHER, "post_finalization_callback": self._seal}
+        options = ocp.options.AsyncOptions(**how)
         return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def _seal(self):
@@ -202,7 +205,7 @@ class Checkpoints:
                 try:
                     self._path(step).rmtree()
                 except OSError as error:
-                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({error.strerror})")
+                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({files.reason(error)})")
 
     def _superfluous(self):
         there = steps(self._folder)
@@ -213,10 +216,11 @@ class Checkpoints:
         return [step for step in there if step not in stay]
 
     def _is_best(self, score):
-        if score is None:
+        if score is None or not math.isfinite(score):
             return False
         others = [manifest.score(self._path(step)) for step in steps(self._folder)]
-        return all(other is None or score > other for other in others)
+        # The first process says so: the others may see its newest one later than it does.
+        return bool(processes.agreed(all(other is None or score > other for other in others)))
 
     def _collect(self, *, wait):
         """Take notice of a write that has ended."""
@@ -230,7 +234,9 @@ class Checkpoints:
             self._failed(error)
 
     def _failed(self, error):
-        if isinstance(error, _MISTAKES):
+        # At the end of a write, another process that does not come in time may have failed to write, and be well.
+        gone = processes.lost_another(error) and "DEADLINE_EXCEEDED" not in str(error)
+        if isinstance(error, _MISTAKES) or gone:
             raise error
         self._failures, self._due, self._reason = self._failures + 1, True, _in_one_line(error)
         pause = min(2.0**self._failures, LONGEST_PAUSE)
@@ -273,7 +279,7 @@ def restore_entries(folder, step, abstract):
     """
     path = epath.Path(folder).resolve() / str(step)  # Orbax takes absolute paths alone here
     reason = manifest.damage(path) if jax.process_index() == 0 else None
-    if _agreed(int(reason is not None)):
+    if processes.agreed(reason is not None):
         raise DamagedCheckpoint(path, reason or "see the first process")
     with ocp.PyTreeCheckpointer() as checkpointer:
         args = ocp.args.PyTreeRestore(
@@ -286,13 +292,6 @@ def _is_unfinished(path):
     if ".orbax-checkpoint-tmp" in path.name:
         return True
     return path.name.isdecimal() and not ocp.utils.is_checkpoint_finalized(path)
-
-
-def _agreed(number):
-    """The first process's number, on every process."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
 def _in_one_line(error):

@@ -45,6 +45,8 @@ _NUMBERS = (  # of any length
     *("dit.train.more_ema_decays", "sampler.refresh"),
 )
 _POSITIVE = (
+    *(f"{part}.{size}" for part in ("encoder", "decoder", "dit") for size in ("width", "depth", "num_heads")),
+    *("encoder.patch_size", "decoder.hidden"),
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
     *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
@@ -65,6 +67,7 @@ def check(config, mesh):
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
+    _require(config.seed >= 0, config, "seed", "it must be 0 or more")
     for key in ("data.num_threads", "data.num_workers"):
         _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
     _require(config.evaluate.every >= 0, config, "evaluate.every", "it must be positive, or 0 for only at the end")
@@ -102,6 +105,7 @@ def _check_training(config, section):
     train = _get(config, section)
     for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
         _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
+    _require(train.warmup_steps >= 0, config, f"{section}.warmup_steps", "it must be positive, or 0 for none")
     _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", _DECAYS)
     for key, choices in _TRAIN_CHOICES.items():
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
@@ -192,7 +196,8 @@ def _check_sampling(config):
     _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
     _require(reusable or not sampler.refresh, config, "sampler.refresh", f"{share} ()")
     last = sampler.num_steps - (2 if sampler.grid == "published" else 1)  # there, they are points
-    inside = all(0 <= step <= last for step in sampler.refresh)
+    _require(last >= 0, config, "sampler.num_steps", "of the grid 'published' they are points: it takes two")
+    inside = all(isinstance(step, int) and 0 <= step <= last for step in sampler.refresh)
     _require(inside, config, "sampler.refresh", f"they are steps, from 0 to {last}")
     alone = not sampler.refresh or sampler.reuse == 1
     _require(alone, config, "sampler.reuse", "config.sampler.refresh names the steps: set it to 1")
@@ -215,6 +220,8 @@ def _check_discriminator(config):
     for key in ("prob", "cutout"):
         _require(0 <= d.augment[key] <= 1, config, f"discriminator.augment.{key}", "it must be between 0 and 1")
     own = d.backbone.family != "encoder"
+    for key in ("width", "depth", "num_heads", "patch_size") if own else ():
+        _require(d.backbone[key] > 0, config, f"discriminator.backbone.{key}", "it must be positive")
     depth = d.backbone.depth if own else config.encoder.depth
     inside = len(d.layers) > 0 and all(0 <= layer < depth for layer in d.layers)
     _require(inside, config, "discriminator.layers", f"they are some of the backbone's {depth} blocks, from 0")

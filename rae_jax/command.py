@@ -5,9 +5,11 @@ import os
 import re
 import sys
 
-import jax
 from absl import flags
 from ml_collections import config_flags
+
+from rae_jax import processes
+from rae_jax.errors import UserError
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
@@ -55,8 +57,8 @@ def peers():
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if isinstance(error, UserError) or not processes.lost_another(error):
             raise
         reason = " ".join(str(error).split())[:300]
         print(

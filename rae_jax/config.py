@@ -28,7 +28,10 @@ def check_workdir(config, workdir):
     path = epath.Path(workdir) / "config.json"
     if not path.exists() or not (epath.Path(workdir) / "checkpoints").exists():
         return
-    theirs = flatten(json.loads(path.read_text()))
+    try:
+        theirs = flatten(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path} is cut off or no JSON ({error}): take another --workdir, or bring it back") from error
     ours = flatten(json.loads(config.to_json()))
     only_measured = () if "decoder" in config.stages else ("lpips",)
     for key in sorted(theirs):
@@ -50,7 +53,7 @@ def save(config, workdir):
         files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to --workdir={workdir} ({error.strerror}): choose a folder you may write to"
+            f"cannot write to --workdir={workdir} ({files.reason(error)}): choose a folder you may write to"
         ) from error
 
 

@@ -12,14 +12,12 @@ diffusers a folder for AutoencoderRAE or AutoencoderKL. With --config and --work
 weights are read.
 """
 
-import json
-
 import jax
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import checks, command, descriptions, logs, published, sharding, stages
+from rae_jax import checks, command, descriptions, files, logs, published, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
@@ -54,7 +52,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
         return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:
         raise UserError(
-            f"cannot write to --output={output} ({error.strerror}): choose a folder you may write to"
+            f"cannot write to --output={output} ({files.reason(error)}): choose a folder you may write to"
         ) from error
 
 
@@ -62,7 +60,7 @@ def _config_of(workdir):
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no config.json: name the folder of a run")
-    return ConfigDict(json.loads(path.read_text()))
+    return descriptions.read(workdir)
 
 
 def _write(config, trees, output, form):

@@ -25,7 +25,7 @@ def read(folder):
         raise UserError(f"{folder} holds no {FILE}: name a run's workdir, or a folder that rae_jax.convert wrote")
     try:
         found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is cut off or no JSON ({error}): fetch or write it again") from error
     if "_class_name" in found:
         found = published.of_diffusers(found)

@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from rae_jax import files
+
 FILE = "environment.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -20,17 +22,16 @@ def record(workdir):
     if jax.process_index() != 0:
         return
     path = epath.Path(workdir) / FILE
-    before = path.read_text() if path.exists() else ""  # no appending: gs:// cannot
-    path.write_text(f"{before}{json.dumps(describe())}\n")
+    files.append_text(path, json.dumps(describe()) + "\n")
 
 
 def starts(workdir):
     """What `record` wrote, start by start; a line that was cut off ends it."""
     path, found = epath.Path(workdir) / FILE, []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             break
     return found
 
@@ -46,8 +47,15 @@ def describe():
         "host": f"{platform.system()} {platform.machine()}",
         "revision": _revision(Path(__file__).parent.parent),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **{name: version for name in _PACKAGES if (version := _version(name))},
     }
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _revision(checkout):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import logs
+from rae_jax import files, logs
 
 WINDOW, ENOUGH = 200, 50  # losses that a new one is compared with: at most, at least
 SHOWN = 8  # images of a batch that the terminal names; incidents.jsonl has all
@@ -127,7 +127,7 @@ class Incidents:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"time": now, "stage": self._stage, "kind": kind, **what}) + "\n")
-        except OSError as error:
-            logs.say(f"cannot write to {self._path} ({error.strerror})")
+            line = {"time": now, "stage": self._stage, "kind": kind, **what}
+            files.append_text(self._path, json.dumps(line) + "\n")
+        except Exception as error:  # of many kinds, where a bucket is away
+            logs.say(f"cannot write to {self._path} ({files.reason(error)})")

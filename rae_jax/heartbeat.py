@@ -100,7 +100,7 @@ class Heartbeat:
             **{"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
             **{"host": socket.gethostname(), "pid": os.getpid()},
         }
-        with contextlib.suppress(OSError):  # a full disk is the checkpoints' to report
+        with contextlib.suppress(Exception):  # a full disk, or a bucket that is away, is the checkpoints' to report
             files.write_text(self._path, json.dumps(state, indent=1) + "\n")
 
 

@@ -167,6 +167,10 @@ def _open(source, parts, dtype):
         workdir = ""
     if not workdir:
         config.stages = ()
+    # What a run was watched and measured by, and ran on, is of no matter here.
+    config.wandb, config.evaluate.reference, config.checkpoint.best = "", "", ""
+    if {"cudnn": "gpu", "flash": "tpu"}.get(config.attention) != jax.default_backend():
+        config.attention = "xla"
     checks.check(config, _mesh(None))
     return config, workdir
 

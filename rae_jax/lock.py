@@ -17,11 +17,9 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from rae_jax import files, logs
+from rae_jax import files, logs, processes
 from rae_jax.errors import UserError
 
 BEAT = 10.0  # seconds
@@ -43,7 +41,7 @@ def hold(workdir, *, beat=BEAT, patience=PATIENCE):
             lock = Lock(path, beat, patience)
         except UserError as error:
             found = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(found is not None)):
+    if processes.agreed(found is not None):
         found = found or UserError(f"--workdir={workdir} cannot be taken: the first process says why")
     if found is not None:
         raise found
@@ -68,7 +66,7 @@ class Lock:
             theirs = _read(path)
         except OSError as error:
             raise UserError(
-                f"cannot write to --workdir={path.parent} ({error.strerror}): choose a folder you may write to"
+                f"cannot write to --workdir={path.parent} ({files.reason(error)}): choose a folder you may write to"
             ) from error
         if not self._is_mine(theirs):
             raise _in_use(path, theirs)
@@ -92,7 +90,7 @@ class Lock:
 
     def _run(self):
         while not self._stop.wait(self._every):
-            with contextlib.suppress(OSError):  # a disk that is full, or away for a while
+            with contextlib.suppress(Exception):  # a disk that is full, a bucket that is away: errors of many kinds
                 theirs = _read(self._path)
                 if theirs is not None and not self._is_mine(theirs):
                     # It thought this one dead, which may have been suspended: not another byte is written.

@@ -46,12 +46,11 @@ class Metrics:
                 self._rewrite(read(self._path) + [*self._kept, row])
                 say(f"{self._path} can be written again: no line of it is lost")
             else:
-                with self._path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                files.append_text(self._path, json.dumps(row) + "\n")
             self._kept = []
-        except OSError as error:
+        except Exception as error:  # of many kinds, where a bucket is away
             if not self._kept:
-                say(f"{self._path} cannot be written ({error.strerror}): training goes on, and its lines are kept")
+                say(f"{self._path} cannot be written ({files.reason(error)}): training goes on, its lines are kept")
             self._kept.append(row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)

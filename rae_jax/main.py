@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, checks, command, malloc, modes, processes, sharding
+from rae_jax import benchmark, checks, command, files, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
@@ -73,14 +73,20 @@ def run(argv):
         checks.check(config, mesh)
         if _WORKDIR.value is not None:
             config_lib.check_workdir(config, workdir)
-        processes.wait_for_all("checked")  # before the first one writes there
         with command.peers():
+            processes.wait_for_all("checked")  # before the first one writes there
             MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
-        processes.wait_for_all("done")
+            processes.wait_for_all("done")
     except UserError as error:
         if flags.FLAGS.debug:
             raise
         command.fail(str(error))
+    except ImportError as error:
+        if flags.FLAGS.debug or "://" not in str(_WORKDIR.value):
+            raise
+        command.fail(
+            f"--workdir={_WORKDIR.value}: {files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
+        )
     except DivergedRun as stop:
         print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
         sys.exit(DIVERGED)

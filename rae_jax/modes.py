@@ -53,8 +53,10 @@ def train(config, workdir, mesh, flags):
             try:
                 return _train(config, workdir, mesh, evaluator)
             except DamagedCheckpoint as error:  # of a stage that was done: it is made again from the one before
-                aside = manifest.set_aside(error.path)
-                logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
+                if processes.is_first():
+                    aside = manifest.set_aside(error.path)
+                    logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
+                processes.wait_for_all("set aside")
 
 
 def _train(config, workdir, mesh, evaluator):
@@ -240,7 +242,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
             try:
                 pictures.save(path, picture)
             except OSError as error:  # training goes on, whatever becomes of a picture
-                logs.say(f"cannot write the picture {path} ({error.strerror})")
+                logs.say(f"cannot write the picture {path} ({files.reason(error)})")
         return {**results, **_score(config.checkpoint, results)}
 
     return evaluate

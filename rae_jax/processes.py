@@ -5,6 +5,7 @@ All of them compute the same program on the devices of all; the first one writes
 
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ SETTINGS = {  # flag: environment variable
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
+# What JAX says where another process is gone, in errors that are none of its own type.
+_GONE = re.compile(r"gloo|coordination.?service|another task", re.IGNORECASE)
 FAREWELL = 60  # seconds for which a process that ends waits for the others, where one of them fails
 
 
@@ -57,6 +60,22 @@ def start(coordinator=None, num_processes=None, process_id=None):
 def is_first():
     """Whether this process is the one that writes files and prints results."""
     return jax.process_index() == 0
+
+
+def agreed(value):
+    """The first process's number or array, on every process."""
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def lost_another(error):
+    """Whether an error says that another process of this run cannot be reached."""
+    if jax.process_count() == 1:
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return _GONE.search(str(error)) is not None
 
 
 def wait_for_all(name):

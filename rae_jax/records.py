@@ -72,6 +72,6 @@ def _read_json(path):
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:  # cut off by a crash: no reason to lose the rest of the report
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):  # cut off by a crash: no reason to lose the rest of the report
         return {"unreadable": f"{path.name} is cut off"}

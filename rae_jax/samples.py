@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rae_jax import files, generate, logs, pictures
+from rae_jax import files, generate, logs, pictures, processes
 from rae_jax.errors import UserError
 
 
@@ -42,7 +42,9 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
     same label are kept, those of another one are replaced. Only the first process writes.
     """
     writes = jax.process_index() == 0
-    present = _agreed(_present(folder, request, labels) if writes else frozenset(), len(labels))
+    present = _present(folder, request, labels) if writes else frozenset()
+    # All must compute the same batches.
+    present = frozenset(np.flatnonzero(processes.agreed(np.isin(np.arange(len(labels)), list(present)))).tolist())
     with ThreadPoolExecutor() as pool:
         pending = []
         how = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
@@ -88,16 +90,6 @@ def _read_request(path):
         return there["request"], there["labels"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None, []
-
-
-def _agreed(present, num_images):
-    """The first process's set, on every process: all must compute the same batches."""
-    if jax.process_count() == 1:
-        return present
-    from jax.experimental import multihost_utils
-
-    mine = np.isin(np.arange(num_images), list(present))
-    return frozenset(np.flatnonzero(multihost_utils.broadcast_one_to_all(mine)).tolist())
 
 
 def _path(folder, index):

@@ -121,9 +121,10 @@ def _begin(stage, checkpoints, abstract, feed, key):
         logs.say(f"{stage.name}: going on from step {start}")
         return start, checkpoints.restore(start, abstract, feed)
     if "params" in abstract:
-        from clu import parameter_overview  # here, so that a benchmark does not need it
+        with contextlib.suppress(ImportError):  # without clu there is no table
+            from clu import parameter_overview
 
-        logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
+            logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return 0, jax.jit(stage.init, out_shardings=placed)(key)
 

@@ -6,8 +6,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling is most of what the tests do: leave out what only makes programs faster.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
 )
 
 # pytest-xdist's workers inherit it, and compile nothing that another one has.

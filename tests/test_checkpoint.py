@@ -108,6 +108,24 @@ def test_the_best_one_is_kept_although_none_is_due(tmp_path):
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
 
 
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    scores = {1: float("nan"), 2: 0.9, 3: float("inf"), 4: 0.2}
+    how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
+    toy.run(epath.Path(tmp_path), 4, keep=1, **how)
+    assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
+
+
+def test_checkpoints_copied_from_an_object_store_are_whole(begun):
+    """Their manifests have sizes alone: the store has checked the rest."""
+    path = _folder(begun) / "6" / manifest.NAME
+    written = json.loads(path.read_text())
+    files = {name: (size, None) for name, (size, _) in written["files"].items()}
+    path.write_text(json.dumps({**written, "files": files}))
+    assert manifest.damage(path.parent) is None
+    DAMAGE["truncated"][0](path.parent)
+    assert "bytes, not" in manifest.damage(path.parent)
+
+
 def test_other_meshes_restore_the_same(tmp_path):
     """8 -> 4 -> 1 devices, and back, split and not."""
     states, workdir = [], epath.Path(tmp_path)

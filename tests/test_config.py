@@ -129,6 +129,13 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("dit.train.microbatches", 3),
         ("guidance.t_min", 2.0),
         ("guidance.scale", float("nan")),
+        ("seed", -1),
+        ("encoder.num_heads", 0),
+        ("encoder.patch_size", 0),
+        ("decoder.depth", 0),
+        ("dit.num_heads", 0),
+        ("dit.train.warmup_steps", -3),
+        ("sampler.refresh", (1.5,)),
     ],
 )
 def test_impossible_values_are_named(tiny_config, key, value):
@@ -168,6 +175,9 @@ def test_a_run_goes_on_with_keys_that_a_later_version_brought(tiny_config, tmp_p
     config_lib.check_workdir(tiny_config, tmp_path)
     tiny_config.data.image_size = 64
     with pytest.raises(UserError, match="config.data.image_size=32, not 64"):
+        config_lib.check_workdir(tiny_config, tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff{")
+    with pytest.raises(UserError, match="config.json is cut off or no JSON"):
         config_lib.check_workdir(tiny_config, tmp_path)
 
 

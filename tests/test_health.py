@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, health, heartbeat
+from rae_jax import checkpoint, files, health, heartbeat
 from rae_jax.train import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
@@ -101,6 +101,24 @@ def test_the_heartbeat_tells_where_a_run_is(tmp_path):
 def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "heartbeat.json").mkdir()
     toy.run(epath.Path(tmp_path), 2, care=health.Settings(heartbeat=0.01))
+
+
+def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd):
+    """What the libraries of object stores raise is no OSError; lines are kept until they can be written."""
+    append, tries = files.append_text, []
+
+    def append_sometimes(path, text):
+        tries.append(path)
+        if 3 <= len(tries) < 5:
+            raise RuntimeError("503 Service Unavailable")
+        append(path, text)
+
+    monkeypatch.setattr(files, "append_text", append_sometimes)
+    workdir = epath.Path(tmp_path)
+    toy.run(workdir, 8)
+    told = capfd.readouterr().err
+    assert "cannot be written (503 Service Unavailable): training goes on" in told and "no line of it is lost" in told
+    assert [row["step"] for row in toy.rows(workdir)] == list(range(1, 9))
 
 
 def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):

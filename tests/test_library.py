@@ -129,6 +129,9 @@ def test_configs_as_values_and_as_files(folder):
     named, there = rae_jax.load_rae(config, dtype="bfloat16"), rae_jax.load_rae(folder)
     jax.tree.map(np.testing.assert_array_equal, named.params, there.params)
     assert named.config.dtype == "bfloat16" and config.dtype == "float32" and config.stages
+    elsewhere = {"attention": "cudnn", "wandb": "project", "evaluate.reference": "/not/here"}
+    config.update_from_flattened_dict(elsewhere)  # where it was trained
+    jax.tree.map(np.testing.assert_array_equal, rae_jax.load_rae(config).params, there.params)
     shipped = rae_jax.load_dit(Path(__file__).parent.parent / "configs" / "small.py")
     jax.tree.map(np.testing.assert_array_equal, shipped.params, rae_jax.load_dit().params)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import types
 
@@ -107,6 +108,17 @@ def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
         mesh = sharding.make_mesh(tiny().mesh)
         ours, theirs = (stages.load(tiny(), name, w, mesh) for w in (workdir, run))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_done_stage_that_is_damaged_is_set_aside(run, tmp_path):
+    workdir = epath.Path(tmp_path) / "copy"
+    shutil.copytree(run, workdir)
+    folder = workdir / "checkpoints" / "decoder"
+    largest = max((folder / "6" / "state").glob("*/d/*"), key=lambda path: path.stat().length)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(UserError, match="all checkpoints in .*decoder are damaged"):  # it has no older one
+        _train(tiny(), workdir)
+    assert [path.name for path in folder.iterdir()] == ["6.damaged"]
 
 
 def test_the_library_and_the_report_read_a_run(run):

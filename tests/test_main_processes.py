@@ -217,5 +217,20 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, mend):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "said, lost",
+    [  # by JAX and by Orbax, as seen
+        ("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:46002: Connection reset by peer", True),
+        ("UNAVAILABLE: Failed to send RPC to coordination service", True),
+        ("[Errno 28] No space left on device", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.", False),
+    ],
+)
+def test_another_process_that_is_gone_is_told_from_other_trouble(monkeypatch, said, lost):
+    assert not processes.lost_another(ValueError(said))  # alone there is no other
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert processes.lost_another(ValueError(said)) == lost
+
+
 if __name__ == "__main__":
     _agree()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_pipeline import Numbers
 
-from rae_jax import sharding
+from rae_jax import processes, sharding
 from rae_jax.data import pipeline
 
 # name: (sizes of data, fsdp and tensor; the devices in the mesh's order)
@@ -43,8 +43,7 @@ def global_batches(name):
 
 
 def _main(index, port, output):
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    processes.start(f"localhost:{port}", 2, index)
     assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
     for name in MESHES:
         np.savez(Path(output) / f"{name}_{index}.npz", **global_batches(name))

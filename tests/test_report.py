@@ -89,9 +89,11 @@ def test_page_is_self_contained_and_escaped(workdir):
 def test_files_cut_off_by_a_crash_do_not_lose_the_rest(workdir):
     (workdir / "eval" / "small.json").write_text('{"psnr": 2')
     (workdir / "config.json").write_text("")
+    (workdir / "environment.jsonl").write_bytes(b'{"python": "3"}\n\xff\n')
+    (workdir / "eval" / "other.json").write_bytes(b"\xff[1]")
     (workdir / "samples" / "cut.png").write_bytes(b"")
     page = page_of(workdir)
-    assert "small.json is cut off" in page and "generated step 5" in page
+    assert "small.json is cut off" in page and "other.json is cut off" in page and "generated step 5" in page
 
 
 def test_empty_workdir(tmp_path):

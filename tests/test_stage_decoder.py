@@ -246,7 +246,7 @@ def test_the_step_is_the_same_on_eight_devices_as_on_one(game, sizes):
     """Generator and discriminator: losses, gradient norms, gradients in the optimisers, new parameters."""
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     place = sharding.shardings(jax.eval_shape(game.init, jax.random.key(0)), mesh)
-    run = jax.jit(game.step, out_shardings=(place, sharding.replicated(mesh)))
+    run = sharding.jit(game.step, mesh, out_shardings=(place, sharding.replicated(mesh)))
     weights = jax.device_put(game.frozen, sharding.shardings(game.frozen, mesh))
     start = jax.device_put(jax.device_get(game.states[3]), place)
     state, metrics = run(start, weights, sharding.put_batch(_batch(), mesh), jax.random.key(3))

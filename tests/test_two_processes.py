@@ -12,14 +12,13 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import command, logs
+from rae_jax import command, logs, processes
 
 STEPS, BOUND = 60, 120.0  # seconds
 
 
 def _main(index, port, workdir, num_steps):
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    processes.start(f"localhost:{port}", 2, index)
     assert len(jax.devices()) == 2
     how = {"evaluate": lambda state, step: time.sleep(0.05) or {"x": 0.0}, "evaluate_every": 1}
     with command.peers():

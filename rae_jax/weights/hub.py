@@ -65,9 +65,10 @@ def fetch_folder(repo, names):
     found = _in_cache(repo, first) or _from_hub(repo, first, first)
     if found is None:
         raise UserError(f"{repo} holds no {first}: name another hub id, or a folder here")
+    revision = found.parent.name  # the cache's name for it: the others have to be of the same
     for name in others:
         with contextlib.suppress(UserError):  # whoever needs it will miss it, and say so
-            _in_cache(repo, name) or _from_hub(repo, name, name)
+            _in_cache(repo, name, revision) or _from_hub(repo, name, name, revision)
     return found.parent
 
 
@@ -143,9 +144,9 @@ def _in_folder(folder, name):
     return path if path.exists() else None
 
 
-def _in_cache(repo, name):
+def _in_cache(repo, name, revision=None):
     try:
-        path = huggingface_hub.try_to_load_from_cache(repo, name)
+        path = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
     except errors.HFValidationError as error:
         raise UserError(
             f"{repo!r} is neither a folder here nor a hub id such as facebook/dinov2-base: name the folder that holds "
@@ -176,9 +177,9 @@ def _verified(path):
     raise UserError(f"{path.name} did not arrive as the hub has it (its hash is another): fetch it again")
 
 
-def _from_hub(repo, name, file):
+def _from_hub(repo, name, file, revision=None):
     try:
-        return _verified(Path(huggingface_hub.hf_hub_download(repo, name)))
+        return _verified(Path(huggingface_hub.hf_hub_download(repo, name, revision=revision)))
     except errors.RemoteEntryNotFoundError:
         return None
     except errors.GatedRepoError as error:
