@@ -11,8 +11,12 @@ die() {
 
 # One command as it could be typed.
 show() {
-    printf '%q ' "$@" | sed 's/ $//'
-    echo
+    local word line=''
+    for word; do
+        [[ $word =~ ^[-A-Za-z0-9_=:/.,+@]+$ ]] || word=${word@Q}
+        line+="${line:+ }$word"
+    done
+    echo "$line"
 }
 
 # Does it; or shows it, in a dry run.
@@ -22,15 +26,15 @@ run() {
 
 # take "NAMES" "$@": sets the variable of each option (of --spot, to 1), `dry_run`, and `flags` to what follows `--`.
 take() {
-    local names=" $1 dry_run " name
+    local _known=" $1 dry_run " _name # which no option is called
     shift
     dry_run='' flags=()
     while (($#)) && [[ $1 != -- ]]; do
-        name=${1%%=*}
-        name=${name#--}
-        [[ $1 == --* && $names == *" $name "* ]] ||
-            die "unknown option '$1': there are${names// / --}; the command's own flags stand behind --"
-        if [[ $1 == *=* ]]; then printf -v "$name" %s "${1#*=}"; else printf -v "$name" 1; fi
+        _name=${1%%=*}
+        _name=${_name#--}
+        [[ $1 == --* && $_known == *" $_name "* ]] ||
+            die "unknown option '$1': there are$(printf " --%s" $_known); the command's own flags stand behind --"
+        if [[ $1 == *=* ]]; then printf -v "$_name" %s "${1#*=}"; else printf -v "$_name" 1; fi
         shift
     done
     (($#)) && shift

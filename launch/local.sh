@@ -17,7 +17,7 @@ take "processes" "$@"
 need_a_run
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "--processes=$processes must be a positive number"
 
-pause=10 # seconds
+pause=${RAE_JAX_PAUSE:-10} # seconds
 children=() asked=
 
 pass_on() {

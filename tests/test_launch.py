@@ -1,8 +1,12 @@
 """The launchers: what their dry runs say, what they refuse, and two processes of one run on this machine."""
 
+import contextlib
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,15 +20,14 @@ GPU = ("--name=b1", "--image=IMAGE", "--accelerator=nvidia-h100-80gb", "--gpus=8
 
 def _do(command, *, status=0, **environment):
     """Standard output of a launcher; or its complaint of one line, with status 2."""
-    command = ["bash", f"launch/{command[0]}", *command[1:]] if command[0].endswith(".sh") else _module(command)
+    name, *options = command
+    command = (
+        ["bash", f"launch/{Path(name).name}"] if name.endswith(".sh") else [sys.executable, "-m", f"launch.{name}"]
+    )
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr
     return done.stderr if status else done.stdout
-
-
-def _module(command):
-    return [sys.executable, "-m", f"launch.{command[0]}", *command[1:]]
 
 
 def _manifest(*options):
@@ -120,9 +123,12 @@ def test_secrets_are_neither_printed_nor_in_the_manifest():
         (("gke", *TPU[:3], "--topology=4by4", *RUN), "--topology=4by4"),
         (("gke", *TPU, "--chips_per_host=3", *RUN), "--topology=4x4 has 16 chips"),
         (("gke", *TPU, "--", "--config=configs/small.py"), "--workdir"),
+        (("xm", "--title=t", "--sweep=config.seed=0,1", "--", "bash", "launch/local.sh", *RUN), "--workdir"),
         (("local.sh", "--process=2", *RUN), "'--process=2'"),
         (("local.sh", "--processes=two", *RUN), "--processes=two"),
         (("local.sh", "--", "--config=configs/small.py"), "--workdir"),
+        (("tpu_vm.sh", "--name=b1", "--zone=here", *RUN), "--type"),
+        (("tpu_vm.sh", "--name=b_1", "--zone=here", *RUN), "--name=b_1"),
         (("slurm.sh", "--nodes=2", "--", "--workdir=DIR"), "--config"),
     ],
 )
@@ -136,7 +142,7 @@ def test_the_dry_run_of_a_slurm_job():
     submitted, _, inside = said.splitlines()
     assert submitted.startswith("sbatch --nodes=2 --gpus-per-node=h100:8 --ntasks-per-node=8 --time=24:00:00 ")
     for line in (submitted, inside):
-        assert line.endswith(r"--config=configs/small.py --workdir=gs://BUCKET/run --config.name=two\ words")
+        assert line.endswith(r"--config=configs/small.py --workdir=gs://BUCKET/run '--config.name=two words'")
     assert inside.startswith("srun ") and " -m rae_jax.main " in inside
 
 
@@ -145,3 +151,128 @@ def test_the_dry_run_on_this_machine():
     assert "--num_processes" not in one
     two = _do(["local.sh", "--processes=2", "--dry_run", *RUN]).splitlines()
     assert [line.split()[-1] for line in two] == ["--process_id=0", "--process_id=1"]
+
+
+def test_the_dry_run_of_a_sweep():
+    """Each work unit's command is what the launcher takes."""
+    sweep = ("--title=t", "--sweep=config.seed=0,1", "--sweep=config.log_every=5")
+    launcher = ("--", "bash", "launch/local.sh", "--dry_run", "--", "--config=configs/small.py", "--workdir=runs/{}")
+    units = _do(["xm", *sweep, "--dry_run", *launcher]).splitlines()
+    assert len(units) == 2
+    said = _do(shlex.split(units[1])[1:])
+    assert said.endswith("--config=configs/small.py --workdir=runs/2 --config.seed=1 --config.log_every=5\n")
+
+
+# A cloud of two workers, which are folders: it answers as gcloud does, and does here what it is told to do there.
+GCLOUD = r"""#!/usr/bin/env bash
+set -eu
+echo "$*" >> "$CLOUD/asked"
+workers=("$CLOUD"/worker?)
+for word; do
+    case $word in
+        --worker=0) workers=("$CLOUD/worker0") ;;
+        --command=*) command=${word#--command=} ;;
+    esac
+done
+case "$3 $4" in
+    "queued-resources describe") cat "$CLOUD/state" 2>/dev/null || { echo "NOT_FOUND: there is none" >&2; exit 1; } ;;
+    "queued-resources create")
+        for worker in 0 1; do cp -r "$CLOUD/new" "$CLOUD/worker$worker"; done
+        echo ACTIVE > "$CLOUD/state"
+        ;;
+    "queued-resources delete") rm -r "$CLOUD/state" "$CLOUD"/worker? ;;
+    "tpu-vm scp") for worker in "${workers[@]}"; do cp "$5" "$worker/"; done ;;
+    "tpu-vm ssh")
+        [[ $(cat "$CLOUD/state") == ACTIVE ]]
+        for worker in "${workers[@]}"; do (cd "$worker" && HOME=$worker bash -c "$command"); done
+        ;;
+esac
+"""
+
+# Stands where a worker has its Python, in place of a run: ends with 75 at first, runs until it is told to end, is done.
+RUN_OF_A_WORKER = r"""#!/usr/bin/env bash
+said=$CLOUD/${HOME##*/}.said
+echo "$HF_TOKEN $*" >> "$said"
+case $(wc -l < "$said") in
+    1) exit 75 ;;
+    2) trap 'exit 130' INT; echo $$ > "$HOME/runs"; while :; do sleep 0.1; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """The cloud's folder, and the command's environment."""
+    for name, text in (("bin/gcloud", GCLOUD), ("new/rae_jax/.venv/bin/python", RUN_OF_A_WORKER)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    installed = tmp_path / "new/rae_jax/.venv/.installed-tpu"
+    installed.touch()
+    os.utime(installed, (4e9, 4e9))  # newer than whatever comes
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    yield tmp_path, {"PATH": path, "CLOUD": str(tmp_path), "RAE_JAX_PAUSE": "0.2", "HF_TOKEN": "a secret"}
+    _take_away(tmp_path)
+
+
+def _take_away(cloud):
+    """What becomes of a slice that others are given."""
+    for worker in cloud.glob("worker?"):
+        for file, kill in (("rae_jax.pid", os.killpg), ("runs", os.kill)):
+            with contextlib.suppress(OSError):
+                kill(int((worker / file).read_text()), signal.SIGKILL)
+
+
+def _start_on_tpu(environment):
+    options = ("--name=b1", "--zone=here", "--type=v5litepod-8", "--env=HF_TOKEN")
+    command = ["bash", "launch/tpu_vm.sh", *options, *RUN]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, **pipes)
+
+
+def _wait_until_both_run(cloud):
+    end = time.monotonic() + 60
+    while not all((cloud / f"worker{i}" / "runs").exists() for i in (0, 1)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_slice_that_is_taken_away_is_made_anew_and_the_run_goes_on(cloud):
+    folder, environment = cloud
+    launcher = _start_on_tpu(environment)
+    _wait_until_both_run(folder)
+    assert (folder / "worker1" / "rae_jax.env").stat().st_mode & 0o777 == 0o600
+    (folder / "state").write_text("SUSPENDED\n")
+    _take_away(folder)
+    said = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode == 0, said
+    for worker in (0, 1):
+        runs = (folder / f"worker{worker}.said").read_text().splitlines()
+        assert runs == [f"a secret -m rae_jax.main {' '.join(RUN[1:])}"] * 3
+    asked = (folder / "asked").read_text()
+    assert [asked.count(f"queued-resources {what}") for what in ("create", "delete")] == [2, 1]
+    assert "a secret" not in asked + said and "--node-id=b1 --accelerator-type=v5litepod-8" in asked
+
+
+def test_a_run_on_a_slice_outlives_its_launcher_and_is_stopped(cloud):
+    folder, environment = cloud
+    launcher = _start_on_tpu(environment)
+    _wait_until_both_run(folder)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(30)
+    again = _start_on_tpu(environment)  # finds it
+    assert "it is running" in again.stdout.readline()
+    _do(["tpu_vm.sh", "--name=b1", "--zone=here", "--stop"], **environment)
+    assert again.wait(60) == 130
+    assert len((folder / "worker0.said").read_text().splitlines()) == 2
+    _do(["tpu_vm.sh", "--name=b1", "--zone=here", "--delete"], **environment)
+    assert not (folder / "state").exists()
+
+
+def test_the_dry_run_on_a_tpu_slice(tmp_path):
+    options = ("--name=b1", "--zone=here", "--type=v6e-16", "--spot", "--env=HF_TOKEN", "--project=mine", "--dry_run")
+    said = _do(["tpu_vm.sh", *options, *RUN], HF_TOKEN="a secret")
+    commands = [line for line in said.splitlines() if not line.startswith("#")]
+    assert "a secret" not in said and all(line.endswith("--zone=here --project=mine --quiet") for line in commands)
+    assert "--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot" in commands[0]
