@@ -9,6 +9,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+_XLA_STATUS = re.compile(r"[A-Z_]+: ")  # how its messages begin: "UNKNOWN: Gloo all-reduce failed", say
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -55,8 +56,9 @@ def peers():
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # a collective's failure comes as either
+        mistake = isinstance(error, ValueError) and not _XLA_STATUS.match(str(error))
+        if jax.process_count() == 1 or mistake:
             raise
         reason = " ".join(str(error).split())[:300]
         print(

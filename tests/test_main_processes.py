@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny
 
 from configs import small
+from rae_jax import command, logs, processes
 from rae_jax import config as config_lib
-from rae_jax import logs, processes
 from rae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,22 @@ def _assert_rows_close(one, two):
             for key in a:
                 close = 1e-5 if key == "loss" else 1e-4  # a few steps against a discriminator magnify rounding
                 assert a[key] == pytest.approx(b[key], rel=close, abs=close), (stage, key, a, b)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), command.RESTART),  # as it came once
+        (jax.errors.JaxRuntimeError("INTERNAL: no answer"), command.RESTART),
+        (ValueError("operands could not be broadcast together"), None),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake(monkeypatch, error, status):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit if status else ValueError) as ended, command.peers():
+        raise error
+    assert getattr(ended.value, "code", None) == status
 
 
 @pytest.mark.slow
