@@ -39,7 +39,7 @@ def commands(block):
 
 
 def check(calls):
-    """{number: what is wrong} of calls (module, arguments): flags, config keys and values, as this project sees them."""
+    """{number: what is wrong} of calls (module, arguments): flags, config keys, values, as the programs see them."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", "import doc_commands; doc_commands._check()"],

@@ -65,8 +65,10 @@ def test_a_jobset_on_gpus():
 
 
 def test_which_exit_statuses_end_a_jobset():
-    """Those for which docs/robustness.md has nothing to start again; all others, and a lost node before them, restart."""
-    rows = re.findall(r"^\| (\d+).*\| (.*) \|$", (ROOT / "docs" / "robustness.md").read_text(), re.MULTILINE)
+    """Those for which docs/robustness.md has nothing to start again; all others, and a lost node first, restart."""
+    rows = re.findall(
+        r"^\| (\d+)(?: \(\w+\))? \|.*\| (.*) \|$", (ROOT / "docs" / "robustness.md").read_text(), re.MULTILINE
+    )
     again = {int(status) for status, what in rows if what == "run the same command again"}
     spec = _manifest(*TPU)["spec"]
     lost, final = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
