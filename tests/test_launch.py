@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from rae_jax import logs
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]
@@ -154,6 +157,79 @@ def test_the_dry_run_on_this_machine():
     assert "--num_processes" not in one
     two = _do(["local.sh", "--processes=2", "--dry_run", *RUN]).splitlines()
     assert [line.split()[-1] for line in two] == ["--process_id=0", "--process_id=1"]
+
+
+# Stands in place of a run: ends with the next of the exit statuses that $STATUSES has for this process.
+RUN_THAT_ENDS = r"""#!/usr/bin/env bash
+[[ $1 == -m ]] || { echo 1234; exit; }
+process=${*: -1}
+echo >> "$FOLDER/$process"
+attempts=($STATUSES)
+IFS=, read -ra statuses <<< "${attempts[$(wc -l < "$FOLDER/$process") - 1]}"
+exit "${statuses[${process#--process_id=}]}"
+"""
+
+
+@pytest.mark.parametrize(
+    "statuses, ended, attempts",
+    [
+        ("0,0", 0, 1),
+        ("75,0 134,75 0,0", 0, 3),
+        ("2,0", 2, 1),
+        ("75,2", 2, 1),  # what a person must see wins
+        ("137,134", 137, 1),
+    ],
+)
+def test_what_is_started_again_on_this_machine(tmp_path, statuses, ended, attempts):
+    (tmp_path / "launch").mkdir()
+    for name in ("local.sh", "given.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(RUN_THAT_ENDS)
+    python.chmod(0o755)
+    environment = {**os.environ, "FOLDER": str(tmp_path), "STATUSES": statuses, "RAE_JAX_PAUSE": "0.1"}
+    done = subprocess.run(["bash", "launch/local.sh", "--processes=2", *RUN], cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == ended
+    assert [len((tmp_path / f"--process_id={i}").read_text()) for i in (0, 1)] == [attempts] * 2
+
+
+SMALL = (
+    *("--config=configs/small.py", "--config.stages=('judge',)", "--config.judge.widths=(8,)", "--config.log_every=5"),
+    *("--config.judge.train.batch_size=16", "--config.data.num_train=256", "--config.data.num_heldout=64"),
+    *("--config.dit.weights=", "--config.evaluate.batch_size=16", "--config.evaluate.probe=False"),
+)
+
+
+def _is_whole(workdir, num_steps):
+    """Whether a run has ended, and its metrics are those of one run without gaps."""
+    steps = [row["step"] for row in logs.read(workdir / "metrics" / "judge.jsonl")]
+    return (workdir / "report.html").exists() and steps == list(range(5, num_steps + 1, 5))
+
+
+@pytest.mark.slow
+def test_two_processes_on_this_machine_save_on_sigterm_and_go_on(tmp_path):
+    flags = (*SMALL, f"--workdir={tmp_path}", "--config.judge.train.num_steps=400")
+    launcher = subprocess.Popen(["bash", "launch/local.sh", "--processes=2", "--", *flags], cwd=ROOT)
+    while len(logs.read(tmp_path / "metrics" / "judge.jsonl")) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(300) == 75
+    _do(["local.sh", "--processes=2", "--", *flags])
+    assert _is_whole(tmp_path, 400)
+
+
+@pytest.mark.slow
+def test_two_tasks_of_a_slurm_job(tmp_path):
+    """Where SLURM runs on this machine."""
+    if not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True, timeout=60).returncode:
+        pytest.skip("SLURM is not running here")
+    options = ("--ntasks=2", "--wait", f"--output={tmp_path}/log", f"--chdir={ROOT}")
+    flags = (*SMALL, f"--workdir={tmp_path}/run", "--config.judge.train.num_steps=20")
+    _do(["slurm.sh", *options, "--", *flags], JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    assert _is_whole(tmp_path / "run", 20)
+    assert "Rank 1 is connected to 1 peer ranks" in (tmp_path / "log").read_text()
 
 
 def test_the_dry_run_of_a_sweep():
