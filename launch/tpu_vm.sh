@@ -5,9 +5,10 @@
 #         [--env=HF_TOKEN,WANDB_API_KEY] [--dry_run] -- --config=configs/dit_b.py --workdir=gs://BUCKET/b1
 #
 # Makes the slice by a queued resource (one of that name that is there is used), copies this checkout to all workers,
-# installs, starts the run on all of them and shows the first one's log. The run is no child of this command: Ctrl-C here, or a
-# closed laptop, does not end it. The same command shows it again later, or does what is missing: a slice that was taken
-# away is made anew, and the run goes on. As long as it is there (in tmux on a small machine, say), it does so by itself.
+# installs, starts the run on all of them and shows the first one's log. The run is no child of this command: Ctrl-C
+# here, or a closed laptop, does not end it. The same command shows it again later, or does what is missing: a slice that
+# was taken away is made anew, and the run goes on. As long as it is there (in tmux on a small machine, say), it does so
+# by itself.
 #
 #     bash launch/tpu_vm.sh --name=b1 --zone=ZONE --stop      # the run ends, with all saved
 #     bash launch/tpu_vm.sh --name=b1 --zone=ZONE --delete    # the slice goes, and costs no more
@@ -62,10 +63,10 @@ provide() {
         before=$now
         case $now in
             UNKNOWN) [[ $was_there ]] || die "gcloud cannot say whether $name is there: its message is above" ;;
-            SUSPENDED | FAILED) queued delete "$name" --force ;;
+            SUSPENDED | FAILED) queued delete "$name" --force || [[ $was_there ]] ;;
             NONE)
                 queued create "$name" --node-id="$name" --accelerator-type="$type" \
-                    --runtime-version="${runtime:-$usual}" ${spot:+--spot}
+                    --runtime-version="${runtime:-$usual}" ${spot:+--spot} || [[ $was_there ]]
                 ;;
         esac
         if [[ $dry_run ]]; then
