@@ -16,10 +16,10 @@ def get_config():
     c.data.source = "image_folder"
     c.checkpoint.every = 200
     c.evaluate.update({"num_images": 200, "probe": False})
-    c.encoder.train.update({"num_steps": 400})
-    c.judge.train.update({"num_steps": 400})
-    c.decoder.train.update({"num_steps": 700, "discriminator_start": 500, "adversarial_start": 550})
-    c.dit.train.update({"num_steps": 1_000, "flip": True})
+    c.encoder.train.update({"num_steps": 300})
+    c.judge.train.update({"num_steps": 200})
+    c.decoder.train.update({"num_steps": 500, "discriminator_start": 350, "adversarial_start": 400})
+    c.dit.train.update({"num_steps": 800, "flip": True})
     for stage in (c.encoder, c.judge, c.decoder, c.dit):
         stage.train.update({"warmup_steps": 50, "ema_decay": 0.99})
     return c
