@@ -41,10 +41,13 @@ def main(argv):
         print(f"# {' '.join(apply)}  # with this:")
         print(manifest, end="")
         return
-    if given.env:
-        subprocess.run(delete, check=True)
-        subprocess.run(create, check=True, text=True, input="".join(f"{n}={os.environ[n]}\n" for n in given.env))
-    subprocess.run(apply, check=True, text=True, input=manifest)
+    try:
+        if given.env:
+            subprocess.run(delete, check=True)
+            subprocess.run(create, check=True, text=True, input="".join(f"{n}={os.environ[n]}\n" for n in given.env))
+        subprocess.run(apply, check=True, text=True, input=manifest)
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        raise SystemExit("error: kubectl did not do it: its message is above") from None
     kubectl = " ".join(kubectl)
     print(f"log:  {kubectl} logs --follow --selector=jobset.sigs.k8s.io/jobset-name={given.name}")
     print(f"stop: {kubectl} delete jobset {given.name}  # saves first; the same command as now goes on")

@@ -121,6 +121,20 @@ def test_secrets_are_neither_printed_nor_in_the_manifest():
     assert "HF_TOKEN" in _do(["gke", *TPU, "--env=HF_TOKEN", *RUN], status=2, HF_TOKEN="")
 
 
+def test_secrets_reach_the_cluster_by_standard_input_alone(tmp_path):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text('#!/bin/sh\necho "$@" >> "$FOLDER/asked"; cat >> "$FOLDER/read"\n')
+    kubectl.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path), "HF_TOKEN": "a-secret"}
+    said = _do(["gke", *TPU, "--env=HF_TOKEN", "--context=mine", *RUN], **environment)
+    delete, create, apply = (tmp_path / "asked").read_text().splitlines()
+    assert create == "--context=mine --namespace=default create secret generic b1-env --from-env-file=/dev/stdin"
+    assert "delete secret b1-env" in delete and apply.endswith("apply --filename=-")
+    secret, manifest = (tmp_path / "read").read_text().split("\n", 1)
+    assert secret == "HF_TOKEN=a-secret" and yaml.safe_load(manifest)["kind"] == "JobSet"
+    assert "a-secret" not in said + delete + create + apply + manifest
+
+
 @pytest.mark.parametrize(
     "command, complaint",
     [
