@@ -145,6 +145,8 @@ def _mistakes(given):
         yield f"--name={given.name} cannot work: at most 40 of a to z, 0 to 9 and -, a letter first"
     if (given.gpus is None) == (given.topology is None):
         yield "name the hardware: --topology=4x4 of a TPU slice, or --gpus=8 of a host (not both)"
+    elif given.gpus is not None and given.slices != 1:
+        yield f"--slices={given.slices} is of TPUs: name --hosts=N of GPUs"
     elif given.topology is not None:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", given.topology):
             yield f"--topology={given.topology} cannot work: sizes look like 4x4 or 2x2x4"

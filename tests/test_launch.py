@@ -139,6 +139,7 @@ def test_secrets_reach_the_cluster_by_standard_input_alone(tmp_path):
     "command, complaint",
     [
         (("gke", *TPU, "--gpus=8", *RUN), "not both"),
+        (("gke", *GPU, "--slices=2", *RUN), "--slices=2"),
         (("gke", "--name=B_1", *TPU[1:], *RUN), "--name=B_1"),
         (("gke", *TPU[:3], "--topology=4by4", *RUN), "--topology=4by4"),
         (("gke", *TPU, "--chips_per_host=3", *RUN), "--topology=4x4 has 16 chips"),
