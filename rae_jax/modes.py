@@ -202,6 +202,7 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
         logs.say(f"{name}: done before")
         return
+    logs.say(f"{name}: its first step is compiled, which may take minutes; then {stage.num_steps} steps")
     began = time.monotonic()
     fit(
         stage,

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import tiny
 
 from configs import small
+from rae_jax import command, logs, processes
 from rae_jax import config as config_lib
-from rae_jax import logs, processes
 from rae_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,24 @@ def _assert_rows_close(one, two):
             for key in a:
                 close = 1e-5 if key == "loss" else 1e-4  # a few steps against a discriminator magnify rounding
                 assert a[key] == pytest.approx(b[key], rel=close, abs=close), (stage, key, a, b)
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), command.RESTART),  # as it came once
+        (jax.errors.JaxRuntimeError("INTERNAL: no answer"), command.RESTART),
+        (ValueError("operands could not be broadcast together"), None),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes."), None),
+        (OSError("[Errno 28] No space left on device"), None),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake(monkeypatch, error, status):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit if status else type(error)) as ended, command.peers():
+        raise error
+    assert getattr(ended.value, "code", None) == status
 
 
 @pytest.mark.slow
@@ -215,21 +234,6 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, mend):
     with pytest.raises(UserError, match=mend) as refused:
         processes.start(*settings)
     assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    "said, lost",
-    [  # by JAX and by Orbax, as seen
-        ("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:46002: Connection reset by peer", True),
-        ("UNAVAILABLE: Failed to send RPC to coordination service", True),
-        ("[Errno 28] No space left on device", False),
-        ("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.", False),
-    ],
-)
-def test_another_process_that_is_gone_is_told_from_other_trouble(monkeypatch, said, lost):
-    assert not processes.lost_another(ValueError(said))  # alone there is no other
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    assert processes.lost_another(ValueError(said)) == lost
 
 
 if __name__ == "__main__":

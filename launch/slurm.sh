@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A run as a SLURM job, a process a GPU:
+#
+#     bash launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 [sbatch's options] [--dry_run] \
+#         -- --config=configs/dit_b.py --workdir=DIR [--config.KEY=VALUE ...]
+#
+# What stands before -- is sbatch's; WORKDIR has to be on a file system of all nodes. 300 s before the time limit, and
+# where the job is preempted, all processes get SIGTERM, save and end, and the job is queued again and goes on. Its log is
+# rae_jax_JOB.log, where it was submitted; scancel JOB ends it, with all saved.
+#SBATCH --job-name=rae_jax
+#SBATCH --output=rae_jax_%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=TERM@300
+set -euo pipefail
+
+most_restarts=100 # a run that ends at once again and again ends for good
+
+if [[ ${1-} != --in_job ]]; then
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    source "$root/launch/given.sh"
+    options=() dry_run=
+    while (($#)) && [[ $1 != -- ]]; do
+        case $1 in
+            --dry_run) dry_run=1 ;;
+            # In a process that SLURM started, JAX takes one GPU.
+            --gpus-per-node=*) options+=("$1" "--ntasks-per-node=${1##*[=:]}") ;;
+            *) options+=("$1") ;;
+        esac
+        shift
+    done
+    (($#)) && shift
+    flags=("$@")
+    need_a_run
+    run sbatch ${options[@]+"${options[@]}"} "$root/launch/slurm.sh" --in_job "$root" "${flags[@]}"
+    [[ ! $dry_run ]] || { echo "# and in the job, on all nodes:" && show srun --kill-on-bad-exit=0 "$python" -m rae_jax.main "${flags[@]}"; }
+    exit
+fi
+
+root=$2
+shift 2
+source "$root/launch/given.sh" # SLURM runs a copy of this file
+status=0
+# One that has ended does not end the others, which are still saving.
+srun --kill-on-bad-exit=0 "$python" -m rae_jax.main "$@" || status=$?
+case $status in
+    75 | 134)
+        if ((${SLURM_RESTART_COUNT:-0} < most_restarts)); then
+            echo "ended with status $status: queued again" >&2
+            scontrol requeue "$SLURM_JOB_ID"
+        fi
+        ;;
+esac
+exit "$status"

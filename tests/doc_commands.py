@@ -1,0 +1,90 @@
+"""Commands as the pages say them: taken from their blocks by bash itself, and brought to where work would begin."""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+NEEDS = "# needs"  # a block that begins so takes what the tests do not have
+_PROGRAMS = ("python", ".venv/bin/python", "pip", "bash", "source", "docker", "uv", "srun", "mpirun", "sleep")
+# Stands in place of all programs, and writes down how it was called.
+_RECORD = """
+record() { printf '%s\\0' "$@" $'\\1' >> "$CALLS"; }
+""" + "\n".join(f'{program}() {{ record {program} "$@"; }}' for program in _PROGRAMS)
+
+
+def blocks(page):
+    """[text] of a page's blocks of commands."""
+    return re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(block):
+    """[[word, ...]] of the programs that a block calls, as bash reads it. What stands in [brackets] counts."""
+    with tempfile.NamedTemporaryFile() as calls:
+        script = f"set -f\n{_RECORD}\n{block}\nwait"
+        done = subprocess.run(
+            ["bash", "-c", script], env={**os.environ, "CALLS": calls.name}, capture_output=True, text=True, timeout=60
+        )
+        said = Path(calls.name).read_text()
+    if done.returncode or done.stderr:
+        raise ValueError(f"bash does not read it ({done.stderr}):\n{block}")
+    found = [call.split("\0")[:-1] for call in said.split("\1\0")[:-1]]
+    return [[word.strip("[]") for word in call] for call in found]
+
+
+def check(calls):
+    """{number: what is wrong} of calls (module, arguments): flags, config keys, values, as the programs see them."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import doc_commands; doc_commands._check()"],
+        **{"input": json.dumps(calls), "cwd": ROOT, "env": environment, "capture_output": True, "text": True},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return {int(number): reason for number, reason in json.loads(done.stdout).items()}
+
+
+def _check():
+    """In a process of its own, which imports once; each call is tried in a fork of it, up to where the work begins."""
+    for name in ("rae_jax.modes", "rae_jax.published", "rae_jax.data.pack"):
+        importlib.import_module(name)
+    wrong = {}
+    for number, (module, arguments) in enumerate(json.load(sys.stdin)):
+        read, write = os.pipe()
+        if child := os.fork():
+            os.close(write)
+            with os.fdopen(read) as file:
+                said = file.read()
+            if os.waitpid(child, 0)[1]:
+                wrong[number] = said
+        else:
+            os.dup2(write, 2)
+            sys.argv = ["command", *arguments]
+            _begin(module)
+    print(json.dumps(wrong))
+
+
+def _begin(module):
+    from absl import app, flags
+
+    def stop(main, flags_parser):
+        flags_parser(sys.argv)
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
+            from rae_jax import config, sharding
+
+            given = flags.FLAGS["config"].value
+            config.check(given, sharding.make_mesh(given.mesh))
+        os._exit(0)
+
+    app.run = stop
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,171 @@
+"""README and docs: every command in them is read as it stands, and those that need nothing special run, in small."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import doc_commands
+import numpy as np
+import pytest
+from conftest import tiny
+from PIL import Image
+
+from configs import small
+from rae_jax import config as config_lib
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# Pages whose commands take too long, or other machines; what runs them in small instead.
+ELSEWHERE = {
+    "docs/benchmark.md": "test_benchmark.py",
+    "docs/scale.md": "test_scale.py",
+    "docs/robustness.md": "test_soak.py",
+    "docs/processes.md": "test_main_processes.py",
+}
+PLACEHOLDERS = {"--mode=MODE": None, "--config.KEY=VALUE": None, "...": None}
+VALUES = {"N": "10", "VIRTUAL_imagenet256_labeled.npz": "README.md", "cudnn": "xla"}  # a file that is there; on a CPU
+LAUNCHERS = ("launch/local.sh", "launch/slurm.sh", "launch/tpu_vm.sh", "launch.gke", "launch.xm")
+
+
+def _words(command):
+    """The words of a command with values for what the page leaves open."""
+    words = [PLACEHOLDERS.get(word, word) for word in command]
+    split = [word.partition("=") for word in words if word is not None]
+    return [f"{name}{equals}{VALUES.get(value, value)}" for name, equals, value in split]
+
+
+def _all():
+    """(page, block, command) of all pages."""
+    for page in PAGES:
+        for block in doc_commands.blocks(page):
+            for command in doc_commands.commands(block):
+                yield page, block, _words(command)
+
+
+def _called(command):
+    """What of this project a command calls: a module or script, and its arguments; (None, words) where it is none."""
+    match command:
+        case ["python" | ".venv/bin/python", "-m", module, *arguments] if module.startswith(("rae_jax", "launch")):
+            return module, arguments
+        case ["bash", script, *arguments] if script.startswith("launch/"):
+            return script, arguments
+    return None, command
+
+
+def test_every_command_is_one_that_there_is():
+    """Flags, config keys and their values, extras, launchers' options: as the programs themselves see them."""
+    pages, calls, wrong = [], [], []
+    for page, block, command in _all():
+        name, arguments = _called(command)
+        if name in LAUNCHERS:
+            wrong += _dry_run(page, name, arguments)
+        elif name is None:
+            _known(page, block, command)
+        elif name.endswith(".sh"):
+            assert (ROOT / name).exists(), (page, command)
+        else:
+            pages.append(page)
+            calls.append((name, arguments))
+    modules = {"rae_jax.main", "rae_jax.convert", "rae_jax.data.pack", "rae_jax.pack_latents", "rae_jax.report"}
+    assert modules <= {name for name, _ in calls}
+    wrong += [(pages[number], *calls[number], reason) for number, reason in doc_commands.check(calls).items()]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def _dry_run(page, name, arguments):
+    command = ["bash", name] if name.endswith(".sh") else [sys.executable, "-m", name]
+    environment = {**os.environ, "HF_TOKEN": "a-secret"}
+    done = subprocess.run(
+        [*command, "--dry_run", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return [(page, name, arguments, done.stderr)] if done.returncode or not done.stdout else []
+
+
+def _known(page, block, command):
+    """Programs of others: pip's extras are there; all else needs something, or is harmless."""
+    match command:
+        case ["pip", "install", *words]:
+            extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+            named = re.findall(r"\.\[([a-z,]+)\]", " ".join(words))
+            assert {extra for group in named for extra in group.split(",")} <= extras, (page, command)
+        case ["python", "-c", code]:
+            compile(code, page, "exec")
+        case ["source" | "sleep", *_]:
+            pass
+        case _:
+            assert block.startswith(doc_commands.NEEDS), (page, command)
+
+
+def test_a_wrong_command_would_be_seen():
+    (block,) = ["python -m rae_jax.main --config=configs/small.py --workdir=DIR \\\n  --config.dit.wide=3 # comment\n"]
+    (command,) = doc_commands.commands(block)
+    assert command == [
+        "python",
+        "-m",
+        "rae_jax.main",
+        "--config=configs/small.py",
+        "--workdir=DIR",
+        "--config.dit.wide=3",
+    ]
+    right = ["--config=configs/small.py", "--workdir=DIR"]
+    tried = [command[3:], right, [*right, "--config.dit.width=95"], [*right, "--steps=3"]]
+    wrong = doc_commands.check([("rae_jax.main", arguments) for arguments in tried])
+    assert set(wrong) == {0, 2, 3}
+    assert "wide" in wrong[0] and "config.dit.width=95" in wrong[2] and "steps" in wrong[3]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), (page, target)
+    readme = (ROOT / "README.md").read_text()
+    assert all(page in readme for page in PAGES[1:]), "a page that the README does not name"
+    assert all((ROOT / "tests" / test).exists() for test in ELSEWHERE.values())
+
+
+# Run for real.
+
+
+def _tiny_flags():
+    wanted, plain = (config_lib.flatten(c.to_dict()) for c in (tiny(), small.get_config()))
+    changed = {key: value for key, value in wanted.items() if plain[key] != value and key != "name"}
+    return [f"--config.{key}={value}" for key, value in changed.items()]
+
+
+def _in_small(name, arguments):
+    """Arguments of a call with sizes that take seconds."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if name == "rae_jax.main" and given.get("--workdir") == "runs/first":  # the shipped weights, as they are
+        return [*arguments, "--num_images=8", "--config.evaluate.batch_size=8", "--config.sampler.num_steps=2"]
+    if name == "rae_jax.main":
+        return [*arguments, *_tiny_flags(), *(["--num_images=8"] if "sample" in given.get("--mode", "") else [])]
+    if name == "launch/local.sh":
+        return [*arguments, *_tiny_flags(), "--config.stages=('judge',)", "--config.dit.weights="]
+    return arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE])
+def test_the_commands_of_a_page_run(page, tmp_path):
+    for name in ("configs", "launch", "rae_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        folder = tmp_path / "FOLDER" / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(10):
+            Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{index}.png")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    for block in doc_commands.blocks(page):
+        for command in [] if block.startswith(doc_commands.NEEDS) else doc_commands.commands(block):
+            name, arguments = _called(_words(command))
+            if name is None or "quickstart.sh" in name or "test.sh" in name:  # test_main runs the first
+                continue
+            program = ["bash", str(ROOT / name)] if name.endswith(".sh") else [sys.executable, "-m", name]
+            done = subprocess.run(
+                [*program, *_in_small(name, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, (command, done.stderr[-3000:])
