@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import sharding
+from rae_jax import rings, sharding
 
 PRODUCT = "product"  # the name by which a backward pass may find results again, see layers.scan_blocks
 
@@ -115,8 +115,7 @@ def _backward(plan, kept, dy):
         dkernel = _outer(x, dy).reshape(whole.shape)
         if plan.fsdp is None:
             return dx, jax.lax.psum(dkernel, ("data", "fsdp"))
-        dkernel = jax.lax.psum_scatter(dkernel, "fsdp", scatter_dimension=plan.fsdp, tiled=True)
-        return dx, jax.lax.psum(dkernel, "data")
+        return dx, jax.lax.psum(rings.scatter(dkernel, plan.fsdp), "data")
 
     x, kernel = kept
     left, right = (_activations(x.ndim, end) for end in plan.ends)
@@ -128,12 +127,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _gather(kernel, plan):
-    if plan.fsdp is None:
-        return kernel
-    if plan.fsdp > 0:
-        return jax.lax.all_gather(kernel, "fsdp", axis=plan.fsdp, tiled=True)
-    # Along an axis of its own: rows that do not fill the tiles of a TPU's memory are gathered by an all-reduce else.
-    return jax.lax.all_gather(kernel, "fsdp").reshape(-1, *kernel.shape[1:])
+    return kernel if plan.fsdp is None else rings.gather(kernel, plan.fsdp)
 
 
 def _times(x, kernel):
