@@ -20,13 +20,17 @@ PRODUCT = "product"  # the name by which a backward pass may find results again,
 
 
 class Dense(nn.Module):
-    """[B, ..., D] -> [B, ..., features], or a tuple of `parts` equal parts of it. Products run in `dtype`."""
+    """[B, ..., D] -> [B, ..., features], or a tuple of `parts` equal parts of it. Products run in `dtype`.
+
+    Under remat='dots' a backward pass finds the result again, unless it is not `kept`.
+    """
 
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
     parts: int = 1
+    kept: bool = True
 
     @nn.compact
     def __call__(self, x):
@@ -35,7 +39,7 @@ class Dense(nn.Module):
         name = "/".join((*self.path, "kernel"))
         y, pieces = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
         found = _parts(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), pieces, self.parts)
-        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found)
+        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found) if self.kept else found
 
 
 def product(x, kernel, name, parts=1):
