@@ -3,8 +3,8 @@
     python launch/compile_table.py [--folder=compiled] [--only=NAME ...] [--timeout=SECONDS]
 
 Each row is a run of `python -m rae_jax.main --mode=compile`, which takes minutes; what it found is kept in the folder
-as NAME.json, and not compiled again by the next call. Prints a Markdown table of the rows that are there. Exit status 1:
-a row is missing, does not fit or takes more than 90 % of the memory.
+as NAME.json, and not compiled again by the next call. Prints a Markdown table of the rows that are there. Exit
+status 1: a row is missing, does not fit or takes more than 90 % of the memory.
 """
 
 import argparse
@@ -45,9 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("compiled"))
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument(
-        "--timeout", type=float, help="seconds after which a row is given up; the next call tries again"
-    )
+    parser.add_argument("--timeout", type=float, help="seconds after which a row is given up")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.only:

@@ -58,7 +58,7 @@ def _backward(kept, dx):
     weights = jax.lax.optimization_barrier(jnp.exp(_logits(q, k) - norm).astype(v.dtype))
     dv = jnp.einsum("bhqs,bhqk->bhsk", weights, dx)
     dweights = jnp.einsum("bhqk,bhsk->bhqs", dx, v, preferred_element_type=jnp.float32)
-    mean = jnp.einsum("bhqk,bhqk->bhq", dx, x, preferred_element_type=jnp.float32)[..., None]
+    mean = (dx.astype(jnp.float32) * x).sum(-1, keepdims=True)
     dlogits = (weights * (dweights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
     dq = jnp.einsum("bhqs,bhsk->bhqk", dlogits, k)
     dk = jnp.einsum("bhqs,bhqk->bhsk", dlogits, q)
