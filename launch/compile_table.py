@@ -1,6 +1,6 @@
 """The table of docs/scale.md: DiT^DH-XL and its decoder compiled for TPUs that are not here, one after the other.
 
-    python launch/compile_table.py [--folder=compiled] [--only=NAME ...] [--timeout=SECONDS]
+    python launch/compile_table.py [--folder=runs/compiled] [--only=NAME ...] [--timeout=SECONDS]
 
 Each row is a run of `python -m rae_jax.main --mode=compile`, which takes minutes; what it found is kept in the folder
 as NAME.json, and not compiled again by the next call. Prints a Markdown table of the rows that are there. Exit
@@ -43,7 +43,7 @@ GIB = 2**30
 def main():
     """Compile what the folder lacks, then print what it has."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("compiled"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/compiled"))
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--timeout", type=float, help="seconds after which a row is given up")
     args = parser.parse_args()
