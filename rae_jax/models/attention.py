@@ -37,7 +37,7 @@ def xla(q, k, v):
 def recomputed(q, k, v):
     """The same with a backward pass that keeps no N x N weights: it computes them once more, and nothing else.
 
-    Left to itself, XLA makes what was not kept anew in each product that needs it: in a head of DiT^DH-XL five times.
+    Left to itself, XLA makes what was not kept anew in each product that needs it: in a head of DiT^DH-XL ten times.
     """
     return xla(q, k, v)
 
