@@ -18,8 +18,8 @@ def get_config():
     c.log_every = 20
     c.wandb = ""  # a project of Weights & Biases that is shown the metrics as well; '': none
     c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
-    # What of each block a backward pass computes again, to keep less: 'none'; 'dots', all but products with kernels;
-    # 'full', all, which is a third more work.
+    # What of each block a backward pass computes again, to keep less: 'none'; 'dots', all but attention's result and
+    # the products with kernels, save the one after attention; 'full', all, which is a third more work.
     c.remat = "none"
     # By XLA; 'cudnn': on NVIDIA Hopper and newer, in bfloat16; 'flash': on TPU, for a thousand tokens and more.
     c.attention = "xla"

@@ -6,8 +6,10 @@ Do they fit, what do they compute and send, what bounds them? Shapes only: no we
 import dataclasses
 import json
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def measure(program, mesh, chip):
     found = {"lower_seconds": time.monotonic() - began, "hbm_bytes": int(chip.hbm)}
     began = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled, assigned = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"\(([\d.]+)([GM])\) exceeds|Used ([\d.]+)([GM]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
@@ -68,10 +70,10 @@ def measure(program, mesh, chip):
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "donated_bytes": memory.alias_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
     }
-    peak = sum(sizes.values()) - 2 * sizes["donated_bytes"]
-    sizes["code_bytes"] = memory.generated_code_size_in_bytes
+    kept = sum(sizes.values()) - 2 * sizes["donated_bytes"]
+    peak = assigned or kept + memory.temp_size_in_bytes
+    sizes |= {"temp_bytes": peak - kept, "code_bytes": memory.generated_code_size_in_bytes}
     costs = hlo.Program(compiled.as_text()).costs()
     return {
         **{**found, **sizes, "fits": peak <= chip.hbm, "peak_bytes": peak},
@@ -79,6 +81,19 @@ def measure(program, mesh, chip):
         **{"collective_bytes": costs.sent.total(), "collective_bytes_by_kind": dict(costs.sent)},
         "roofline_seconds": _roofline(costs, chip),
     }
+
+
+def _compile(lowered):
+    """(the compiled program, the bytes of HBM that the TPU compiler assigned in it, or None where it does not say).
+
+    By those, which it writes among its dumps, it refuses what does not fit. What it hands on as the size of temporaries
+    is more: 5.18 GiB where it had assigned 4.02.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        reports = [path.read_text() for path in Path(folder).glob("*memory-usage-report.txt")]
+    assigned = [re.search(r"Memory Space: default.*?Total bytes: (\d+)", report, re.DOTALL) for report in reports]
+    return compiled, max((int(found[1]) for found in assigned if found), default=None)
 
 
 _UNKNOWN = dict.fromkeys(("compile_seconds", "flops_ratio", "collective_bytes"))  # of what does not fit

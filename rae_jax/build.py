@@ -95,14 +95,14 @@ def encoder(config, e):
 
 def _computation(config):
     """The fields of a model that say how it computes, not what."""
-    how = {"unroll": config.unroll, "remat": config.remat, "attend": _attend(config.attention)}
+    how = {"unroll": config.unroll, "remat": config.remat, "attend": _attend(config)}
     return {"dtype": jnp.dtype(config.dtype), **how}
 
 
-def _attend(name):
-    match name:
+def _attend(config):
+    match config.attention:
         case "xla":
-            return attention.xla
+            return attention.recomputed if config.remat == "dots" else attention.xla
         case "cudnn":
             return attention.cudnn
         case "flash":

@@ -77,7 +77,7 @@ class Program:
                 return max(called, key=lambda costs: (costs.flops, costs.sent.total()))
             case "fusion":
                 inside = sum(called, Costs())
-                return Costs(inside.flops, self._moved(i, computation), inside.sent)
+                return Costs(inside.flops, self._moved(i, computation), _scattered(i, inside.sent))
             case "dot":
                 own = Costs(_dot(i, computation))
             case "convolution":
@@ -159,6 +159,13 @@ def _written(i, fused):
         in_place = made.opcode == "dynamic-update-slice"
         total += min(size, _bytes(_arrays(fused[made.operands[1]].result))) if in_place else size
     return total
+
+
+def _scattered(fusion, sent):
+    """What a fusion sends. A TPU's scattered sum may be one of an all-reduce and its slice, but sends half as much."""
+    if not re.search(r"calls=%?all-reduce-scatter", fusion.attributes):
+        return sent
+    return Counter({**sent, "all-reduce": 0, "reduce-scatter": sent["reduce-scatter"] + sent["all-reduce"] / 2})
 
 
 def _goes_on(i, computation):

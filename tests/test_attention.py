@@ -7,13 +7,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, checks, sharding
+from rae_jax import build, checks, flops, sharding
 from rae_jax.errors import UserError
 from rae_jax.models import attention
+from rae_jax.models.dense import PRODUCT
 
 
 def _value_and_pullback(attend, shape, dtype="float32"):
@@ -35,6 +37,26 @@ def test_attention_on_cpu_is_attention(dtype, tolerance):
         _value_and_pullback(attend, (2, 9, 3, 8), dtype) for attend in (attention.xla, jax.nn.dot_product_attention)
     )
     _assert_equal(ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_recomputed_weights_make_the_same_gradients(dtype, tolerance):
+    ours, theirs = (_value_and_pullback(a, (2, 9, 3, 8), dtype) for a in (attention.recomputed, attention.xla))
+    _assert_equal(ours, theirs, tolerance)
+
+
+def test_the_backward_pass_makes_the_weights_once_more_and_no_more():
+    """Two products forward, four of gradients, and one for the weights; the result is found where it was kept."""
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    inputs = jax.ShapeDtypeStruct((3, 2, 16, 4, 8), "float32")
+
+    def count(attend):
+        block = jax.checkpoint(lambda x: jnp.sin(attend(*x)).sum(), policy=kept)
+        return flops.count(jax.grad(block), inputs)
+
+    product = 2 * 2 * 4 * 16 * 16 * 8
+    assert count(attention.recomputed) == 7 * product
+    assert count(attention.xla) == 8 * product
 
 
 @pytest.mark.parametrize("length", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 257))])
@@ -68,6 +90,8 @@ def test_the_config_names_it():
         autoencoder = build.autoencoder(config)
         modules = (autoencoder.encoder, autoencoder.decoder, build.dit(config))
         assert all(module.attend is attend for module in modules)
+    config.attention, config.remat = "xla", "dots"
+    assert build.dit(config).attend is attention.recomputed
 
 
 @pytest.mark.parametrize("name, mend", [("cudnn", "Hopper"), ("flash", "TPU"), ("sparse", "choose one of")])

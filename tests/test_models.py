@@ -8,6 +8,7 @@ from conftest import tiny
 from flax import linen as nn
 
 from rae_jax import build
+from rae_jax.models import attention
 from rae_jax.models.dense import Dense
 from rae_jax.stage_encoder import magnify_detail
 
@@ -41,7 +42,10 @@ def _arguments(name):
             return jax.random.normal(key, (2, 8, 8, 16)), jnp.array([0.3, 0.8]), jnp.array([1, 10])
 
 
-_CHOICES = ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"unroll": True, "remat": "dots"})
+_CHOICES = (
+    *({"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"unroll": True, "remat": "dots"}),
+    {"remat": "dots", "attend": attention.recomputed},
+)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
+from launch import compile_table
 from rae_jax import aot, hlo, sharding, topology
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
@@ -154,6 +155,24 @@ def test_nothing_is_whole_in_the_program_of_a_tpu():
     (program,) = aot.programs(config, mesh, ("train",))
     compiled = program.jitted.lower(*program.arguments).compile()
     assert not _whole(program, mesh, compiled)
+
+
+def test_the_table_is_made_of_what_was_found(tmp_path, monkeypatch, capsys):
+    """Rows that are there are not compiled again; too full is told by the exit status."""
+    row = {"program": "train", "stage": "dit", "topology": "v6e:8x8", "num_slices": 1, "batch_size": 1024}
+    row |= {"remat": "dots", "mesh": {"data": 1, "fsdp": 64, "tensor": 1}, "fits": True, "compile_seconds": 200.4}
+    row |= {"hbm_bytes": 32 * 2**30, "flops": 16.7e12, "flops_ratio": 1.029, "collective_bytes": 5 * 2**30}
+    for name, peak in (("v6e_8x8", 4), ("512px", 31)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**row, "peak_bytes": peak * 2**30}))
+    for names, status in ((["v6e_8x8"], 0), (["v6e_8x8", "512px"], 1)):
+        monkeypatch.setattr(sys, "argv", ["compile_table.py", f"--folder={tmp_path}", "--only", *names])
+        with pytest.raises(SystemExit) as end:
+            compile_table.main()
+        assert end.value.code == status
+        first = capsys.readouterr().out.splitlines()[2]
+        assert first == (
+            "| train dit, v6e:8x8, batch 1024 | 1 x 64 | 16 | 4.00 of 32.00 | 16.70 | 1.029 | 5.00 | 200 s |"
+        )
 
 
 SMALL = "--config=configs/small.py"

@@ -8,9 +8,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from rae_jax import sharding
+from rae_jax.models.dense import PRODUCT
 
 LANES = 128  # of a TPU: the flash kernel's blocks are multiples
 LARGEST_BLOCK = 512
@@ -24,12 +26,55 @@ def xla(q, k, v):
     """
 
     def heads_first(q, k, v):
-        q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
-        logits = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5).astype(v.dtype)
-        return jnp.einsum("bhqs,bhsk->bhqk", weights, v).transpose(0, 2, 1, 3)
+        q, k, v = (_heads(a) for a in (q, k, v))
+        weights = jax.nn.softmax(_logits(q, k)).astype(v.dtype)
+        return _heads(jnp.einsum("bhqs,bhsk->bhqk", weights, v))
 
     return jax.lax.platform_dependent(q, k, v, cpu=heads_first, default=jax.nn.dot_product_attention)
+
+
+@jax.custom_vjp
+def recomputed(q, k, v):
+    """The same with a backward pass that keeps no N x N weights: it computes them once more, and nothing else.
+
+    Left to itself, XLA makes what was not kept anew in each product that needs it: in a head of DiT^DH-XL ten times.
+    """
+    return xla(q, k, v)
+
+
+def _forward(q, k, v):
+    logits = _logits(_heads(q), _heads(k))
+    norm = jax.nn.logsumexp(logits, -1, keepdims=True)
+    weights = jnp.exp(logits - norm).astype(v.dtype)
+    x = _heads(jnp.einsum("bhqs,bhsk->bhqk", weights, _heads(v)))
+    x, norm = (checkpoint_name(a, PRODUCT) for a in (x, norm))
+    return x, (q, k, v, x, norm)
+
+
+def _backward(kept, dx):
+    *inputs, x, norm = kept
+    q, k, v, x, dx = (_heads(a) for a in (*inputs, x, dx))
+    # The barrier: computed once, for both products that need them.
+    weights = jax.lax.optimization_barrier(jnp.exp(_logits(q, k) - norm).astype(v.dtype))
+    dv = jnp.einsum("bhqs,bhqk->bhsk", weights, dx)
+    dweights = jnp.einsum("bhqk,bhsk->bhqs", dx, v, preferred_element_type=jnp.float32)
+    mean = (dx.astype(jnp.float32) * x).sum(-1, keepdims=True)
+    dlogits = (weights * (dweights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq = jnp.einsum("bhqs,bhsk->bhqk", dlogits, k)
+    dk = jnp.einsum("bhqs,bhqk->bhsk", dlogits, q)
+    return tuple(_heads(a) for a in (dq, dk, dv))
+
+
+recomputed.defvjp(_forward, _backward)
+
+
+def _heads(x):
+    """[B, N, H, K] -> [B, H, N, K], and back."""
+    return x.transpose(0, 2, 1, 3)
+
+
+def _logits(q, k):
+    return jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
 def cudnn(q, k, v):

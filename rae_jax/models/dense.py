@@ -14,19 +14,23 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import sharding
+from rae_jax import rings, sharding
 
 PRODUCT = "product"  # the name by which a backward pass may find results again, see layers.scan_blocks
 
 
 class Dense(nn.Module):
-    """[B, ..., D] -> [B, ..., features], or a tuple of `parts` equal parts of it. Products run in `dtype`."""
+    """[B, ..., D] -> [B, ..., features], or a tuple of `parts` equal parts of it. Products run in `dtype`.
+
+    Under remat='dots' a backward pass finds the result again, unless it is not `kept`.
+    """
 
     features: int
     dtype: jnp.dtype = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
     parts: int = 1
+    kept: bool = True
 
     @nn.compact
     def __call__(self, x):
@@ -35,7 +39,7 @@ class Dense(nn.Module):
         name = "/".join((*self.path, "kernel"))
         y, pieces = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
         found = _parts(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), pieces, self.parts)
-        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found)
+        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found) if self.kept else found
 
 
 def product(x, kernel, name, parts=1):
@@ -115,8 +119,7 @@ def _backward(plan, kept, dy):
         dkernel = _outer(x, dy).reshape(whole.shape)
         if plan.fsdp is None:
             return dx, jax.lax.psum(dkernel, ("data", "fsdp"))
-        dkernel = jax.lax.psum_scatter(dkernel, "fsdp", scatter_dimension=plan.fsdp, tiled=True)
-        return dx, jax.lax.psum(dkernel, "data")
+        return dx, jax.lax.psum(rings.scatter(dkernel, plan.fsdp), "data")
 
     x, kernel = kept
     left, right = (_activations(x.ndim, end) for end in plan.ends)
@@ -128,12 +131,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _gather(kernel, plan):
-    if plan.fsdp is None:
-        return kernel
-    if plan.fsdp > 0:
-        return jax.lax.all_gather(kernel, "fsdp", axis=plan.fsdp, tiled=True)
-    # Along an axis of its own: rows that do not fill the tiles of a TPU's memory are gathered by an all-reduce else.
-    return jax.lax.all_gather(kernel, "fsdp").reshape(-1, *kernel.shape[1:])
+    return kernel if plan.fsdp is None else rings.gather(kernel, plan.fsdp)
 
 
 def _times(x, kernel):

@@ -68,7 +68,8 @@ class Attention(nn.Module):
             q, k = (rotate(a, rope, halves=self.rotate_halves) for a in (q, k))
         q, k, v = (a.astype(self.dtype) for a in (q, k, v))
         x = self.attend(q, k, v).reshape(x.shape)
-        return self.linear(width, width, dtype=self.dtype, name="proj")(x)
+        # Attention's own result is kept: this is the cheapest of a block's products to make again from it.
+        return self.linear(width, width, dtype=self.dtype, kept=False, name="proj")(x)
 
 
 class Mlp(nn.Module):
@@ -162,8 +163,9 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
 
     `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
     The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all
-    but the products with kernels, so that nothing of the size of the attention weights is kept; 'full', all. Unrolled,
-    rematerialised or not, the parameters are the same.
+    but attention's result and the products with kernels, of which it makes that after attention again, so that nothing
+    of the size of the attention weights is kept; 'full', all. Unrolled, rematerialised or not, the parameters are the
+    same.
     """
     policy = _policy(remat)
     if policy is not None:
