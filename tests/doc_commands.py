@@ -76,10 +76,10 @@ def _begin(module):
     def stop(main, flags_parser):
         flags_parser(sys.argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            from rae_jax import config, sharding
+            from rae_jax import checks, sharding
 
             given = flags.FLAGS["config"].value
-            config.check(given, sharding.make_mesh(given.mesh))
+            checks.check(given, sharding.make_mesh(given.mesh))
         os._exit(0)
 
     app.run = stop
