@@ -4,8 +4,8 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of what the tests do: leave out LLVM's slowest passes, which only make programs faster. Scheduled for
-# concurrency, eight devices on two cores may meet in different collectives, and wait for ever.
+# Compiling is most of what the tests do: leave out LLVM's slowest passes, which only make programs faster. Scheduled
+# for concurrency, eight devices on two cores may meet in different collectives, and wait for ever.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true"
