@@ -4,9 +4,12 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of what the tests do: leave out what only makes programs faster.
+# Compiling is most of what the tests do: leave out what only makes programs faster. Scheduled for concurrency, eight
+# devices on two cores may meet in different collectives, and wait for ever.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
 # pytest-xdist's workers inherit it, and compile nothing that another one has.
