@@ -143,7 +143,10 @@ def _in_small(name, arguments):
     if name == "rae_jax.main":
         return [*arguments, *_tiny_flags(), *(["--num_images=8"] if "sample" in given.get("--mode", "") else [])]
     if name == "launch/local.sh":
-        return [*arguments, *_tiny_flags(), "--config.stages=('judge',)", "--config.dit.weights="]
+        few = {"data.num_train": 128, "data.num_heldout": 32, "judge.train.num_steps": 2, "sampler.num_steps": 2}
+        few |= {"evaluate.num_images": 8, "evaluate.batch_size": 8, "evaluate.probe": False}
+        flags = [f"--config.{key}={value}" for key, value in few.items()]
+        return [*arguments, "--config.stages=('judge',)", *flags]  # of the rest the shipped weights, as they are
     return arguments
 
 
