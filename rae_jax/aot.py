@@ -184,9 +184,7 @@ def plain(config):
 
 def _frozen(config, name):
     """Shapes of what a stage's step takes besides its state, as `stages.stage` loads it."""
-    from_latents = name == "dit" and config.data.latents
-    parts = [part for part in stages.FROZEN[name] if not (from_latents and part == "encoder")]
-    shapes = {part: _part(config, part) for part in parts}
+    shapes = {part: _part(config, part) for part in stages.frozen_parts(config, name)}
     if name == "decoder" and config.decoder.train.lpips_weight:
         shapes["lpips"] = perception.part_shapes("lpips")
     if name == "decoder" and config.decoder.train.adversarial_weight:

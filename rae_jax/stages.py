@@ -48,8 +48,7 @@ def stage(config, name, workdir, mesh):
             rows=sharding.local_rows(batch_size, mesh),
             **reading,
         )
-    parts = [part for part in FROZEN[name] if not (from_latents and part == "encoder")]
-    frozen = {part: load(config, part, workdir, mesh) for part in parts}
+    frozen = {part: load(config, part, workdir, mesh) for part in frozen_parts(config, name)}
     if name == "decoder":
         frozen.update(_opponents(config, frozen["encoder"], workdir, mesh))
     init, step = build.init_and_step(config, name)
@@ -101,6 +100,12 @@ FROZEN = {
     "statistics": ("encoder",),
     "dit": ("encoder", "statistics"),
 }
+
+
+def frozen_parts(config, name):
+    """Those of FROZEN that a stage's step takes: no encoder, where it reads packed latents."""
+    from_latents = name == "dit" and config.data.latents
+    return [part for part in FROZEN[name] if not (from_latents and part == "encoder")]
 
 
 def stage_seed(config, name):
