@@ -36,9 +36,9 @@ case $1 in
         [[ ! -e $files.env ]] || chmod 600 "$files.env"
         install
         rm -f "$files.status" "$files.pid"
-        # In a session of its own, which no connection that ends takes along; and not deaf to SIGINT (set -m).
-        set -m
-        setsid nohup bash launch/tpu_worker.sh run "$@" >> "$files.log" 2>&1 < /dev/null &
+        # In a session of its own, which no connection that ends takes along; and not deaf to SIGINT, as what is started
+        # in the background is.
+        setsid nohup env --default-signal=INT bash launch/tpu_worker.sh run "$@" >> "$files.log" 2>&1 < /dev/null &
         until [[ -s $files.pid ]]; do sleep 0.1; done
         ;;
     run)

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+import pairs
 import pytest
 from conftest import tiny
 
@@ -19,40 +17,7 @@ from rae_jax import command, logs, processes
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 STAGES = ("decoder", "statistics", "dit")
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
-def _start(command, index, count, port):
-    """A process of `count`, with one device; what it says goes to one pipe."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true",
-        **({"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}),
-        **({"JAX_PROCESS_ID": str(index)} if count > 1 else {}),
-    }
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipe)
-
-
-def _start_all(command, count):
-    port = _free_port()
-    return [_start(command, index, count, port) for index in range(count)]
-
-
-def _run(command, count, status=0):
-    """What each of `count` processes says."""
-    started = _start_all(command, count)
-    said = [process.communicate(timeout=3000)[0] for process in started]
-    assert [process.returncode for process in started] == [status] * count, "\n".join(said)
-    return said
 
 
 def _command(workdir, mode, count, **changes):
@@ -111,16 +76,16 @@ def test_a_lost_process_is_told_from_a_mistake(monkeypatch, error, status):
 def test_two_processes_do_what_one_does(tmp_path):
     """Training in three stages, evaluation and samples: numbers, files, and who writes them."""
     one, two = tmp_path / "one", tmp_path / "two"
-    said = _run(_command(one, "train", 1), 1)[0]
-    first, second = _run(_command(two, "train", 2), 2)
+    said = pairs.run(_command(one, "train", 1), 1)[0]
+    first, second = pairs.run(_command(two, "train", 2), 2)
     assert "report:" in said and "report:" in first and "report:" not in second and "psnr" not in second
     _assert_rows_close(one, two)
     results = [_results(one), _results(two)]
     (two / "eval" / "tiny.json").unlink()
-    _run(_command(two, "evaluate", 2), 2)
+    pairs.run(_command(two, "evaluate", 2), 2)
     assert results[0] == pytest.approx(results[1], rel=1e-4) and _results(two) == pytest.approx(results[1], rel=1e-6)
     for workdir, count in ((one, 1), (two, 2)):
-        _run([*_command(workdir, "sample", count), "--num_images=20"], count)
+        pairs.run([*_command(workdir, "sample", count), "--num_images=20"], count)
     images = [np.load(workdir / "samples" / "samples.npz")["arr_0"].astype(int) for workdir in (one, two)]
     assert images[0].shape == (20, 32, 32, 3) and np.abs(images[0] - images[1]).max() <= 1
     assert sorted(p.name for p in one.rglob("*.png")) == sorted(p.name for p in two.rglob("*.png"))
@@ -136,7 +101,7 @@ def test_a_signal_to_one_stops_all_and_they_go_on(tmp_path):
 
     def run_for_a_while(count, beyond):
         """Start, send SIGTERM to the last process after that step, and return the step at which all stopped."""
-        started = _start_all(_command(tmp_path, "train", count, **changes), count)
+        started = pairs.start(_command(tmp_path, "train", count, **changes), count)
         deadline = time.monotonic() + 1500
         while time.monotonic() < deadline and _last_step(metrics) <= beyond:
             time.sleep(0.2)
@@ -157,8 +122,6 @@ def test_a_signal_to_one_stops_all_and_they_go_on(tmp_path):
 
 def _agree():
     """In one of several processes: at which steps it learns that the second one wants to stop after its third."""
-    import jax
-
     os.environ["XLA_FLAGS"] = sys.argv[1]  # not the tests' own
     processes.start()
     step = 0
@@ -173,7 +136,9 @@ def _agree():
 
 def test_all_learn_of_a_signal_after_the_same_step():
     lines = [
-        line for text in _run([__file__, "--xla_force_host_platform_device_count=2"], 2) for line in text.splitlines()
+        line
+        for text in pairs.run([__file__, "--xla_force_host_platform_device_count=2"], 2)
+        for line in text.splitlines()
     ]  # Gloo talks as well
     said = [json.loads(line.removeprefix("found")) for line in lines if line.startswith("found")]
     assert said == [[2, 4, index == 0, [None, None, None, 15, 15, 15]] for index in (0, 1)]

@@ -1,13 +1,11 @@
 """Global batches on the devices of two real processes: those of one, in every row, whatever the mesh."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import pairs
 import pytest
 from test_pipeline import Numbers
 
@@ -42,24 +40,16 @@ def global_batches(name):
     return found
 
 
-def _main(index, port, output):
-    processes.start(f"localhost:{port}", 2, index)
+def _main(output):
+    processes.start()
     assert len(jax.devices()) == 8 and len(jax.local_devices()) == 4
     for name in MESHES:
-        np.savez(Path(output) / f"{name}_{index}.npz", **global_batches(name))
+        np.savez(Path(output) / f"{name}_{jax.process_index()}.npz", **global_batches(name))
 
 
 @pytest.mark.slow
 def test_two_processes_hold_the_batches_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    commands = [[sys.executable, __file__, str(index), port, str(tmp_path)] for index in (0, 1)]
-    processes = [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    pairs.run([__file__, tmp_path], devices=4)
     for name in MESHES:
         expected = global_batches(name)
         for index in (0, 1):
@@ -70,4 +60,4 @@ def test_two_processes_hold_the_batches_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    _main(sys.argv[1])

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 
 import jax
+import pairs
 import pytest
 from etils import epath
 
@@ -17,28 +16,23 @@ from rae_jax import command, logs, processes
 STEPS, BOUND = 60, 120.0  # seconds
 
 
-def _main(index, port, workdir, num_steps):
-    processes.start(f"localhost:{port}", 2, index)
+def _main(workdir):
+    processes.start()
     assert len(jax.devices()) == 2
     how = {"evaluate": lambda state, step: time.sleep(0.05) or {"x": 0.0}, "evaluate_every": 1}
     with command.peers():
-        toy.run(epath.Path(workdir), num_steps, on=toy.mesh(data=2), checkpoint_every=5, **how)
+        toy.run(epath.Path(workdir), STEPS, on=toy.mesh(data=2), checkpoint_every=5, **how)
 
 
 def _start(workdir):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
-    commands = [[sys.executable, __file__, str(index), port, str(workdir), str(STEPS)] for index in (0, 1)]
-    return [subprocess.Popen(c, env=environment, stderr=subprocess.PIPE, text=True) for c in commands]
+    return pairs.start([__file__, workdir])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
-    said = [process.communicate(timeout=600)[1] for process in _start(whole)]
+    said = [process.communicate(timeout=600)[0] for process in _start(whole)]
     assert len(toy.rows(whole)) == 2 * STEPS, said
     pair = _start(workdir)
     while len(logs.read(workdir / "metrics" / "toy.jsonl")) < 40:
@@ -46,7 +40,7 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
         time.sleep(0.02)
     os.kill(pair[victim].pid, signal.SIGKILL)
     began = time.monotonic()
-    said = pair[1 - victim].communicate(timeout=BOUND)[1]
+    said = pair[1 - victim].communicate(timeout=BOUND)[0]
     seconds, status = time.monotonic() - began, pair[1 - victim].returncode
     print(f"the other one ended after {seconds:.1f} s with status {status}: {said[:3000]}")
     # JAX's service ends it from a thread of its own, if the loop does not see first that the other one is gone.
@@ -54,10 +48,10 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     assert ours or (status == -signal.SIGABRT and "another task died" in said), said
     assert "Traceback" not in said
     pair[victim].communicate()
-    said = [process.communicate(timeout=600)[1] for process in _start(workdir)]
+    said = [process.communicate(timeout=600)[0] for process in _start(workdir)]
     assert "going on from step" in said[0], said
     assert trials.differences(workdir, whole, ["toy"]) == []
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    _main(sys.argv[1])
