@@ -149,7 +149,7 @@ def _run_toy(workdir, stages, num_steps, log):
 def _run(argv, log, devices, before):
     """In the run's own process."""
     _say_to(log)
-    flags = "--xla_llvm_disable_expensive_passes=true"
+    flags = "--xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     from absl import app
 

@@ -22,7 +22,7 @@ def start(command, count=2, *, devices=1):
     They find each other by processes.start(). One alone is told of no others.
     """
     address = f"localhost:{free_port()}"
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_llvm_disable_expensive_passes=true"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     started = []
     for index in range(count):
