@@ -9,4 +9,4 @@ source launch/venv.sh
 ensure_venv test
 
 export JAX_PLATFORMS=cpu
-exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
