@@ -96,7 +96,7 @@ def _differences(sides):
 
 def _config(args):
     config = dit_b.get_config()
-    config.unroll = True  # as for any CPU
+    config.unroll, config.remat = True, "none"  # as for any CPU; PyTorch recomputes nothing either
     config.dit.update(dit_b.DITS[args.size or "s"])
     config.decoder.update(dit_b.DECODERS[(args.size or "b") if args.model == "decoder" else "b"])
     config.encoder.update(encoders.dinov2("base"))
