@@ -58,8 +58,8 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, _):
-        if kind is not None and processes.lost_another(error):
+    def __exit__(self, kind, raised, _):
+        if kind is not None and processes.lost_another(raised):
             return  # what is being written waits for it in vain
         try:
             self._collect(wait=True)
