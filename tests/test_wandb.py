@@ -36,7 +36,7 @@ for start in (0, 2):
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment}, timeout=300)
     assert [row["step"] for row in logs.read(tmp_path / "metrics" / "dit.jsonl")] == [1, 2, 3, 4]
-    (name,) = {path.name.rsplit("-", 1)[-1] for path in (tmp_path / "wandb").glob("offline-run-*")}
-    assert name == (tmp_path / "wandb_id.txt").read_text()
-    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert files and all(b"dit/loss" in file.read_bytes() for file in files)
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2  # a file for each start, of one id
+    assert {file.stem for file in files} == {"run-" + (tmp_path / "wandb_id.txt").read_text()}
+    assert all(b"dit/loss" in file.read_bytes() for file in files)
