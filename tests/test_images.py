@@ -159,3 +159,14 @@ def test_the_faster_decoder_gives_the_same_pixels_and_leaves_the_rest_to_pillow(
     monkeypatch.setattr(images, "simplejpeg", None)
     for data, ours in zip(files, decoded, strict=True):
         np.testing.assert_array_equal(ours, images.decode(data, "name", np.asarray))
+
+
+def test_decoded_pixels_become_an_image_without_a_copy():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
+    image = images._rgb(pixels)
+    pixels[2, 3] = (1, 2, 3, 4)
+    assert image.mode == "RGB" and image.getpixel((3, 2)) == (1, 2, 3)
+    expected = Image.fromarray(pixels[..., :3]).resize((3, 2), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(image.resize((3, 2), Image.Resampling.BICUBIC), expected)
+    image.putpixel((3, 2), (9, 9, 9))  # whoever changes it gets a copy
+    assert list(pixels[2, 3]) == [1, 2, 3, 4]

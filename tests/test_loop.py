@@ -174,7 +174,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
+# A step of the decoder on these meshes, and all that it changes, is compared in test_stage_decoder.py.
+@pytest.mark.parametrize("stage", [pytest.param("decoder", marks=pytest.mark.slow), "dit"])
 def test_meshes_agree(run, tmp_path, stage):
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import random_like, tiny
 
 from rae_jax import build, rae, sharding, stage_decoder, stages
 from rae_jax.augment import diff_augment
@@ -50,11 +50,7 @@ def _stage(config, **changes):
 
 
 def _frozen():
-    config = _config()
-    shapes = stages.part_shapes(config, "encoder")
-    keys = jax.random.split(jax.random.key(7), len(jax.tree.leaves(shapes)))
-    keys = jax.tree.unflatten(jax.tree.structure(shapes), keys)
-    encoder = jax.tree.map(lambda s, k: 0.3 * np.asarray(jax.random.normal(k, s.shape)), shapes, keys)
+    encoder = random_like(stages.part_shapes(_config(), "encoder"), seed=7, scale=0.3)
     lpips = {"kernel": 0.05 * np.random.default_rng(8).standard_normal((32 * 32 * 3, 5), np.float32)}
     return {"encoder": encoder, "backbone": encoder, "lpips": lpips}
 
@@ -65,17 +61,25 @@ def _batch():
 
 @pytest.fixture(scope="module")
 def game():
-    """The stage, compiled once, and its states after 0, 1, ... steps with their metrics."""
-    config, frozen = _config(), _frozen()
+    """The stage, compiled once, its states after 0, 1, ... steps, with the metrics and the augmented images of each."""
+    config, frozen, seen = _config(), _frozen(), []
+
+    def look(images, key):
+        jax.debug.callback(lambda images: seen[-1].append(np.asarray(images)), images)
+        return diff_augment(images, key)
+
     init, step = _stage(config)
-    run = jax.jit(step)
+    run = jax.jit(_stage(config, augment=look)[1])
     states, metrics = [jax.jit(init)(jax.random.key(0))], []
     for i in range(4):
+        seen.append([])
         state, values = run(states[-1], frozen, _batch(), jax.random.key(i))
+        jax.effects_barrier()
         states.append(state)
         metrics.append(values)
     return types.SimpleNamespace(
-        config=config, frozen=frozen, init=init, step=step, run=run, states=states, metrics=metrics
+        **{"config": config, "frozen": frozen, "init": init, "step": step, "run": run},
+        **{"states": states, "metrics": metrics, "seen": list(seen)},
     )
 
 
@@ -133,7 +137,9 @@ def test_the_decoder_s_gradient_is_that_of_the_loss_as_it_is_defined(game):
 def test_before_they_start_the_adversarial_parts_are_not_there(game):
     alone = _config(adversarial_weight=0.0)
     init, step = _stage(alone)
-    state, metrics = jax.jit(step)(jax.jit(init)(jax.random.key(0)), game.frozen, _batch(), jax.random.key(0))
+    start = {name: value for name, value in game.states[0].items() if name not in DISC}
+    assert jax.eval_shape(init, jax.random.key(0)) == jax.eval_shape(lambda: start)
+    state, metrics = jax.jit(step)(start, game.frozen, _batch(), jax.random.key(0))
     assert not set(DISC) & set(state) and "adversarial" not in metrics
     assert float(game.metrics[0]["adversarial_weight"]) == float(game.metrics[0]["adversarial"]) == 0.0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["params"], game.states[1]["params"])
@@ -149,17 +155,9 @@ def test_fooling_leaves_the_discriminator_as_it_is(game):
 
 
 def test_the_discriminator_sees_clean_8_bit_images_of_the_updated_decoder(game):
-    seen = []
-
-    def look(images, key):
-        jax.debug.callback(lambda images: seen.append(np.asarray(images)), images)
-        return diff_augment(images, key)
-
-    _, step = _stage(_config(adversarial_start=10), augment=look)
-    state = game.states[2]
-    new, _ = jax.jit(step)(state, game.frozen, _batch(), jax.random.key(2))
-    jax.effects_barrier()
-    pairs = (seen[0] + 1.0) / 2.0 * 255.0
+    assert [sorted(map(len, seen)) for seen in game.seen[:3]] == [[], [BATCH], [BATCH, 2 * BATCH]]
+    state, new = game.states[2:4]
+    pairs = (max(game.seen[2], key=len) + 1.0) / 2.0 * 255.0
     real, fake = pairs[0::2], pairs[1::2]
     np.testing.assert_allclose(real, _batch()["image"], atol=1e-4)
     np.testing.assert_allclose(fake, np.round(fake), atol=1e-4)

@@ -114,12 +114,20 @@ def _fast_jpeg(data):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours != "YCbCr" or width * height > Image.MAX_IMAGE_PIXELS:
             return None
-        # Four bytes a pixel, as Pillow holds them: to take them over costs next to nothing.
-        image = Image.new("RGB", (width, height), None)  # not black first, as Image.frombytes would have it
-        image.frombytes(simplejpeg.decode_jpeg(data, "RGBX").data, "raw", "RGBX", 0, 1)
-        return image
+        return _rgb(simplejpeg.decode_jpeg(data, "RGBX"))
     except ValueError:
         return None
+
+
+def _rgb(pixels):
+    """An RGB image of uint8 [H, W, 4], four bytes a pixel as Pillow holds them: the same memory, not a copy."""
+    height, width, _ = pixels.shape
+    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+    if not hasattr(image.im, "setmode"):  # which Pillow uses itself, but does not document
+        return image.convert("RGB")
+    image.im.setmode("RGB")
+    image._mode = "RGB"
+    return image
 
 
 @contextlib.contextmanager
