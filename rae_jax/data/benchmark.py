@@ -3,15 +3,17 @@
     python -m rae_jax.data.benchmark --path=IMAGENET/train [--packed=PACKED] [--num_images=500] [--rounds=3]
 
 Each side reads --num_images images in random order, centre-cropped and flipped at random, into batches, on one core: in
-a process of its own without further workers or threads, round by round in turn. What counts is CPU time: on a machine
-that is shared with others it moves less than the clock. The DataLoader yields what the published recipe's does: float32
-[B, 3, H, W] in [0, 1]; `torch_uint8` leaves that conversion out, as we do. Without torch, only our own sides are
-measured. The last line printed is one JSON object.
+a process of its own without further workers or threads, round by round in turn. Printed are medians: of the rounds'
+rates, and of the ratios within a round. What counts is CPU time: on a machine that is shared with others it moves less
+than the clock. The DataLoader yields what the published recipe's does: float32 [B, 3, H, W] in [0, 1]; `torch_uint8`
+leaves that conversion out, as we do. Without torch, only our own sides are measured. The last line printed is one JSON
+object.
 """
 
 import json
 import multiprocessing
 import os
+import statistics
 import time
 
 import numpy as np
@@ -28,7 +30,7 @@ _PACKED = flags.DEFINE_string("packed", None, "The same, as rae_jax.data.pack ha
 _SIZE = flags.DEFINE_integer("image_size", 256, "Side of the crops.", lower_bound=1)
 _NUM = flags.DEFINE_integer("num_images", 500, "Images that a round reads.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 50, "Images in a batch.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "The best of so many counts.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each side is measured.", lower_bound=1)
 
 
 def _ours(source, num_batches):
@@ -143,11 +145,17 @@ def _main(argv):
         runs = [_in_own_process(side, name) for _ in range(_ROUNDS.value) for name, side in sides.items()]
     except UserError as error:
         command.fail(str(error))
-    best = {name: max(run["images"] / run["cpu"] for run in runs if run["name"] == name) for name in sides}
-    for name, rate in best.items():
-        beside = f"  {rate / best['torch']:.2f} of torch's" if "torch" in best else ""
-        print(f"{name:12} {rate:8.1f} images/s and core{beside}")
-    print(json.dumps({"images_per_cpu_second": best, "image_size": _SIZE.value, "num_images": _NUM.value}))
+    rates = {name: [run["images"] / run["cpu"] for run in runs if run["name"] == name] for name in sides}
+    found = {"images_per_cpu_second": {name: statistics.median(of) for name, of in rates.items()}}
+    if "torch" in rates:
+        pairs = {name: zip(of, rates["torch"], strict=True) for name, of in rates.items()}
+        found["times_torch"] = {
+            name: statistics.median(ours / torch for ours, torch in of) for name, of in pairs.items()
+        }
+    for name, of in rates.items():
+        beside = f"  {found['times_torch'][name]:.2f} of torch's" if "torch" in rates else ""
+        print(f"{name:12} {statistics.median(of):8.1f} images/s and core (at most {max(of):.1f}){beside}")
+    print(json.dumps({**found, "image_size": _SIZE.value, "num_images": _NUM.value}))
 
 
 if __name__ == "__main__":
