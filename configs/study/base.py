@@ -1,4 +1,4 @@
-"""What the experiments share: their config over configs/small.py, their sizes, and the weights that several of them use.
+"""What the experiments share: a config over configs/small.py, sizes, and the weights that several of them use.
 
     python -m launch.study [--only=width,noise] [--size=fast|full|large]
 
@@ -7,12 +7,12 @@ An experiment is a file beside this one, whose get_config() returns plain data:
     title, claim     what the paper says, in words
     paper            [(what, number)] of the paper
     config           {key: value} over RUN, for all of its runs
-    foundations      {name: {'config': ..., 'kind': ...}}: runs made once, with seed 0; '@name' is where their weights are
+    foundations      {name: {'config': ..., 'kind': ...}}: runs made once, with seed 0; '@name': where their weights are
     variants         {name: {key: value}}: each a run for every seed
     sizes            {size: {key: value}} over SIZES
     measure          what of each run, see launch/study/measure.py
     generators       {name: {key: value}}: the runs' weights are measured with each; by default once, as they are
-    compare          [{'says', 'metric', 'lower', 'higher'}]: in that metric, all variants of `lower` are below all of `higher`
+    compare          [{'says', 'metric', 'lower', 'higher'}]: in it, all variants of `lower` are below all of `higher`
     columns          metrics of the table
     plots            [{'y', 'x', 'series', ...}], see launch/study/plots.py
     note             what has to be known to read the numbers

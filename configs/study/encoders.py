@@ -9,7 +9,8 @@ _LAYERS = {"encoder.layers": (1, 3, 5)}
 def get_config():
     return {
         "title": "Encoders: trained or random, last layer or several",
-        "claim": "A pretrained encoder's latents are what makes generation good; averaging several layers keeps more detail.",
+        "claim": "A pretrained encoder's latents are what makes generation good; averaging several layers keeps more "
+        "detail.",
         "paper": [
             ("rFID: MAE-B / DINOv2-B / SigLIP2-B", "0.16 / 0.49 / 0.53"),
             ("linear probe of those", "68.0 / 84.5 / 79.1 %"),
@@ -70,5 +71,6 @@ def get_config():
         ],
         "columns": ["fd", "agreement", "psnr", "rfd", "probe_pooled", "probe_whole"],
         "plots": [{"y": "fd"}, {"y": "psnr"}, {"y": "probe_pooled"}],
-        "note": "Decoder and DiT are trained anew for each encoder and seed. fd and rfd are in the trained encoder's space for all.",
+        "note": "Decoder and DiT are trained anew for each encoder and seed. fd and rfd are in the space of the "
+        "trained encoder for all.",
     }

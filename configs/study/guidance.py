@@ -12,8 +12,8 @@ def get_config():
     cfg, auto = ([f"{name} {scale}" for scale in of] for name, of in (("cfg", _CFG), ("autoguidance", _AUTO)))
     return {
         "title": "AutoGuidance, classifier-free guidance, none",
-        "claim": "Guided by a weaker model (AutoGuidance), samples are closer to the data than without guidance and than with "
-        "classifier-free guidance, which buys agreement with the label by variety.",
+        "claim": "Guided by a weaker model (AutoGuidance), samples are closer to the data than without guidance and "
+        "than with classifier-free guidance, which buys agreement with the label by variety.",
         "paper": [
             ("DiT^DH-XL, 800 epochs, 256 px: no guidance, FID", "1.51"),
             ("AutoGuidance, scale 1.42", "1.13"),

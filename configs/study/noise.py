@@ -47,6 +47,6 @@ def get_config():
             {"y": "fd", "x": "decoder.train.noise_tau", "series": {"main DiT": names}},
             {"y": "weak_fd", "x": "decoder.train.noise_tau", "series": {"weak DiT": names}},
         ],
-        "note": "One encoder; the same latents of each DiT for all decoders of a seed. rfd: of reconstructions; fd: of the main DiT's "
-        "latents; weak_fd: of a DiT trained for 300 steps.",
+        "note": "One encoder; the same latents of each DiT for all decoders of a seed. rfd: of reconstructions; fd: of "
+        "the main DiT's latents; weak_fd: of a DiT trained for 300 steps.",
     }

@@ -12,8 +12,8 @@ def get_config():
     shared = [f"50 steps, trunk every {n}" for n in reuse]
     return {
         "title": "Reuse of the trunk's output",
-        "claim": "The trunk's output changes slowly on the way from noise to data: one serves for several steps, which saves "
-        "time at little loss of quality.",
+        "claim": "The trunk's output changes slowly on the way from noise to data: one serves for several steps, which "
+        "saves time at little loss of quality.",
         "paper": [("not in the paper: DDT (2504.05741) shares its encoder's output between steps", "")],
         "config": {**base.MAIN_DIT, "sampler.num_steps": 50},
         "variants": {
@@ -41,5 +41,5 @@ def get_config():
             {"y": "fd", "x": x, "series": {"fewer steps": plain, "50 steps, trunk reused": ["50 steps", *shared]}}
             for x in ("sampling_gflops", "seconds_per_image")
         ],
-        "note": "The main DiT, sampled only, without guidance. Seeds: of sampling. seconds_per_image: of one core's time.",
+        "note": "The main DiT, sampled only, without guidance. Seeds: of sampling. seconds_per_image: of one core.",
     }

@@ -34,8 +34,8 @@ def _variant(width, shift):
 def get_config():
     return {
         "title": "Noise schedule shifted by the dimension of the latent",
-        "claim": "Times shifted by sqrt(dimension / 4096), in training and sampling, give better images; the more so the "
-        "larger the latent.",
+        "claim": "Times shifted by sqrt(dimension / 4096), in training and sampling, give better images, the more so "
+        "the larger the latent is.",
         "paper": [
             ("DiT-XL on RAE (dimension 196,608, factor 6.93), gFID at 80 epochs, without the shift", "23.08"),
             ("with the shift", "4.81"),
@@ -74,7 +74,7 @@ def get_config():
         ],
         "columns": ["fd", "agreement"],
         "plots": [{"y": "fd"}, {"y": "agreement"}],
-        "note": "One encoder and decoder for each dimension (tokens of 16, 64, 256 on an 8x8 grid), made by one recipe. "
-        "Compare within a dimension only. Times before the shift: logit-normal(0, 1), as the paper's. At 4,096 the factor is 1 and "
-        "both schedules are the same.",
+        "note": "One encoder and decoder for each dimension (tokens of 16, 64, 256 on an 8x8 grid), by one recipe. "
+        "Compare within a dimension only. Times before the shift: logit-normal(0, 1), as the paper's. At 4,096 the "
+        "factor is 1, and both schedules are the same.",
     }

@@ -20,8 +20,8 @@ def get_config():
     rae, vae = "RAE, 8x8x64", "VAE, 8x8x4"
     return {
         "title": "RAE against VAE",
-        "claim": "A DiT converges faster on a representation encoder's latents than on a VAE's, once it is wide enough for them; "
-        "what an image shows can be read from them by a linear probe.",
+        "claim": "A DiT converges faster on a representation encoder's latents than on a VAE's, once it is wide enough "
+        "for them; what an image shows can be read from them by a linear probe.",
         "paper": [
             ("DiT-XL on SD-VAE at 80 epochs, gFID", "7.13"),
             ("DiT-XL on RAE (shifted, noise-augmented decoder)", "4.28"),
@@ -86,6 +86,6 @@ def get_config():
             {"y": "fd", "x": "training_gflops", "by_step": True},
             {"y": "probe_whole", "bars": [f"{rae}, DiT^DH", f"{vae}, DiT^DH"]},
         ],
-        "note": "The encoder of the RAE was trained on these very images with labels, which a VAE does not see; its latents have 16 "
-        "times as many numbers. The VAE's times are not shifted, as in the paper.",
+        "note": "The encoder of the RAE was trained on these very images with labels, which a VAE does not see; its "
+        "latents have 16 times as many numbers. The VAE's times are not shifted, as in the paper.",
     }

@@ -11,8 +11,8 @@ def _sizes(width, depth=4):
 def get_config():
     return {
         "title": "Width of the DiT against the dimension of a token",
-        "claim": "A DiT narrower than a token (here D = 64) cannot overfit a single image, however deep it is: for width "
-        "d < D the loss stays above (D - d) / D. From width D on it falls.",
+        "claim": "A DiT narrower than a token (here D = 64) cannot overfit a single image, however deep it is: for a "
+        "width d < D the loss stays above (D - d) / D. From width D on it falls.",
         "paper": [
             ("DINOv2-S (D = 384): DiT-S / B / L, width 384 / 768 / 1024, final loss", "0.036 / 0.0010 / 0.00097"),
             ("DINOv2-B (D = 768)", "0.52 / 0.024 / 0.0013"),
@@ -77,6 +77,7 @@ def get_config():
                 "log": True,
             }
         ],
-        "note": "Loss: mean of the last tenth of training. bound: (D - d) / D; eigenvalue_bound: the sum of the "
-        "eigenvalues of Cov(noise - x) over the image's tokens beyond the d-th, over D. Seeds: initialisation, noise and times.",
+        "note": "loss: mean of the last tenth of training. bound: (D - d) / D; eigenvalue_bound: the sum of the "
+        "eigenvalues of Cov(noise - x) over the image's tokens beyond the d-th, over D. Seeds: initialisation, noise, "
+        "times.",
     }

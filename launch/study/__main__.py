@@ -1,6 +1,7 @@
 """The paper's claims, reproduced in small: every experiment of configs/study/, or some, with several seeds.
 
-    python -m launch.study [--only=width,noise] [--workdir=runs/study] [--size=full] [--seeds=3] [--jobs=2] [--data=PATH]
+    python -m launch.study [--only=width,noise] [--workdir=runs/study] [--size=full] [--seeds=3] [--jobs=2]
+                           [--data=PATH] [--report]
 
 Every variant and seed is a run in a workdir of its own, WORKDIR/DATA/EXPERIMENT/VARIANT/seed_N; what is done is not
 done again, and what was interrupted goes on. WORKDIR/DATA gets EXPERIMENT.csv and .png, index.html, results.md and
@@ -31,6 +32,8 @@ def main(only, workdir, size, seeds, jobs, data, report):
     folder = pathlib.Path(workdir).resolve() / label
     planned = plan.Plan(only or plan.STUDIES, workdir=folder, data=keys, size=size, seeds=seeds)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "compiled"))
+    # What one seed has compiled, the next one takes, little things included.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     failed = {}
     try:
         if not report:

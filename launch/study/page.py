@@ -18,8 +18,10 @@ tr { border-bottom: 1px solid #ddd; } .soft { color: #666; } img { max-width: 10
 
 
 def write(folder, studies, found, cpu):
-    """Write the files of `studies` ({name: data}) to `folder`. `found`: {name: {(variant, seed): rows}}; `cpu`: {name: CPU
-    seconds}, of foundations too. Returns the page's path."""
+    """Write the files of `studies` ({name: data}) to `folder`; returns the page's path.
+
+    `found`: {name: {(variant, seed): rows}}; `cpu`: {name: CPU seconds}, of the foundations too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     summary, sections, texts = {}, [], []
     for name, study in studies.items():
@@ -75,9 +77,11 @@ def _number(of):
     return f"{of['mean']:.3g}{spread}"
 
 
-def _seeds(summary):
+def _about(study, summary):
+    """The note, and what the numbers are of."""
     counts = {of["seeds"] for metrics in summary["variants"].values() for of in metrics.values()}
-    return " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "no"
+    seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "no"
+    return f"{study['note']} {seeds} seeds; {summary['cpu_seconds']} CPU seconds."
 
 
 def _section(name, study, summary, picture):
@@ -94,9 +98,7 @@ def _section(name, study, summary, picture):
         for row in _cells(study, summary)
     )
     text += f"<table><tr><th></th>{head}</tr>{rows}</table>"
-    text += (
-        f"<p class=soft>{html.escape(study['note'])} {_seeds(summary)} seeds; {summary['cpu_seconds']} CPU seconds.</p>"
-    )
+    text += f"<p class=soft>{html.escape(_about(study, summary))}</p>"
     paper = "".join(f"<tr><td>{html.escape(what)}</td><td class=number>{n}</td></tr>" for what, n in study["paper"])
     return text + f"<h3>The paper's numbers</h3><table>{paper}</table>"
 
@@ -108,10 +110,5 @@ def _markdown(study, summary):
     lines += [f"| --- |{' --- |' * len(study['columns'])}"]
     lines += [f"| {' | '.join(row)} |" for row in _cells(study, summary)]
     paper = "; ".join(f"{what}: {n}" if n else what for what, n in study["paper"])
-    lines += [
-        "",
-        f"{study['note']} {_seeds(summary)} seeds; {summary['cpu_seconds']} CPU seconds.",
-        "",
-        f"Paper: {paper}.",
-    ]
+    lines += ["", _about(study, summary), "", f"Paper: {paper}."]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """An experiment's plot: a PNG of panels, means with error bars (sample standard deviation over seeds).
 
 A panel is data: 'y', a metric; 'x', another one, or 'step', or nothing for bars over variants; 'series', {label:
-variants} of lines, by default one line for each variant where 'by_step' takes checkpoints; 'bars', the variants of bars;
-'beside', metrics drawn as well; 'log', a logarithmic y axis.
+variants} of lines; 'by_step', a line for each variant, over its checkpoints; 'bars', the variants of bars; 'beside',
+metrics drawn as well; 'log', a logarithmic y axis.
 """
 
 import io

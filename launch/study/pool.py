@@ -50,7 +50,7 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
                     failed[name] = f"status {process.exitcode}: {_last_line(job)}"
                     say(f"error: {name} failed ({failed[name]}); all it said: {_log(job)}")
     finally:
-        for job, process, *_ in at_work.values():
+        for _, process, *_ in at_work.values():
             process.terminate()
         for _, process, *_ in at_work.values():
             process.join()

@@ -1,4 +1,4 @@
-"""One job in a process of its own: train, hand on the weights, measure. Done before: nothing to do; begun: it goes on."""
+"""One job in a process of its own: train, hand on the weights, measure; one that was interrupted goes on."""
 
 import json
 import os
@@ -13,7 +13,7 @@ RESTART = 75
 
 
 def begin(job, cores, log):
-    """In the new process: output goes to the file `log`; the exit status is that of the command, see docs/robustness.md."""
+    """In the new process: output goes to the file `log`; exit statuses are the command's (docs/robustness.md)."""
     os.sched_setaffinity(0, cores)  # before XLA counts them
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
