@@ -5,7 +5,7 @@ python -m launch.study --only=guidance
 
 from configs.study import base
 
-_CFG, _AUTO = (1.5, 2.5, 4.0), (1.5, 2.0, 3.0)
+_CFG, _AUTO = (1.5, 2.5), (1.5, 2.5)
 
 
 def get_config():

@@ -19,7 +19,7 @@ def get_config():
             ("rFID, tau = 0", "0.49"),
             ("tau = 0.8", "0.57"),
         ],
-        "config": {"stages": ("decoder",), "decoder.train.num_steps": 600, **base.MAIN_DIT},
+        "config": {"stages": ("decoder",), "decoder.train.num_steps": 400, **base.MAIN_DIT},
         "variants": {name: {"decoder.train.noise_tau": tau} for name, tau in zip(names, _TAUS, strict=True)},
         "sizes": {"fast": {"dit.weights": "@weak"}},
         "measure": ("reconstruction", "generation"),

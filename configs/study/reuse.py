@@ -7,7 +7,7 @@ from configs.study import base
 
 
 def get_config():
-    steps, reuse = (50, 25, 17, 10), (2, 3, 5)
+    steps, reuse = (50, 25, 10), (2, 5)
     plain = [f"{n} steps" for n in steps]
     shared = [f"50 steps, trunk every {n}" for n in reuse]
     return {

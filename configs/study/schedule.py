@@ -16,11 +16,11 @@ def _foundation(width):
             **_encoder(width),
             "stages": ("encoder", "decoder", "statistics"),
             "data.num_train": 5_000,
-            "encoder.train.num_steps": 600,
+            "encoder.train.num_steps": 400,
             "encoder.train.batch_size": 32,
             "encoder.train.warmup_steps": 50,
             "encoder.train.ema_decay": 0.98,
-            "decoder.train.num_steps": 600,
+            "decoder.train.num_steps": 400,
         },
         "sizes": {"fast": {"data.num_train": 256}},
     }
