@@ -136,19 +136,22 @@ class _Chosen:
 
 def _generation(config, workdir, mesh, job):
     """Images, as many of each class, of the last checkpoint and of those that are kept besides."""
-    folder = workdir / "checkpoints" / "dit"
-    kept = checkpoint.steps(folder) if "dit" in config.stages else []
-    kept = [step for step in kept if config.checkpoint.keep_every and step % config.checkpoint.keep_every == 0]
+    every = config.checkpoint.keep_every if "dit" in config.stages else 0
+    kept = [step for step in checkpoint.steps(workdir / "checkpoints" / "dit") if step % every == 0] if every else []
+    last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
     sample = generate.make_sampler(config, mesh)
     count = config.evaluate.num_images
     labels = samples.labels_of("balanced", count, config.data.num_classes, config.seed)
     how = {"batch_size": config.evaluate.batch_size, "seed": config.seed}
-    for step in dict.fromkeys([*kept, None]):
+    for step in dict.fromkeys([*kept, last]):
         parts = _generator(config, workdir, mesh, step)
         batches = [images for _, images in generate.batches(sample, parts, labels, mesh, **how)]
         path = workdir / "samples" / f"{step or 'last'}.npz"
         for name, value in _judged(job, mesh, path, np.concatenate(batches), labels).items():
-            yield step or 0, name, value
+            if step is not None:
+                yield step, name, value
+            if step == last:
+                yield 0, name, value
 
 
 def _generator(config, workdir, mesh, step=None):
