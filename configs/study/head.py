@@ -20,7 +20,12 @@ def get_config():
             ("DiT^DH-S", "6.07"),
             ("DiT^DH-XL at 20 epochs", "3.71"),
         ],
-        "config": {"stages": ("dit",), "dit.train.num_steps": 600, "checkpoint.keep_every": 200},
+        "config": {
+            "stages": ("dit",),
+            "dit.train.num_steps": 450,
+            "checkpoint.every": 150,
+            "checkpoint.keep_every": 150,
+        },
         "variants": {
             "plain, width 64": {**plain},
             "plain, width 104": {**plain, "dit.width": 104},

@@ -45,7 +45,7 @@ def get_config():
             "stages": ("dit",),
             "dit.head_width": 256,
             "dit.head_depth": 1,
-            "dit.train.num_steps": 400,
+            "dit.train.num_steps": 300,
             "dit.train.time_mean": 0.0,
             "dit.train.time_std": 1.0,
         },

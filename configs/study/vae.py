@@ -42,7 +42,12 @@ def get_config():
                 "sizes": {"fast": {"data.num_train": 256}},
             },
         },
-        "config": {"stages": ("dit",), "dit.train.num_steps": 600, "checkpoint.keep_every": 200},
+        "config": {
+            "stages": ("dit",),
+            "dit.train.num_steps": 450,
+            "checkpoint.every": 150,
+            "checkpoint.keep_every": 150,
+        },
         "variants": {
             f"{rae}, DiT^DH": {},
             f"{rae}, plain": {"dit.head_depth": 0, "dit.width": 104},

@@ -36,7 +36,7 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
                 rate = (time.monotonic() - began) / (len(done) - first) if len(done) > first else None
                 left = f", about {rate * (len(waiting) + len(at_work)) / 60:.0f} min left" if rate else ""
                 say(f"[{len(done)} of {len(jobs)}{left}] begins: {job.name}")
-            ended = connection.wait([process.sentinel for _, process, _, _ in at_work.values()])
+            ended = at_work and connection.wait([process.sentinel for _, process, _, _ in at_work.values()])
             for name, (job, process, slot, since) in list(at_work.items()):
                 if process.sentinel not in ended:
                     continue
