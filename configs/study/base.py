@@ -112,3 +112,8 @@ FOUNDATIONS = {
 
 # The sizes of the main DiT, for those who only sample from it.
 MAIN_DIT = {"dit.width": 96, "dit.num_heads": 3}
+
+
+def kept_every(steps):
+    """Checkpoints that are all measured."""
+    return {"checkpoint.every": steps, "checkpoint.keep_every": steps}

@@ -1,6 +1,8 @@
 """What the encoder has learned, and which of its layers are taken.
 
-python -m launch.study --only=encoders
+    python -m launch.study --only=encoders
+
+What the keys mean: base.py, beside this file.
 """
 
 _LAYERS = {"encoder.layers": (1, 3, 5)}

@@ -1,6 +1,8 @@
 """No guidance, classifier-free guidance and AutoGuidance, over their scale.
 
-python -m launch.study --only=guidance
+    python -m launch.study --only=guidance
+
+What the keys mean: base.py, beside this file.
 """
 
 from configs.study import base

@@ -1,7 +1,11 @@
 """A plain DiT, one with a wide shallow head, and a plain one of the same FLOPs.
 
-python -m launch.study --only=head
+    python -m launch.study --only=head
+
+What the keys mean: base.py, beside this file.
 """
+
+from configs.study import base
 
 
 def _head(width, depth):
@@ -23,8 +27,7 @@ def get_config():
         "config": {
             "stages": ("dit",),
             "dit.train.num_steps": 450,
-            "checkpoint.every": 150,
-            "checkpoint.keep_every": 150,
+            **base.kept_every(150),
         },
         "variants": {
             "plain, width 64": {**plain},
@@ -33,7 +36,7 @@ def get_config():
             "head 128 x 2": _head(128, 2),
             "head 64 x 2": _head(64, 2),
         },
-        "sizes": {"fast": {}},
+        "sizes": {"fast": base.kept_every(2), "large": base.kept_every(10_000)},
         "measure": ("loss", "flops", "generation"),
         "compare": [
             {

@@ -1,6 +1,8 @@
 """Decoders trained with more or less noise on their latents: what it costs in reconstruction and brings in generation.
 
-python -m launch.study --only=noise
+    python -m launch.study --only=noise
+
+What the keys mean: base.py, beside this file.
 """
 
 from configs.study import base

@@ -1,6 +1,8 @@
 """One output of the trunk for several Euler steps, against fewer steps.
 
-python -m launch.study --only=reuse
+    python -m launch.study --only=reuse
+
+What the keys mean: base.py, beside this file.
 """
 
 from configs.study import base

@@ -1,6 +1,8 @@
 """The noise schedule shifted by the latent's dimension, or not, at three dimensions.
 
-python -m launch.study --only=schedule
+    python -m launch.study --only=schedule
+
+What the keys mean: base.py, beside this file.
 """
 
 _DIMENSIONS = {16: 1024, 64: 4096, 256: 16384}  # of a token, of an 8x8 latent

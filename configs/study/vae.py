@@ -1,7 +1,11 @@
 """The same DiT on the latents of a small KL autoencoder, trained on the same images, and on those of the RAE.
 
-python -m launch.study --only=vae
+    python -m launch.study --only=vae
+
+What the keys mean: base.py, beside this file.
 """
+
+from configs.study import base
 
 _VAE = {
     "encoder.family": "sd_vae",
@@ -45,8 +49,7 @@ def get_config():
         "config": {
             "stages": ("dit",),
             "dit.train.num_steps": 450,
-            "checkpoint.every": 150,
-            "checkpoint.keep_every": 150,
+            **base.kept_every(150),
         },
         "variants": {
             f"{rae}, DiT^DH": {},
@@ -57,7 +60,7 @@ def get_config():
                 **{"dit.head_depth": 0, "dit.width": 104},
             },
         },
-        "sizes": {"fast": {}},
+        "sizes": {"fast": base.kept_every(2), "large": base.kept_every(10_000)},
         "measure": ("reconstruction", "probe", "flops", "generation"),
         "compare": [
             {

@@ -1,6 +1,8 @@
 """One image, plain DiTs of several widths: only one as wide as the tokens can learn it.
 
-python -m launch.study --only=width
+    python -m launch.study --only=width
+
+What the keys mean: base.py, beside this file.
 """
 
 
