@@ -75,10 +75,9 @@ def get_config():
                 "x": "width",
                 "series": {"depth 4": ["16", "32", "64", "128"], "depth 8": ["32, twice the depth"]},
                 "beside": ["bound", "eigenvalue_bound"],
-                "log": True,
             }
         ],
         "note": "loss: mean of the last tenth of training. bound: (D - d) / D; eigenvalue_bound: the sum of the "
-        "eigenvalues of Cov(noise - x) over the image's tokens beyond the d-th, over D. Seeds: initialisation, noise, "
-        "times.",
+        "eigenvalues of Cov(noise - x) over the image's tokens beyond the d-th, over D. A seed changes the "
+        "initialisation, the noise and the times.",
     }

@@ -81,7 +81,7 @@ def _about(study, summary):
     """The note, and what the numbers are of."""
     counts = {of["seeds"] for metrics in summary["variants"].values() for of in metrics.values()}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "no"
-    return f"{study['note']} {seeds} seeds; {summary['cpu_seconds']} CPU seconds."
+    return f"{study['note']} Seeds: {seeds}; CPU seconds: {summary['cpu_seconds']}."
 
 
 def _section(name, study, summary, picture):

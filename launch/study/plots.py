@@ -2,7 +2,7 @@
 
 A panel is data: 'y', a metric; 'x', another one, or 'step', or nothing for bars over variants; 'series', {label:
 variants} of lines; 'by_step', a line for each variant, over its checkpoints; 'bars', the variants of bars; 'beside',
-metrics drawn as well; 'log', a logarithmic y axis.
+metrics drawn as well.
 """
 
 import io
@@ -22,7 +22,7 @@ def draw(study, found):
     values, panels = verdict.last(found), study["plots"]
     if not values:
         return None
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(max(5.6, 4.4 * len(panels)), 3.6), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         if panel.get("by_step"):
             _by_step(axis, panel, study, found)
@@ -32,8 +32,6 @@ def draw(study, found):
             _bars(axis, panel, panel.get("bars") or list(study["variants"]), values)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-        if panel.get("log"):
-            axis.set_yscale("log")
     figure.suptitle(study["title"], x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.tight_layout()
     file = io.BytesIO()
