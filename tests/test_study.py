@@ -3,8 +3,10 @@
 python -m pytest -m slow tests/test_study.py    # every experiment at size 'fast': about half an hour of one core
 """
 
+import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -59,6 +61,7 @@ def test_what_is_compared_and_drawn_is_there(name):
     for comparison in study["compare"]:
         for entry in (*comparison["lower"], *comparison["higher"]):
             assert (entry if isinstance(entry, str) else entry[0]) in study["variants"], comparison["says"]
+    assert not base.FOUNDATIONS.keys() & study.get("foundations", {}).keys()
     for panel in study["plots"]:
         assert all(v in study["variants"] for of in panel.get("series", {}).values() for v in of)
         assert set(panel.get("bars", ())) <= set(study["variants"])
@@ -108,6 +111,7 @@ def test_results_become_tables_a_page_and_pictures(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())["studies"]
     assert summary["head"]["variants"]["plain, width 104"]["fd"] == {"mean": 5.0, "std": 1.0, "seeds": 3}
     assert set(summary["width"]["verdicts"].values()) == {"not run"}
+    assert "**not run**" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "head.csv").read_text().count("\n") == 1 + 5 * 3 * 8
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "width.png").exists()
     text = written.read_text()
@@ -178,13 +182,11 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
 
 
 def _with(job, **changes):
-    return plan.dataclasses.replace(job, **changes)
+    return dataclasses.replace(job, **changes)
 
 
 def _in_a_process(jobs):
     """pool.run in a process of its own, as the command runs it."""
-    import pickle
-
     code = (
         "import pickle, sys; from launch.study import pool\n"
         "if __name__ == '__main__':\n"
@@ -210,7 +212,7 @@ def _wait_for(condition, limit=300):
 def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
     """With sizes that show nothing but that it works."""
     assert command.main([name], tmp_path, "fast", 1, 1, "", False) == {}
-    summary = json.loads((tmp_path / "shapes" / "summary.json").read_text())["studies"][name]
+    summary = json.loads((tmp_path / "shapes_fast" / "summary.json").read_text())["studies"][name]
     assert "not run" not in summary["verdicts"].values()
     assert all(set(plan.read(name)["columns"]) <= set(of) for of in summary["variants"].values())
-    assert (tmp_path / "shapes" / f"{name}.png").exists() and (tmp_path / "shapes" / "index.html").exists()
+    assert (tmp_path / "shapes_fast" / f"{name}.png").exists()

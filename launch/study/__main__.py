@@ -5,7 +5,7 @@
 
 Every variant and seed is a run in a workdir of its own, WORKDIR/DATA/EXPERIMENT/VARIANT/seed_N; what is done is not
 done again, and what was interrupted goes on. WORKDIR/DATA gets EXPERIMENT.csv and .png, index.html, results.md and
-summary.json; --report writes those anew from what there is. PATH: an image folder or .zip archive, by default shapes.
+summary.json of all that is there; --report only writes those. PATH: an image folder or .zip archive, by default shapes.
 """
 
 import importlib.util
@@ -29,17 +29,20 @@ def main(only, workdir, size, seeds, jobs, data, report):
         if name not in plan.STUDIES:
             raise UserError(f"--only={name} cannot work: choose from {', '.join(plan.STUDIES)}")
     label, keys = plan.data_of(data)
-    folder = pathlib.Path(workdir).resolve() / label
-    planned = plan.Plan(only or plan.STUDIES, workdir=folder, data=keys, size=size, seeds=seeds)
+    folder = pathlib.Path(workdir).resolve() / (label if size == "full" else f"{label}_{size}")
+    wanted, whole = (
+        plan.Plan(studies, workdir=folder, data=keys, size=size, seeds=seeds)
+        for studies in (only or plan.STUDIES, plan.STUDIES)
+    )
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.parent / "compiled"))
     # What one seed has compiled, the next one takes, little things included.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     failed = {}
     try:
         if not report:
-            failed = pool.run(list(planned.jobs.values()), jobs)
+            failed = pool.run(list(wanted.jobs.values()), jobs)
     finally:
-        print(f"results: {write(planned, folder)}")
+        print(f"results: {write(whole, folder)}")
     return failed
 
 

@@ -92,6 +92,8 @@ def _section(name, study, summary, picture):
     if picture:
         data = base64.b64encode(picture).decode()
         text += f'<p><img alt="{html.escape(study["title"])}" src="data:image/png;base64,{data}"></p>'
+    if not summary["variants"]:
+        return text
     head = "".join(f"<th class=number>{plots.label(metric)}</th>" for metric in study["columns"])
     rows = "".join(
         f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td class=number>{cell}</td>' for cell in row[1:])}</tr>"
@@ -105,6 +107,8 @@ def _section(name, study, summary, picture):
 
 def _markdown(study, summary):
     lines = [f"## {study['title']}", "", study["claim"], ""]
+    if not summary["variants"]:
+        return "\n".join([*lines, f"**{verdict.NOT_RUN}**", ""])
     lines += [f"- **{words}**: {says}" for says, words in summary["verdicts"].items()]
     lines += ["", f"| | {' | '.join(plots.label(metric) for metric in study['columns'])} |"]
     lines += [f"| --- |{' --- |' * len(study['columns'])}"]

@@ -17,8 +17,7 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["launch.study.measure", "launch.study.vae", "configs.small"])
-    cores = sorted(os.sched_getaffinity(0))
-    slots = [set(cores[number::num_at_once]) or set(cores) for number in range(num_at_once)]
+    slots = _slots(num_at_once)
     done = {job.name for job in jobs if work.results(job) is not None}
     waiting = [job for job in jobs if job.name not in done]
     at_work, failed, began, first = {}, {}, time.monotonic(), len(done)
@@ -57,6 +56,14 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
         for number, handler in previous.items():
             signal.signal(number, handler)
     return failed
+
+
+def _slots(count):
+    """Sets of cores, as many as jobs may be at work at once; None where the system does not say which there are."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [None] * count
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[number::count]) or set(cores) for number in range(count)]
 
 
 def _next(waiting, done):

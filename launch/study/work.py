@@ -14,7 +14,8 @@ RESTART = 75
 
 def begin(job, cores, log):
     """In the new process: output goes to the file `log`; exit statuses are the command's (docs/robustness.md)."""
-    os.sched_setaffinity(0, cores)  # before XLA counts them
+    if cores:
+        os.sched_setaffinity(0, cores)  # before XLA counts them
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -90,7 +91,7 @@ def perform(job):
         modes.run_stages(config, workdir, mesh, evaluator)
         if job.export:
             convert.export(workdir, job.workdir / "weights", config=config)
-        rows.extend(measure.rows(job, config, mesh))
+        rows[:] = measure.rows(job, config, mesh)
 
     match job.kind:
         case "run":
