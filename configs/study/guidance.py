@@ -73,5 +73,5 @@ def get_config():
             {"y": y, "x": "guidance.scale", "series": {"cfg": ["none", *cfg], "autoguidance": ["none", *auto]}}
             for y in ("fd", "agreement")
         ],
-        "note": "The main DiT, sampled only; the weak model is the same DiT after 300 steps. Seeds: sampling's.",
+        "note": "The main DiT, sampled only; the weak model is the same DiT after 300 steps. Each seed samples anew.",
     }

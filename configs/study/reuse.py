@@ -43,5 +43,5 @@ def get_config():
             {"y": "fd", "x": x, "series": {"fewer steps": plain, "50 steps, trunk reused": ["50 steps", *shared]}}
             for x in ("sampling_gflops", "seconds_per_image")
         ],
-        "note": "The main DiT, sampled only, without guidance. Seeds: sampling's. seconds_per_image: of one core.",
+        "note": "The main DiT, sampled only, without guidance. Each seed samples anew. seconds_per_image: of one core.",
     }

@@ -55,6 +55,7 @@ def write(planned, folder):
         cpu[name] = sum(work.cpu_seconds(planned.jobs[job]) for job in jobs.values())
     shared = [job for name, job in planned.jobs.items() if name.startswith("foundations/")]
     cpu["foundations"] = sum(work.cpu_seconds(job) for job in shared)
+    cpu = {name: round(seconds) for name, seconds in cpu.items()}
     return page.write(folder, {name: plan.read(name) for name in found}, found, cpu)
 
 

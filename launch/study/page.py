@@ -52,7 +52,7 @@ def summarise(study, found, cpu):
         mean, spread, seeds = verdict.mean_and_spread(by_seed)
         table.setdefault(variant, {})[metric] = {"mean": mean, "std": spread, "seeds": seeds}
     verdicts = {comparison["says"]: verdict.verdict(values, comparison) for comparison in study["compare"]}
-    return {"variants": table, "verdicts": verdicts, "cpu_seconds": round(cpu)}
+    return {"variants": table, "verdicts": verdicts, "cpu_seconds": cpu}
 
 
 def _csv(found):
