@@ -199,7 +199,10 @@ def _dit():
     train.microbatches = 1  # a batch's gradient is summed over so many parts of it: less memory
     sizes = _dit_sizes()
     # average: whose weights are used. 0: ema_decay's; n: those of the n-th of more_ema_decays.
-    return ConfigDict({**sizes, "average": 0, "path": "linear", "prediction": "velocity", "train": train})
+    # time_shift: the factor that moves times, of training and sampling, towards noise. 0: sqrt(h w D / 4096), by the
+    # latent's dimension; 1: none.
+    how = {"average": 0, "path": "linear", "prediction": "velocity", "time_shift": 0.0}
+    return ConfigDict({**sizes, **how, "train": train})
 
 
 def _dit_sizes():

@@ -261,6 +261,7 @@ def init_and_step(config, name):
                 path=build_flow.path(config),
                 target_fn=build_flow.target_fn(config),
                 time_fn=build_flow.time_fn(config),
+                shift_factor=build_flow.shift_factor(config),
                 train=config.dit.train,
             )
         case other:

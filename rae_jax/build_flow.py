@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from rae_jax import flow, guidance, sampling, sde
+from rae_jax.config import latent_shape
 
 
 def path(config):
@@ -45,6 +46,11 @@ def target_fn(config):
             return lambda x, noise, t: x
         case other:
             raise ValueError(f"unknown prediction {other!r}")
+
+
+def shift_factor(config):
+    """The factor by which times are shifted, in training and in sampling: the config's, or the latent's own."""
+    return config.dit.time_shift or flow.shift_factor(latent_shape(config))
 
 
 def time_fn(config):

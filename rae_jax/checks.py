@@ -185,6 +185,8 @@ def _check_attention(config, device):
 
 def _check_sampling(config):
     train, sampler = config.dit.train, config.sampler
+    shift = "it must be positive, 1 for none, or 0 for that of the latent's dimension"
+    _require(config.dit.time_shift >= 0, config, "dit.time_shift", shift)
     decays = train.more_ema_decays
     _require(all(0.0 <= decay < 1.0 for decay in decays), config, "dit.train.more_ema_decays", _DECAYS)
     number = f"0, or the number of one of the {len(decays)} in config.dit.train.more_ema_decays"

@@ -48,7 +48,7 @@ def draw(config, parts, key, indices, labels, *, scale=None):
 def times(config):
     """The sampler's times, from noise to data: numbers, also while others compile, so that steps can be told apart."""
     with jax.ensure_compile_time_eval():
-        return build_flow.times(config, flow.shift_factor(build.latent_shape(config)))
+        return build_flow.times(config, build_flow.shift_factor(config))
 
 
 def first_noise(config, key, indices):

@@ -40,6 +40,15 @@ from rae_jax.train import fit
 
 def train(config, workdir, mesh, flags):
     """Run the config's stages in order, each from where it stands; then evaluate and write the report."""
+    run(config, workdir, mesh, _train)
+
+
+def run(config, workdir, mesh, do):
+    """Have `do(config, workdir, mesh, evaluator)` train and measure, in a workdir that is this run's alone.
+
+    What can be seen to be missing is said before anything is written. `do` is called again where it met a damaged
+    checkpoint of a stage that was done.
+    """
     for split in ("train", "heldout"):
         build.source(config, split)  # a mistake in the data shows before anything is written
     if config.data.latents:
@@ -51,7 +60,7 @@ def train(config, workdir, mesh, flags):
         environment.record(workdir)
         while True:
             try:
-                return _train(config, workdir, mesh, evaluator)
+                return do(config, workdir, mesh, evaluator)
             except DamagedCheckpoint as error:  # of a stage that was done: it is made again from the one before
                 if processes.is_first():
                     aside = manifest.set_aside(error.path)
@@ -65,9 +74,7 @@ def _train(config, workdir, mesh, evaluator):
         logs.say("the shipped weights, as they are:")
         results = _measure(evaluator, config, _shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
-    with logs.tracker(config.wandb, workdir, config.to_dict()) as tracker:
-        for stage_name in config.stages:
-            _run_stage(config, stage_name, workdir, mesh, evaluator, tracker)
+    run_stages(config, workdir, mesh, evaluator)
     parts = _parts(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
     trained = _measure(evaluator, config, parts, workdir, prefix)
@@ -76,6 +83,13 @@ def _train(config, workdir, mesh, evaluator):
     if processes.is_first():
         print(f"pictures: {workdir / 'samples'}")
         print(f"report:   {report.write_report(workdir)}")
+
+
+def run_stages(config, workdir, mesh, evaluator):
+    """Train the config's stages in order; what is done is skipped, what was interrupted goes on."""
+    with logs.tracker(config.wandb, workdir, config.to_dict()) as tracker:
+        for name in config.stages:
+            _run_stage(config, name, workdir, mesh, evaluator, tracker)
 
 
 def evaluate(config, workdir, mesh, flags):

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 from rae_jax import flow, optim, rae
 
 
-def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, train):
+def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, shift_factor, train):
     """Returns (init, step) of this stage; `train` is the config section dit.train.
 
-    `time_fn(key, batch_size)` draws unshifted times, `target_fn(x, noise, t)` is what the model is to say at x_t. A
-    batch holds images, or 'latent', which was encoded before.
+    `time_fn(key, batch_size)` draws times, which `shift_factor` then moves, `target_fn(x, noise, t)` is what the model
+    is to say at x_t. A batch holds images, or 'latent', which was encoded before.
     """
     optimiser = optim.make(train)
-    factor = flow.shift_factor(latent_shape)
 
     def init(key):
         one = jnp.ones((1,))
@@ -31,7 +30,7 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
         else:
             latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
         x = rae.normalise(latents, frozen["statistics"])
-        t = flow.shift_time(time_fn(time_key, x.shape[0]), factor)
+        t = flow.shift_time(time_fn(time_key, x.shape[0]), shift_factor)
         noise = jax.random.normal(noise_key, x.shape)
         dropped = jax.random.bernoulli(drop_key, train.label_dropout, t.shape)
         examples = {

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "docs/scale.md": "test_scale.py",
     "docs/robustness.md": "test_soak.py",
     "docs/processes.md": "test_main_processes.py",
+    "docs/study.md": "test_study.py",
 }
 PLACEHOLDERS = {"--mode=MODE": None, "--config.KEY=VALUE": None, "...": None}
 VALUES = {"N": "10", "VIRTUAL_imagenet256_labeled.npz": "README.md", "cudnn": "xla"}  # a file that is there; on a CPU

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import one_device, random_like, tiny
+from flax import linen as nn
 
-from rae_jax import build, build_flow, flow, generate, stages
+from rae_jax import build, build_flow, flow, generate, stage_dit, stages
 
 LABELS = jnp.array([0, 3, 9])
 
@@ -157,6 +158,37 @@ def test_sde_steps_and_the_last_one(case):
     for n, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         x = x + (t_next - t) * drift(x, t) + np.sqrt(2 * t * (t - t_next)) * _noise(n, x.shape)
     _close(out, x - times[-1] * drift(x, times[-1]))
+
+
+class _Clock(nn.Module):
+    """A DiT that says what time it is, and has a parameter."""
+
+    @nn.compact
+    def __call__(self, x, t, label):
+        return jnp.broadcast_to(t[:, None, None, None], x.shape) + 0.0 * self.param("any", nn.initializers.zeros, ())
+
+
+@pytest.mark.parametrize("given, factor", [(0.0, np.sqrt(8 * 8 * 16 / 4096)), (1.0, 1.0), (3.0, 3.0)])
+def test_training_and_sampling_shift_times_by_the_same_factor(given, factor, tiny_config):
+    tiny_config.dit.time_shift = given
+    tiny_config.sampler.num_steps = 4
+    expected = flow.shift_time(jnp.linspace(1.0, 0.0, 5), factor)
+    np.testing.assert_allclose(generate.times(tiny_config), expected, rtol=1e-6)
+
+    init, step = stage_dit.make(
+        autoencoder=None,
+        dit=_Clock(),
+        num_classes=10,
+        latent_shape=(2, 2, 3),
+        path=flow.LINEAR,
+        target_fn=lambda x, noise, t: jnp.zeros_like(x),
+        time_fn=lambda key, batch_size: jnp.full(batch_size, 0.25),
+        shift_factor=build_flow.shift_factor(tiny_config),
+        train=tiny_config.dit.train,
+    )
+    batch = {"latent": jnp.zeros((2, 2, 2, 3)), "label": jnp.zeros(2, jnp.int32)}
+    _, metrics = jax.jit(step)(init(jax.random.key(0)), {"statistics": None}, batch, jax.random.key(1))
+    assert float(metrics["loss"]) == pytest.approx(float(expected[3]) ** 2, rel=1e-5)  # of the time 0.25
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])

@@ -84,7 +84,7 @@ def test_a_step_takes_images_or_their_latents():
     """In miniature what the next one does with the real models."""
     config = tiny()
     parts = {"autoencoder": _Pixels(), "dit": _Linear(), "num_classes": 10, "latent_shape": (4, 4, 3)}
-    flow = {name: getattr(build_flow, name)(config) for name in ("path", "target_fn", "time_fn")}
+    flow = {name: getattr(build_flow, name)(config) for name in ("path", "target_fn", "time_fn", "shift_factor")}
     init, step = stage_dit.make(**parts, **flow, train=config.dit.train)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     latents = (3.0 * images / 255).astype(np.float16)

@@ -1,0 +1,119 @@
+"""What the experiments share: a config over configs/small.py, sizes, and the weights that several of them use.
+
+    python -m launch.study [--only=width,noise] [--size=fast|full|large]
+
+An experiment is a file beside this one, whose get_config() returns plain data:
+
+    title, claim     what the paper says, in words
+    paper            [(what, number)] of the paper
+    config           {key: value} over RUN, for all of its runs
+    foundations      {name: {'config': ..., 'kind': ...}}: runs made once, with seed 0; '@name': where their weights are
+    variants         {name: {key: value}}: each a run for every seed
+    sizes            {size: {key: value}} over SIZES
+    measure          what of each run, see launch/study/measure.py
+    generators       {name: {key: value}}: the runs' weights are measured with each; by default once, as they are
+    compare          [{'says', 'metric', 'lower', 'higher'}]: in it, all variants of `lower` are below all of `higher`
+    columns          metrics of the table
+    plots            [{'y', 'x', 'series', ...}], see launch/study/plots.py
+    note             what has to be known to read the numbers
+
+Keys are those of configs/small.py, without `config.`. What is later in that order wins: RUN, config, SIZES, sizes,
+variant.
+"""
+
+# Short runs of the small job. `@main`: the encoder, judge, decoder, statistics and DiT that all is built on.
+RUN = {
+    **{f"{part}.weights": "@main" for part in ("encoder", "judge", "decoder", "statistics", "dit")},
+    "stages": (),
+    "unroll": False,  # compiles in half the time
+    "log_every": 10,
+    "checkpoint.every": 200,
+    "checkpoint.keep": 1,
+    "data.num_heldout": 1_000,
+    "decoder.train.num_steps": 400,
+    "decoder.train.warmup_steps": 50,
+    "decoder.train.ema_decay": 0.98,
+    "decoder.train.adversarial_weight": 0.0,
+    "discriminator.layers": (1,),  # of the shallowest encoder, too
+    "dit.width": 64,
+    "dit.num_heads": 2,
+    "dit.train.num_steps": 500,
+    "dit.train.warmup_steps": 50,
+    "dit.train.ema_decay": 0.98,
+    "sampler.num_steps": 25,
+    "guidance.method": "none",
+    "evaluate.num_images": 300,
+    "evaluate.batch_size": 100,
+    "evaluate.probe": False,
+}
+
+SIZES = {
+    # Seconds, for the tests.
+    "fast": {
+        "data.num_train": 256,
+        "data.num_heldout": 64,
+        "encoder.train.num_steps": 4,
+        "encoder.train.batch_size": 8,
+        "decoder.train.num_steps": 4,
+        "decoder.train.batch_size": 8,
+        "statistics.batch_size": 64,
+        "dit.width": 16,
+        "dit.depth": 1,
+        "dit.num_heads": 1,
+        "dit.head_width": 16,
+        "dit.head_depth": 1,
+        "dit.head_num_heads": 1,
+        "dit.train.num_steps": 4,
+        "dit.train.batch_size": 8,
+        "dit.train.optimizer": "adamw",
+        "sampler.num_steps": 2,
+        "evaluate.num_images": 32,
+        "evaluate.batch_size": 32,
+    },
+    # Minutes on a CPU core; what docs/study.md shows.
+    "full": {},
+    # Hours on a GPU; not tried yet.
+    "large": {
+        "unroll": True,
+        "checkpoint.every": 2_000,
+        "data.num_heldout": 10_000,
+        "encoder.train.num_steps": 20_000,
+        "decoder.train.num_steps": 20_000,
+        "decoder.train.batch_size": 128,
+        "decoder.train.ema_decay": 0.998,
+        "dit.train.num_steps": 40_000,
+        "dit.train.batch_size": 256,
+        "dit.train.ema_decay": 0.9995,
+        "sampler.num_steps": 50,
+        "evaluate.num_images": 10_000,
+        "evaluate.batch_size": 500,
+    },
+}
+
+FOUNDATIONS = {
+    # On shapes these are the weights that ship with the package; on other data they are made first.
+    "main": {
+        "config": {
+            "stages": ("encoder", "judge", "decoder", "statistics", "dit"),
+            "encoder.train.num_steps": 2_000,
+            "judge.train.num_steps": 1_500,
+            "decoder.train.num_steps": 1_500,
+            "dit.width": 96,
+            "dit.num_heads": 3,
+            "dit.train.num_steps": 4_000,
+            "dit.train.ema_decay": 0.998,
+        },
+    },
+    # A DiT that has been trained for a short time only: its latents are off, its guidance is bad.
+    "weak": {"config": {"stages": ("dit",), "dit.width": 96, "dit.num_heads": 3, "dit.train.num_steps": 300}},
+    # Sixteen copies of one image.
+    "image": {"kind": "image", "config": {}},
+}
+
+# The sizes of the main DiT, for those who only sample from it.
+MAIN_DIT = {"dit.width": 96, "dit.num_heads": 3}
+
+
+def kept_every(steps):
+    """Checkpoints that are all measured."""
+    return {"checkpoint.every": steps, "checkpoint.keep_every": steps}

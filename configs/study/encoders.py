@@ -1,0 +1,78 @@
+"""What the encoder has learned, and which of its layers are taken.
+
+    python -m launch.study --only=encoders
+
+What the keys mean: base.py, beside this file.
+"""
+
+_LAYERS = {"encoder.layers": (1, 3, 5)}
+
+
+def get_config():
+    return {
+        "title": "Encoders: trained or random, last layer or several",
+        "claim": "A pretrained encoder's latents are what makes generation good; averaging several layers keeps more "
+        "detail.",
+        "paper": [
+            ("rFID: MAE-B / DINOv2-B / SigLIP2-B", "0.16 / 0.49 / 0.53"),
+            ("linear probe of those", "68.0 / 84.5 / 79.1 %"),
+            ("follow-up (2605.18324), DINOv3-L: last layer, rFID and PSNR", "0.60, 18.9"),
+            ("mean of seven layers", "0.29, 22.6"),
+        ],
+        "foundations": {
+            # One step, at the rate with which a warm-up begins, 0: the weights are those of the initialisation.
+            "random_encoder": {
+                "config": {
+                    "stages": ("encoder", "statistics"),
+                    "data.num_train": 2_000,
+                    "encoder.train.num_steps": 1,
+                },
+                "sizes": {"fast": {"encoder.train.num_steps": 1}},
+            },
+            "layers": {"config": {**_LAYERS, "stages": ("statistics",), "data.num_train": 2_000}},
+        },
+        "config": {"stages": ("decoder", "dit"), "decoder.train.num_steps": 300, "dit.train.num_steps": 400},
+        "variants": {
+            "trained, last layer": {},
+            "random weights": {"encoder.weights": "@random_encoder", "statistics.weights": "@random_encoder"},
+            "trained, mean of three layers": {**_LAYERS, "statistics.weights": "@layers"},
+        },
+        "sizes": {"fast": {}},
+        "measure": ("reconstruction", "probe", "generation"),
+        "compare": [
+            {
+                "says": "trained weights give a lower fd than random ones",
+                "metric": "fd",
+                "lower": ["trained, last layer"],
+                "higher": ["random weights"],
+            },
+            {
+                "says": "trained weights reconstruct better than random ones (psnr)",
+                "metric": "psnr",
+                "lower": ["random weights"],
+                "higher": ["trained, last layer"],
+            },
+            {
+                "says": "several layers reconstruct better than the last (psnr)",
+                "metric": "psnr",
+                "lower": ["trained, last layer"],
+                "higher": ["trained, mean of three layers"],
+            },
+            {
+                "says": "several layers give a lower fd than the last",
+                "metric": "fd",
+                "lower": ["trained, mean of three layers"],
+                "higher": ["trained, last layer"],
+            },
+            {
+                "says": "the linear probe reads more from trained weights, pooled",
+                "metric": "probe_pooled",
+                "lower": ["random weights"],
+                "higher": ["trained, last layer"],
+            },
+        ],
+        "columns": ["fd", "agreement", "psnr", "rfd", "probe_pooled", "probe_whole"],
+        "plots": [{"y": "fd"}, {"y": "psnr"}, {"y": "probe_pooled"}],
+        "note": "Decoder and DiT are trained anew for each encoder and seed. fd and rfd are in the space of the "
+        "trained encoder for all.",
+    }

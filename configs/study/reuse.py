@@ -1,0 +1,47 @@
+"""One output of the trunk for several Euler steps, against fewer steps.
+
+    python -m launch.study --only=reuse
+
+What the keys mean: base.py, beside this file.
+"""
+
+from configs.study import base
+
+
+def get_config():
+    steps, reuse = (50, 25, 10), (2, 5)
+    plain = [f"{n} steps" for n in steps]
+    shared = [f"50 steps, trunk every {n}" for n in reuse]
+    return {
+        "title": "Reuse of the trunk's output",
+        "claim": "The trunk's output changes slowly on the way from noise to data: one serves for several steps, which "
+        "saves time at little loss of quality.",
+        "paper": [("not in the paper: DDT (2504.05741) shares its encoder's output between steps", "")],
+        "config": {**base.MAIN_DIT, "sampler.num_steps": 50},
+        "variants": {
+            **{name: {"sampler.num_steps": n} for name, n in zip(plain, steps, strict=True)},
+            **{name: {"sampler.reuse": n} for name, n in zip(shared, reuse, strict=True)},
+        },
+        "sizes": {"fast": {"dit.weights": "@weak", "sampler.num_steps": 50}},
+        "measure": ("generation", "flops", "speed"),
+        "compare": [
+            {
+                "says": "the trunk every second step of 50 takes less time than 50 steps",
+                "metric": "seconds_per_image",
+                "lower": ["50 steps, trunk every 2"],
+                "higher": ["50 steps"],
+            },
+            {
+                "says": "the trunk every fifth step of 50 has a lower fd than 25 plain steps, of about as many FLOPs",
+                "metric": "fd",
+                "lower": ["50 steps, trunk every 5"],
+                "higher": ["25 steps"],
+            },
+        ],
+        "columns": ["fd", "agreement", "sampling_gflops", "seconds_per_image"],
+        "plots": [
+            {"y": "fd", "x": x, "series": {"fewer steps": plain, "50 steps, trunk reused": ["50 steps", *shared]}}
+            for x in ("sampling_gflops", "seconds_per_image")
+        ],
+        "note": "The main DiT, sampled only, without guidance. Each seed samples anew. seconds_per_image: of one core.",
+    }

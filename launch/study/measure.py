@@ -1,0 +1,212 @@
+"""What is measured of a run: numbers by name, those of its checkpoints by step.
+
+Images of all runs are seen by one encoder and one judge, the main foundation's, whatever their own encoder is.
+
+    loss            loss: mean of the last tenth of the last stage's training
+    bounds          width, bound, eigenvalue_bound: what the theorem says of the loss on one image
+    reconstruction  psnr, ssim; rfd: fd of the reconstructed held-out images
+    probe           probe_pooled, probe_whole: a linear probe's accuracy on mean tokens, and on all numbers of a latent
+    generation      fd, agreement, fd_real; of every checkpoint that config.checkpoint.keep_every keeps
+    flops           forward_gflops of the DiT for one image, training_gflops by step, sampling_gflops of an image
+    speed           seconds_per_image: CPU time of sampling, without compiling
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from launch.study import work
+from rae_jax import (
+    build,
+    build_flow,
+    checkpoint,
+    flops,
+    generate,
+    logs,
+    looks,
+    metrics,
+    rae,
+    reconstruct,
+    samples,
+    sharding,
+    stages,
+)
+from rae_jax import config as config_lib
+from rae_jax.evaluate import Evaluator
+
+PROBE_IMAGES = 2_000  # that a probe is fitted to
+
+
+def rows(job, config, mesh):
+    """[{'step', 'metric', 'value'}] of a trained run; step 0: of the run as it ended."""
+    found = []
+    for kind in job.measure:
+        logs.say(f"{job.name}: measuring {kind}")
+        for prefix, changes in job.generators.items():
+            changed = work.configured({**job.config, **changes}).lock()
+            if kind != "generation" and prefix:
+                continue
+            values = _MEASURES[kind](changed, epath.Path(job.workdir), mesh, job)
+            name = f"{prefix}_" if prefix else ""
+            found += [{"step": step, "metric": name + metric, "value": value} for step, metric, value in values]
+    keys = [key for key, value in job.config.items() if isinstance(value, int | float) and key not in ("seed",)]
+    return found + [{"step": 0, "metric": key, "value": float(job.config[key])} for key in keys]
+
+
+def _loss(config, workdir, mesh, job):
+    found = logs.read(workdir / "metrics" / f"{config.stages[-1]}.jsonl")
+    losses = [row["loss"] for row in found if "loss" in row]
+    yield 0, "loss", float(np.mean(losses[-max(1, len(losses) // 10) :]))
+
+
+def _bounds(config, workdir, mesh, job):
+    """On the first training image. Source: paper, theorem 1; the final layer's output has as many dimensions as the DiT
+    has channels, so that of Cov(noise - x) over tokens the eigenvalues beyond cannot be said."""
+    image = rae.to_float(build.source(config, "train")[0]["image"][None])
+    latents = build.autoencoder(config).encode(stages.load(config, "encoder", workdir, mesh), image)
+    tokens = rae.normalise(latents, stages.load(config, "statistics", workdir, mesh))
+    tokens = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
+    dim, width = tokens.shape[-1], config.dit.width
+    eigenvalues = np.linalg.eigvalsh(np.cov(tokens.T, bias=True) + np.eye(dim))[::-1]
+    yield 0, "width", width
+    yield 0, "bound", max(0.0, (dim - width) / dim)
+    yield 0, "eigenvalue_bound", float(eigenvalues[width:].sum() / dim)
+
+
+def _reconstruction(config, workdir, mesh, job):
+    parts = {part: stages.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
+    redraw = reconstruct.make(config)
+
+    def view(parts, batch):
+        _, redrawn = redraw(parts, batch["image"])
+        return {"label": batch["label"], **redrawn}
+
+    source = build.source(config, "heldout")
+    reading = {"batch_size": config.evaluate.batch_size, "num_threads": config.data.num_threads, "name": "look"}
+    found = list(looks.look(looks.compiled(view, mesh), parts, looks.batches(source, mesh, **reading)))
+    found = {key: np.concatenate([out[key] for out in found]) for key in found[0]}
+    yield from ((0, name, float(found[name].mean())) for name in ("psnr", "ssim"))
+    seen = _judged(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
+    yield 0, "rfd", seen["fd"]
+
+
+def _judged(job, mesh, path, images, labels):
+    """{metric: number} of images [N, H, W, 3], which are left at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, arr_0=images, arr_1=labels)
+    config = work.configured(job.judge).lock()
+    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "judge")}
+    return Evaluator(config, mesh).images(parts, path)
+
+
+def _probe(config, workdir, mesh, job):
+    encode, params = build.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
+    view = looks.compiled(
+        lambda params, batch: {"latent": encode(params, rae.to_float(batch["image"])), "label": batch["label"]}, mesh
+    )
+    sets = []
+    for split in ("train", "heldout"):
+        source = build.source(config, split)
+        chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
+        reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
+        found = list(looks.look(view, params, looks.batches(_Chosen(source, chosen), mesh, **reading)))
+        sets.append([np.concatenate([out[key] for out in found]) for key in ("latent", "label")])
+    for name, features in (("pooled", lambda z: z.mean((1, 2))), ("whole", lambda z: z.reshape(len(z), -1))):
+        (train, train_labels), (test, test_labels) = ((features(latents), labels) for latents, labels in sets)
+        how = {"num_classes": config.data.num_classes}
+        yield 0, f"probe_{name}", metrics.linear_probe(train, train_labels, test, test_labels, **how)
+
+
+class _Chosen:
+    """Some examples of a source."""
+
+    def __init__(self, source, indices):
+        self._source, self._indices = source, indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        return self._source[self._indices[index]]
+
+
+def _generation(config, workdir, mesh, job):
+    """Images, as many of each class, of the last checkpoint and of those that are kept besides."""
+    every = config.checkpoint.keep_every if "dit" in config.stages else 0
+    kept = [step for step in checkpoint.steps(workdir / "checkpoints" / "dit") if step % every == 0] if every else []
+    last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
+    sample = generate.make_sampler(config, mesh)
+    count = config.evaluate.num_images
+    labels = samples.labels_of("balanced", count, config.data.num_classes, config.seed)
+    how = {"batch_size": config.evaluate.batch_size, "seed": config.seed}
+    for step in dict.fromkeys([*kept, last]):
+        parts = _generator(config, workdir, mesh, step)
+        batches = [images for _, images in generate.batches(sample, parts, labels, mesh, **how)]
+        path = workdir / "samples" / f"{step or 'last'}.npz"
+        for name, value in _judged(job, mesh, path, np.concatenate(batches), labels).items():
+            if step is not None:
+                yield step, name, value
+            if step == last:
+                yield 0, name, value
+
+
+def _generator(config, workdir, mesh, step=None):
+    last = {"step": step} if config.stages and config.stages[-1] == "dit" else {}
+    parts = {part: stages.load(config, part, workdir, mesh, **last) for part in ("decoder", "statistics", "dit")}
+    if config.guidance.method == "autoguidance":
+        parts["guide"] = stages.load_guide(config, mesh)
+    return parts
+
+
+def _flops(config, workdir, mesh, job):
+    trunk, rest = _forward_flops(config, config.dit)
+    yield 0, "forward_gflops", (trunk + rest) / 1e9
+    if "dit" in config.stages:
+        train, every = config.dit.train, config.checkpoint.keep_every
+        steps = range(every, train.num_steps + 1, every) if every else ()
+        for step in (*steps, 0):  # a backward pass takes two forward ones
+            yield step, "training_gflops", 3 * (trunk + rest) * train.batch_size * (step or train.num_steps) / 1e9
+    refreshed = build_flow.refreshed(config, generate.times(config)).sum()
+    per_image = trunk * refreshed + rest * config.sampler.num_steps
+    match config.guidance.method:
+        case "cfg":
+            per_image *= 2
+        case "autoguidance":
+            guide_trunk, guide_rest = _forward_flops(config, config.guidance.dit)
+            per_image += guide_trunk * refreshed + guide_rest * config.sampler.num_steps
+    yield 0, "sampling_gflops", float(per_image) / 1e9
+
+
+def _forward_flops(config, sizes):
+    """(of the trunk, of the rest) for one image; a plain DiT has no trunk of its own."""
+    module = build.dit(config, sizes)
+    x = jax.ShapeDtypeStruct((1, *config_lib.latent_shape(config)), jnp.float32)
+    t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), x, t, label)
+
+    def of(**method):
+        return flops.count(lambda params, *inputs: module.apply(params, *inputs, **method), params, x, t, label)
+
+    trunk = of(method="condition") if sizes.head_depth else 0
+    return trunk, of() - trunk
+
+
+def _speed(config, workdir, mesh, job):
+    sample, parts = generate.make_sampler(config, mesh), _generator(config, workdir, mesh)
+    size, began = config.evaluate.batch_size, None
+    labels = np.arange(size) % config.data.num_classes
+    batch = sharding.put_global({"indices": np.arange(size, dtype=np.uint32), "labels": labels}, mesh)
+    for _ in range(2):  # the first compiles
+        began = time.process_time()
+        jax.block_until_ready(sample(parts, jax.random.key(config.seed), batch["indices"], batch["labels"]))
+    yield 0, "seconds_per_image", (time.process_time() - began) / size
+
+
+_MEASURES = {
+    **{"loss": _loss, "bounds": _bounds, "reconstruction": _reconstruction, "probe": _probe},
+    **{"generation": _generation, "flops": _flops, "speed": _speed},
+}

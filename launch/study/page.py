@@ -1,0 +1,118 @@
+"""What the experiments have found, as files: NAME.csv, NAME.png, summary.json, results.md and index.html."""
+
+import base64
+import csv
+import html
+import io
+import json
+
+from launch.study import plots, verdict
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 0.6em 0; } td, th { padding: 2px 12px 2px 0; text-align: left; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+tr { border-bottom: 1px solid #ddd; } .soft { color: #666; } img { max-width: 100%; }
+.every { color: #20702a; } .average { color: #8a6100; } .not { color: #a02020; }
+"""
+
+
+def write(folder, studies, found, cpu):
+    """Write the files of `studies` ({name: data}) to `folder`; returns the page's path.
+
+    `found`: {name: {(variant, seed): rows}}; `cpu`: {name: CPU seconds}, of the foundations too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summary, sections, texts = {}, [], []
+    for name, study in studies.items():
+        (folder / f"{name}.csv").write_text(_csv(found[name]))
+        picture = plots.draw(study, found[name])
+        if picture:
+            (folder / f"{name}.png").write_bytes(picture)
+        summary[name] = summarise(study, found[name], cpu[name])
+        sections.append(_section(name, study, summary[name], picture))
+        texts.append(_markdown(study, summary[name]))
+    (folder / "summary.json").write_text(json.dumps({"studies": summary, "cpu_seconds": cpu}, indent=1) + "\n")
+    (folder / "results.md").write_text("\n".join(texts))
+    title = f"The paper's claims, in small: {folder.name}"
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
+    about = "<p>Mean ± sample standard deviation over seeds. Verdicts are computed from the numbers: in how many seeds "
+    about += "the order holds. fd: Fréchet distance to held-out images in the space of one encoder for all.</p>"
+    spent = f"<p class=soft>CPU seconds: {', '.join(f'{name} {cpu[name]:.0f}' for name in cpu)}.</p>"
+    page = folder / "index.html"
+    page.write_text(head + about + "".join(sections) + spent, encoding="utf-8")
+    return page
+
+
+def summarise(study, found, cpu):
+    """Plain data: for each variant {metric: {'mean', 'std', 'seeds'}}, the verdicts, CPU seconds."""
+    values = verdict.last(found)
+    table = {}
+    for (variant, metric), by_seed in values.items():
+        mean, spread, seeds = verdict.mean_and_spread(by_seed)
+        table.setdefault(variant, {})[metric] = {"mean": mean, "std": spread, "seeds": seeds}
+    verdicts = {comparison["says"]: verdict.verdict(values, comparison) for comparison in study["compare"]}
+    return {"variants": table, "verdicts": verdicts, "cpu_seconds": cpu}
+
+
+def _csv(found):
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("variant", "seed", "step", "metric", "value"))
+    for (variant, seed), rows in found.items():
+        writer.writerows((variant, seed, row["step"], row["metric"], repr(row["value"])) for row in rows)
+    return file.getvalue()
+
+
+def _cells(study, summary):
+    """[[variant, number in words, ...]] of the variants that there are."""
+    order = [variant for variant in study["variants"] if variant in summary["variants"]]
+    return [[v, *(_number(summary["variants"][v].get(metric)) for metric in study["columns"])] for v in order]
+
+
+def _number(of):
+    if of is None:
+        return "–"
+    spread = f" ± {of['std']:.2g}" if of["std"] else ""
+    return f"{of['mean']:.3g}{spread}"
+
+
+def _about(study, summary):
+    """The note, and what the numbers are of."""
+    counts = {of["seeds"] for metrics in summary["variants"].values() for of in metrics.values()}
+    seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "no"
+    return f"{study['note']} Seeds: {seeds}; CPU seconds: {summary['cpu_seconds']}."
+
+
+def _section(name, study, summary, picture):
+    text = f"<h2 id={name}>{html.escape(study['title'])}</h2><p><b>Claim.</b> {html.escape(study['claim'])}</p>"
+    for says, words in summary["verdicts"].items():
+        kind = {"in": "every", "on": "average"}.get(words.split()[0], "not")
+        text += f"<div class={kind}><b>{words}</b>: {html.escape(says)}</div>"
+    if picture:
+        data = base64.b64encode(picture).decode()
+        text += f'<p><img alt="{html.escape(study["title"])}" src="data:image/png;base64,{data}"></p>'
+    if not summary["variants"]:
+        return text
+    head = "".join(f"<th class=number>{plots.label(metric)}</th>" for metric in study["columns"])
+    rows = "".join(
+        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td class=number>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in _cells(study, summary)
+    )
+    text += f"<table><tr><th></th>{head}</tr>{rows}</table>"
+    text += f"<p class=soft>{html.escape(_about(study, summary))}</p>"
+    paper = "".join(f"<tr><td>{html.escape(what)}</td><td class=number>{n}</td></tr>" for what, n in study["paper"])
+    return text + f"<h3>The paper's numbers</h3><table>{paper}</table>"
+
+
+def _markdown(study, summary):
+    lines = [f"## {study['title']}", "", study["claim"], ""]
+    if not summary["variants"]:
+        return "\n".join([*lines, f"**{verdict.NOT_RUN}**", ""])
+    lines += [f"- **{words}**: {says}" for says, words in summary["verdicts"].items()]
+    lines += ["", f"| | {' | '.join(plots.label(metric) for metric in study['columns'])} |"]
+    lines += [f"| --- |{' --- |' * len(study['columns'])}"]
+    lines += [f"| {' | '.join(row)} |" for row in _cells(study, summary)]
+    paper = "; ".join(f"{what}: {n}" if n else what for what, n in study["paper"])
+    lines += ["", _about(study, summary), "", f"Paper: {paper}."]
+    return "\n".join(lines) + "\n"

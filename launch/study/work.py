@@ -1,0 +1,135 @@
+"""One job in a process of its own: train, hand on the weights, measure; one that was interrupted goes on."""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
+CPU = "cpu_seconds.jsonl"  # one line for each time the job was at work
+RESTART = 75
+
+
+def begin(job, cores, log):
+    """In the new process: output goes to the file `log`; exit statuses are the command's (docs/robustness.md)."""
+    if cores:
+        os.sched_setaffinity(0, cores)  # before XLA counts them
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; whoever started this passes SIGTERM on
+    signal.signal(signal.SIGTERM, _stop)
+    status = 1
+    try:
+        status = _run(job)
+    except KeyboardInterrupt:
+        status = RESTART
+    except Exception:
+        traceback.print_exc()
+    finally:
+        with open(job.workdir / CPU, "a") as file:
+            file.write(f"{json.dumps(round(time.process_time(), 2))}\n")
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _stop(number, frame):
+    raise KeyboardInterrupt
+
+
+def _run(job):
+    from rae_jax import malloc
+    from rae_jax.errors import UserError
+    from rae_jax.train import DivergedRun, InterruptedRun
+
+    malloc.keep_freed_memory()
+    try:
+        perform(job)
+    except (UserError, DivergedRun) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except InterruptedRun as stop:
+        print(f"{stop}; saved", file=sys.stderr)
+        return RESTART
+    return 0
+
+
+def request(job):
+    """What the results of a job depend on, as JSON has it."""
+    asked = {name: getattr(job, name) for name in ("config", "kind", "measure", "generators", "judge", "vae")}
+    return json.loads(json.dumps(asked))
+
+
+def results(job):
+    """[{'step', 'metric', 'value'}] of a job that is done; None of another one, or where something else was asked."""
+    try:
+        found = json.loads((job.workdir / RESULTS).read_text())
+        return found["rows"] if found["request"] == request(job) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def cpu_seconds(job):
+    """Of all the times that it was at work."""
+    path = job.workdir / CPU
+    return sum(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0.0
+
+
+def perform(job):
+    """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
+    from launch.study import measure, vae
+    from rae_jax import checks, convert, files, modes, sharding
+    from rae_jax import config as config_lib
+
+    config, rows = configured(job.config), []
+    mesh = sharding.make_mesh(config.mesh)
+
+    def do(config, workdir, mesh, evaluator):
+        modes.run_stages(config, workdir, mesh, evaluator)
+        if job.export:
+            convert.export(workdir, job.workdir / "weights", config=config)
+        rows[:] = measure.rows(job, config, mesh)
+
+    match job.kind:
+        case "run":
+            checks.check(config, mesh)
+            config_lib.check_workdir(config, job.workdir)
+            modes.run(config.lock(), _path(job.workdir), mesh, do)
+        case "vae":
+            vae.train(config.lock(), _path(job.workdir), mesh, **job.vae)
+        case "image":
+            _copy_image(config, job.workdir / "weights")
+        case other:
+            raise ValueError(f"unknown kind of job {other!r}")
+    files.write_text(_path(job.workdir) / RESULTS, json.dumps({"request": request(job), "rows": rows}, indent=1) + "\n")
+
+
+def configured(keys):
+    """configs/small.py with other values of some keys."""
+    from configs import small
+
+    config = small.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(keys)
+    return config
+
+
+def _path(path):
+    from etils import epath
+
+    return epath.Path(path)
+
+
+def _copy_image(config, folder):
+    """The first training image, sixteen times: a folder of one class."""
+    from PIL import Image
+
+    from rae_jax import build
+
+    image = build.source(config, "train")[0]["image"]
+    (folder / "one").mkdir(parents=True, exist_ok=True)
+    for number in range(16):
+        Image.fromarray(image).save(folder / "one" / f"{number:02}.png")

@@ -1,0 +1,238 @@
+"""The experiments of configs/study/: plans that hold together, verdicts, runs that are taken up again.
+
+    python -m pytest -m slow tests/test_study.py -k beginning_to_end    # every experiment at size 'fast'
+    python -m pytest -m slow tests/test_study.py -k every_seed          # at full size, what has shown: many minutes
+
+One of them, at size 'fast', is among the usual tests.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.study import base
+from launch.study import __main__ as command
+from launch.study import page, plan, plots, pool, verdict, work
+from rae_jax import checks, sharding
+from rae_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+FOLDER = {"data.source": "image_folder", "data.path": "FOLDER", "data.num_classes": 7}
+
+# What docs/study.md found in each of three seeds.
+SHOWN = {
+    "width": (
+        "width 64 and 128 reach a lower loss than any narrower DiT",
+        "twice the depth at width 32 does not bring the loss below (D - d) / D = 0.5",
+    ),
+}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """For the processes that a test starts: this one's simulated devices are not theirs."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def _plan(folder, *, data=None, size="fast", seeds=1, studies=plan.STUDIES):
+    return plan.Plan(studies, workdir=folder, data=data or {}, size=size, seeds=seeds)
+
+
+@pytest.mark.parametrize("size", base.SIZES)
+@pytest.mark.parametrize("data", [{}, FOLDER], ids=["shapes", "folder"])
+def test_every_run_has_a_config_that_works(size, data, tmp_path):
+    mesh = sharding.make_mesh(
+        {"data": 1, "fsdp": 1, "tensor": 1}, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).devices.flat[:1]
+    )
+    before = set()
+    for job in _plan(tmp_path, data=data, size=size).jobs.values():
+        assert before.issuperset(job.needs), job.name
+        before.add(job.name)
+        for changes in job.generators.values() or [{}]:
+            config = work.configured({**job.config, **changes})
+            if job.kind == "run":
+                checks.check(config, mesh)
+        assert not any("@" in str(value) for value in job.config.values()), job.name
+        assert ("small" in {job.config[f"{part}.weights"] for part in ("encoder", "judge")}) <= (not data), job.name
+
+
+@pytest.mark.parametrize("name", plan.STUDIES)
+def test_what_is_compared_and_drawn_is_there(name):
+    study = plan.read(name)
+    assert {"title", "claim", "paper", "config", "sizes", "measure", "columns", "note"} <= study.keys()
+    for comparison in study["compare"]:
+        for entry in (*comparison["lower"], *comparison["higher"]):
+            assert (entry if isinstance(entry, str) else entry[0]) in study["variants"], comparison["says"]
+    assert not base.FOUNDATIONS.keys() & study.get("foundations", {}).keys()
+    for panel in study["plots"]:
+        assert all(v in study["variants"] for of in panel.get("series", {}).values() for v in of)
+        assert set(panel.get("bars", ())) <= set(study["variants"])
+
+
+@pytest.mark.parametrize(
+    "lower, higher, words",
+    [
+        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "in every seed (3 of 3)"),
+        ([1.0, 2.0, 3.0], [9.0, 2.5, 2.5], "on average (2 of 3)"),
+        ([1.0, 2.0, 3.0], [1.5, 2.5, 0.0], "does not show (2 of 3)"),
+        ([1.0], [1.0], "does not show (0 of 1)"),
+        ([], [1.0], "not run"),
+    ],
+)
+def test_a_verdict_is_computed(lower, higher, words):
+    values = {("a", "fd"): dict(enumerate(lower)), ("b", "fd"): dict(enumerate(higher))}
+    comparison = {"says": "", "metric": "fd", "lower": ["a"], "higher": ["b"]}
+    assert verdict.verdict(values, comparison) == words
+
+
+def test_a_verdict_takes_all_of_a_side_and_other_metrics():
+    values = {("a", "x"): {0: 1.0}, ("b", "x"): {0: 3.0}, ("c", "x"): {0: 2.0}, ("c", "bound"): {0: 0.5}}
+    sides = {"says": "", "metric": "x", "lower": ["a"], "higher": ["b", "c"]}
+    assert verdict.verdict(values, sides) == "in every seed (1 of 1)"
+    assert verdict.verdict(values, {**sides, "lower": ["a", "b"], "higher": ["c"]}) == "does not show (0 of 1)"
+    assert verdict.verdict(values, {**sides, "lower": [("c", "bound")], "higher": ["a"]}) == "in every seed (1 of 1)"
+
+
+def _rows(metrics, step=0):
+    return [{"step": step, "metric": name, "value": value} for name, value in metrics.items()]
+
+
+def test_results_become_tables_a_page_and_pictures(tmp_path):
+    """Of two experiments, one of which has not been run yet."""
+    studies = {name: plan.read(name) for name in ("head", "width")}
+    numbers = {"fd": 3.0, "agreement": 0.5, "loss": 1.0, "forward_gflops": 0.02}
+    by_step = [row for step in (200, 400) for row in _rows({"fd": 900 / step, "training_gflops": step * 1.0}, step)]
+    head = {
+        (variant, seed): _rows({**numbers, "fd": 3.0 + seed + number}) + by_step
+        for number, variant in enumerate(studies["head"]["variants"])
+        for seed in range(3)
+    }
+    written = page.write(
+        tmp_path, studies, {"head": head, "width": {}}, {"head": 12.0, "width": 0.0, "foundations": 3.0}
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())["studies"]
+    assert summary["head"]["variants"]["plain, width 104"]["fd"] == {"mean": 5.0, "std": 1.0, "seeds": 3}
+    assert set(summary["width"]["verdicts"].values()) == {"not run"}
+    assert "**not run**" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "head.csv").read_text().count("\n") == 1 + 5 * 3 * 8
+    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "width.png").exists()
+    text = written.read_text()
+    assert "5 ± 1" in text and "does not show (0 of 3)" in text and "data:image/png" in text and "2.16" in text
+    assert "http" not in text.replace("http-equiv", "")
+    assert "| plain, width 104 | 5 ± 1 |" in (tmp_path / "results.md").read_text()
+    assert plots.draw(studies["width"], {}) is None
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    command_line = [sys.executable, "-m", "launch.study", f"--workdir={tmp_path}", "--only=width,depth"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    said = "error: --only=depth cannot work: choose from width, schedule, noise, head, vae, encoders, guidance, reuse\n"
+    assert done.returncode == 2 and done.stderr == said and not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="^--data='nowhere' is not there: name a folder"):
+        command.main([], tmp_path, "fast", 1, 1, "nowhere", False)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib: pip install"):
+        command.main(["width"], tmp_path, "fast", 1, 1, "", False)
+
+
+def test_the_width_experiment(one_device, tmp_path, monkeypatch):
+    """Runs in processes: one is interrupted and goes on; what is done is not begun; one that fails is named, what is
+    built on it left out. The loss falls only where the DiT is as wide as a token."""
+    study = plan.read("width")
+    kept = {name: study["variants"][name] for name in ("16", "64")}
+    monkeypatch.setattr(plan, "read", lambda name: {**study, "variants": kept} if name == "width" else {**study})
+    planned = _plan(tmp_path, studies=["width"])
+    jobs, said = list(planned.jobs.values()), []
+    assert [job.name for job in jobs] == ["foundations/image", "width/16/seed_0", "width/64/seed_0"]
+
+    first = _in_a_process(jobs[:2])
+    metrics = tmp_path / "width" / "16" / "seed_0" / "metrics" / "dit.jsonl"
+    _wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 75
+    assert work.results(jobs[0]) == [] and work.results(jobs[1]) is None
+
+    assert pool.run(jobs, 1, said.append) == {}
+    assert "going on from step" in (tmp_path / "width" / "16" / "seed_0" / "log.txt").read_text()
+    assert not any("begins: foundations/image" in line for line in said)
+    said.clear()
+    assert pool.run(jobs, 1, said.append) == {} and said == []
+
+    command.write(planned, tmp_path)
+    found = {key: work.results(planned.jobs[job]) for key, job in planned.of["width"].items()}
+    values = verdict.last(found)
+    assert values["64", "loss"][0] < values["16", "loss"][0]  # and so it is with the seeds 1 and 2
+    assert values["16", "loss"][0] > values["16", "eigenvalue_bound"][0] > values["16", "bound"][0] - 1e-6
+    assert values["16", "bound"] == {0: 0.75} and work.cpu_seconds(jobs[1]) > 0
+
+    broken = [
+        _with(
+            jobs[0],
+            kind="run",
+            name="foundations/broken",
+            workdir=tmp_path / "broken",
+            config={**jobs[1].config, "dit.width": 6},
+        )
+    ]
+    broken += [_with(jobs[1], name="width/on_it", workdir=tmp_path / "on_it", needs=("foundations/broken",))]
+    failed = pool.run(broken, 1, said.append)
+    assert "status 2: error: config.dit.width=6 cannot work" in failed["foundations/broken"]
+    assert failed["width/on_it"] == "left out, as foundations/broken failed" and len(said) == 3
+
+
+def _with(job, **changes):
+    return dataclasses.replace(job, **changes)
+
+
+def _in_a_process(jobs):
+    """pool.run in a process of its own, as the command runs it."""
+    code = (
+        "import pickle, sys; from launch.study import pool\n"
+        "if __name__ == '__main__':\n"
+        "    try: pool.run(pickle.load(open(sys.argv[1], 'rb')), 1)\n"
+        "    except KeyboardInterrupt: sys.exit(75)\n"
+    )
+    folder = jobs[0].workdir.parents[1]
+    (folder / "run.py").write_text(code)
+    (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, folder / "run.py", folder / "jobs.pickle"], cwd=ROOT, env=environment)
+
+
+def _wait_for(condition, limit=300):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in plan.STUDIES if name != "width"])
+def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
+    """With sizes that show nothing but that it works."""
+    assert command.main([name], tmp_path, "fast", 1, 1, "", False) == {}
+    summary = json.loads((tmp_path / "shapes_fast" / "summary.json").read_text())["studies"][name]
+    assert "not run" not in summary["verdicts"].values()
+    assert all(set(plan.read(name)["columns"]) <= set(of) for of in summary["variants"].values())
+    assert (tmp_path / "shapes_fast" / f"{name}.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_shows_in_every_seed_shows(name, one_device, tmp_path):
+    """At full size, with one seed: minutes of a CPU core for each experiment."""
+    assert command.main([name], tmp_path, "full", 1, 2, "", False) == {}
+    verdicts = json.loads((tmp_path / "shapes" / "summary.json").read_text())["studies"][name]["verdicts"]
+    assert [verdicts[says] for says in SHOWN[name]] == ["in every seed (1 of 1)"] * len(SHOWN[name])
