@@ -17,7 +17,7 @@ LABELS = jnp.array([0, 3, 9])
 def _random(module, latent, seed):
     x = jnp.zeros((1, *latent))
     shapes = jax.eval_shape(module.init, jax.random.key(0), x, jnp.ones(1), jnp.ones(1, int))["params"]
-    return random_like(shapes, seed=seed, scale=0.3)
+    return jax.device_put(random_like(shapes, seed=seed, scale=0.3))
 
 
 @pytest.fixture(scope="module")
