@@ -73,7 +73,7 @@ def _cells(study, summary):
 def _number(of):
     if of is None:
         return "–"
-    spread = f" ± {of['std']:.2g}" if of["std"] else ""
+    spread = f" ± {of['std']:.2g}" if of["std"] is not None else ""
     return f"{of['mean']:.3g}{spread}"
 
 
