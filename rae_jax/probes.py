@@ -16,7 +16,7 @@ def probes(config, parts, images, labels, mesh):
     logs.say("fitting linear probes")
     source = build.source(config, "train")
     chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
-    train_images, train_labels = _read(_Chosen(source, chosen), config.data)
+    train_images, train_labels = _read(Chosen(source, chosen), config.data)
     encoder = build.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
@@ -48,7 +48,7 @@ def probes(config, parts, images, labels, mesh):
     }
 
 
-class _Chosen:
+class Chosen:
     """Some examples of a source."""
 
     def __init__(self, source, indices):

@@ -28,6 +28,7 @@ from rae_jax import (
     logs,
     looks,
     metrics,
+    probes,
     rae,
     reconstruct,
     samples,
@@ -113,25 +114,12 @@ def _probe(config, workdir, mesh, job):
         source = build.source(config, split)
         chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
         reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
-        found = list(looks.look(view, params, looks.batches(_Chosen(source, chosen), mesh, **reading)))
+        found = list(looks.look(view, params, looks.batches(probes.Chosen(source, chosen), mesh, **reading)))
         sets.append([np.concatenate([out[key] for out in found]) for key in ("latent", "label")])
     for name, features in (("pooled", lambda z: z.mean((1, 2))), ("whole", lambda z: z.reshape(len(z), -1))):
         (train, train_labels), (test, test_labels) = ((features(latents), labels) for latents, labels in sets)
         how = {"num_classes": config.data.num_classes}
         yield 0, f"probe_{name}", metrics.linear_probe(train, train_labels, test, test_labels, **how)
-
-
-class _Chosen:
-    """Some examples of a source."""
-
-    def __init__(self, source, indices):
-        self._source, self._indices = source, indices
-
-    def __len__(self):
-        return len(self._indices)
-
-    def __getitem__(self, index):
-        return self._source[self._indices[index]]
 
 
 def _generation(config, workdir, mesh, job):

@@ -7,9 +7,10 @@ import sys
 import time
 import traceback
 
+from rae_jax.command import RESTART
+
 RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
 CPU = "cpu_seconds.jsonl"  # one line for each time the job was at work
-RESTART = 75
 
 
 def begin(job, cores, log):
