@@ -17,7 +17,7 @@ from absl import app, flags
 
 from configs.study import base
 from launch.study import page, plan, pool, work
-from rae_jax import command
+from rae_jax import command, files
 from rae_jax.errors import UserError
 
 
@@ -30,6 +30,10 @@ def main(only, workdir, size, seeds, jobs, data, report):
             raise UserError(f"--only={name} cannot work: choose from {', '.join(plan.STUDIES)}")
     label, keys = plan.data_of(data)
     folder = pathlib.Path(workdir).resolve() / (label if size == "full" else f"{label}_{size}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir!r} cannot be used ({files.reason(error)}): name another folder") from error
     wanted, whole = (
         plan.Plan(studies, workdir=folder, data=keys, size=size, seeds=seeds)
         for studies in (only or plan.STUDIES, plan.STUDIES)
