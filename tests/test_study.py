@@ -144,6 +144,8 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr == said and not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="^--data='nowhere' is not there: name a folder"):
         command.main([], tmp_path, "fast", 1, 1, "nowhere", False)
+    with pytest.raises(UserError, match="^--workdir='/dev/null/study' cannot be used"):
+        command.main([], "/dev/null/study", "fast", 1, 1, "", False)
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
