@@ -1,15 +1,19 @@
 """Images from files: decoding and cropping.
 
-Pixels are those of Pillow's decoder and resampling, to the last bit; where simplejpeg is installed (the extra 'fast'),
-it decodes what it can, by the same libjpeg-turbo in four fifths of the time. The EXIF orientation is not followed, as
-ADM's preprocessing, and with it every published FID reference, does not.
+Pixels are those of Pillow's decoder and resampling, to the last bit. Where simplejpeg is installed (the extra 'fast'),
+it decodes the JPEGs that it can, by the same libjpeg-turbo in four fifths of the time, and most of what a crop leaves
+out is not computed: such crops are within one level of Pillow's (2 in 100,000 values are not the same; off by two were
+7 of 157 million in a trial of odd sizes).
+The EXIF orientation is not followed, as ADM's preprocessing, and with it every published FID reference, does not.
 """
 
 import contextlib
+import functools
 import io
 import struct
 import zipfile
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -23,6 +27,7 @@ except ImportError:  # an extra
     simplejpeg = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_FAST = "fast"  # in the `info` of an image that simplejpeg has decoded, and of what is made of it
 ENLARGED = 1.5  # short side of an image over the side of its random crop
 
 
@@ -64,30 +69,52 @@ def _sides(image, short):
 
 
 def _part_of_resized(image, sides, left, top, size):
-    """A square of an RGB image resized to `sides` (bicubic), without computing all the rest.
+    """A square of an RGB image resized to `sides` (bicubic)."""
+    across = _window(image.width, sides[0], left, size)
+    down = _window(image.height, sides[1], top, size)
+    # Enlarging by a simple ratio puts many points just between two pixels, where the least move changes the rounding.
+    exact = not image.info.get(_FAST) or sides[0] > image.width or max(across.error, down.error) > 1e-5
+    if exact:
+        resized = image.resize(sides, Image.Resampling.BICUBIC)
+    else:
+        box = (across.start, down.start, across.stop, down.stop)
+        part = (across.end - across.first, down.end - down.first)
+        left, top = left - across.first, top - down.first
+        resized = image.resize(part, Image.Resampling.BICUBIC, box)
+    if resized.size != (size, size):
+        resized = resized.crop((left, top, left + size, top + size))
+    return _pixels(resized)
 
-    Pillow resizes along rows, then along columns: the first is done for the rows that the square needs, the second for
-    its columns. Its `box` would spare more, but is of float32, which moves pixels.
+
+class _Window(NamedTuple):
+    first: int  # of the resized side's points
+    end: int
+    start: float  # of the side as it is: a box's edges
+    stop: float
+    error: float
+
+
+@functools.lru_cache(maxsize=2**12)
+def _window(side, resized, first, size):
+    """Where to cut a side so that, resized, it holds the points from `first` to `first` + `size`.
+
+    Pillow's box is float32, which moves the points: by up to 3e-5 of a pixel where the cut is as tight as can be. It is
+    the best of 256 up to 15 points wider on either side instead.
     """
-    scale = image.height / sides[1]
-    reach = 2 * max(scale, 1) + 1  # of the kernel, and one for rounding
-    above, below = max(int(top * scale - reach), 0), min(int((top + size) * scale + reach) + 1, image.height)
-    wide = _rows(image, above, below).resize((sides[0], below - above), Image.Resampling.BICUBIC)
-    strip = wide if sides[0] == size else wide.crop((left, 0, left + size, wide.height))
-    if strip.height < image.height:
-        placed = Image.new("RGB", (size, image.height), None)  # what lies above and below does not matter
-        placed.paste(strip, (0, above))
-        strip = placed
-    return _pixels(_rows(strip.resize((size, sides[1]), Image.Resampling.BICUBIC), top, top + size))
+    firsts = np.arange(max(first - 15, 0), first + 1)[:, None]
+    ends = np.arange(first + size, min(first + size + 15, resized) + 1)
+    scale = side / resized
+    starts, stops = np.float32(firsts * scale), np.float32(ends * scale)
+    # The step between points is a float32, too.
+    moved = np.maximum(abs(starts - firsts * scale), abs(starts + np.float64(stops - starts) - ends * scale))
+    row, column = np.unravel_index(moved.argmin(), moved.shape)
+    start, stop = float(starts[row, 0]), float(stops[column])
+    return _Window(int(firsts[row, 0]), int(ends[column]), start, stop, float(moved[row, column]))
 
 
 def _pixels(image):
     """uint8 [H, W, 3] of an RGB image, as np.asarray has it, which takes twice as long to ask what it is."""
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
-
-
-def _rows(image, first, end):
-    return image if end - first == image.height else image.crop((0, first, image.width, end))
 
 
 def read_image(path, size, crop=centre_crop):
@@ -128,10 +155,12 @@ def _rgb(pixels):
     """An RGB image of uint8 [H, W, 4], four bytes a pixel as Pillow holds them: the same memory, not a copy."""
     height, width, _ = pixels.shape
     image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
-    if not hasattr(image.im, "setmode"):  # which Pillow uses itself, but does not document
-        return image.convert("RGB")
-    image.im.setmode("RGB")
-    image._mode = "RGB"
+    if hasattr(image.im, "setmode"):  # which Pillow uses itself, but does not document
+        image.im.setmode("RGB")
+        image._mode = "RGB"
+    else:
+        image = image.convert("RGB")
+    image.info[_FAST] = True
     return image
 
 
