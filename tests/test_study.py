@@ -33,6 +33,19 @@ SHOWN = {
         "width 64 and 128 reach a lower loss than any narrower DiT",
         "twice the depth at width 32 does not bring the loss below (D - d) / D = 0.5",
     ),
+    "schedule": (
+        "at dimension 16,384 the shift by 2 lowers fd",
+        "at dimension 1,024 the shift by 0.5 lowers fd",
+    ),
+    "noise": (
+        "tau = 0.8 lowers psnr against 0",
+        "tau = 0.8 raises rfd against 0",
+        "tau = 0.4 lowers fd of a barely trained DiT's latents against 0",
+    ),
+    "head": (
+        "head 128 x 1 has a lower fd than the same trunk without",
+        "a head as wide as 128 beats one of 64",
+    ),
     "guidance": (
         "AutoGuidance at 1.5 lowers fd against none",
         "AutoGuidance at 1.5 has a lower fd than classifier-free guidance at 1.5",

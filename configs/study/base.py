@@ -90,6 +90,9 @@ SIZES = {
     },
 }
 
+# A decoder from nothing: Muon gets it past the mean colour of each patch within 100 steps, AdamW within 500.
+DECODER = {"decoder.train.num_steps": 400, "decoder.train.optimizer": "muon", "decoder.train.learning_rate": 5e-3}
+
 FOUNDATIONS = {
     # On shapes these are the weights that ship with the package; on other data they are made first.
     "main": {
@@ -97,7 +100,8 @@ FOUNDATIONS = {
             "stages": ("encoder", "judge", "decoder", "statistics", "dit"),
             "encoder.train.num_steps": 2_000,
             "judge.train.num_steps": 1_500,
-            "decoder.train.num_steps": 1_500,
+            **DECODER,
+            "decoder.train.num_steps": 1_000,
             "dit.width": 96,
             "dit.num_heads": 3,
             "dit.train.num_steps": 4_000,

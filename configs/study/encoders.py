@@ -5,6 +5,8 @@
 What the keys mean: base.py, beside this file.
 """
 
+from configs.study import base
+
 _LAYERS = {"encoder.layers": (1, 3, 5)}
 
 
@@ -31,7 +33,7 @@ def get_config():
             },
             "layers": {"config": {**_LAYERS, "stages": ("statistics",), "data.num_train": 2_000}},
         },
-        "config": {"stages": ("decoder", "dit"), "decoder.train.num_steps": 300, "dit.train.num_steps": 400},
+        "config": {"stages": ("decoder", "dit"), **base.DECODER, "dit.train.num_steps": 400},
         "variants": {
             "trained, last layer": {},
             "random weights": {"encoder.weights": "@random_encoder", "statistics.weights": "@random_encoder"},

@@ -32,7 +32,7 @@ def get_config():
                 "higher": ["50 steps"],
             },
             {
-                "says": "the trunk every fifth step of 50 has a lower fd than 25 plain steps, of about as many FLOPs",
+                "says": "the trunk every fifth step of 50 has a lower fd than 25 plain steps, which take fewer FLOPs",
                 "metric": "fd",
                 "lower": ["50 steps, trunk every 5"],
                 "higher": ["25 steps"],

@@ -5,6 +5,8 @@
 What the keys mean: base.py, beside this file.
 """
 
+from configs.study import base
+
 _DIMENSIONS = {16: 1024, 64: 4096, 256: 16384}  # of a token, of an 8x8 latent
 
 
@@ -22,7 +24,7 @@ def _foundation(width):
             "encoder.train.batch_size": 32,
             "encoder.train.warmup_steps": 50,
             "encoder.train.ema_decay": 0.98,
-            "decoder.train.num_steps": 400,
+            **base.DECODER,
         },
         "sizes": {"fast": {"data.num_train": 256}},
     }
