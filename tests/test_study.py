@@ -46,6 +46,11 @@ SHOWN = {
         "head 128 x 1 has a lower fd than the same trunk without",
         "a head as wide as 128 beats one of 64",
     ),
+    "vae": (
+        "the linear probe reads more from RAE's latents, pooled",
+        "and from the whole latents",
+    ),
+    "reuse": ("the trunk every second step of 50 takes less time than 50 steps",),
     "guidance": (
         "AutoGuidance at 1.5 lowers fd against none",
         "AutoGuidance at 1.5 has a lower fd than classifier-free guidance at 1.5",
