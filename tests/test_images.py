@@ -161,6 +161,26 @@ def test_the_faster_decoder_gives_the_same_pixels_and_leaves_the_rest_to_pillow(
         np.testing.assert_array_equal(ours, images.decode(data, "name", np.asarray))
 
 
+@pytest.mark.parametrize(
+    "sides, levels", [((500, 375), 1), ((333, 500), 1), ((1021, 767), 1), ((20_000, 130), 0), ((100, 90), 0)]
+)
+def test_a_crop_of_what_the_faster_decoder_read_is_nearly_pillows(sides, levels, monkeypatch):
+    """Landscape, portrait, halved before; to the last bit a strip too long for a box of float32, and the enlarged."""
+    pytest.importorskip("simplejpeg", reason="needs the extra 'fast'")
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    rough = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).resize(sides, Image.Resampling.BICUBIC)
+    rough.save(file, "JPEG", quality=95)
+    crops = [
+        lambda image: images.centre_crop(image, 128),
+        lambda image: random_crop(image, 80, np.random.default_rng(1)),
+    ]
+    ours = [images.decode(file.getvalue(), "name", crop) for crop in crops]
+    monkeypatch.setattr(images, "simplejpeg", None)
+    for found, crop in zip(ours, crops, strict=True):
+        moved = np.abs(found.astype(int) - images.decode(file.getvalue(), "name", crop))
+        assert moved.max() <= levels and moved.mean() < 1e-3
+
+
 def test_decoded_pixels_become_an_image_without_a_copy():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
     image = images._rgb(pixels)
