@@ -334,3 +334,12 @@ def test_the_command_packs_on_all_cores(folder, tmp_path):
     command[4] = f"--output={tmp_path / 'other'}"
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "003.png" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("arguments", [("rae_jax.data.pack", "--output=OUTPUT"), ("rae_jax.data.benchmark",)])
+def test_commands_name_the_flag_that_is_wrong(tmp_path, arguments):
+    module, *flags = (argument.replace("OUTPUT", str(tmp_path / "packed")) for argument in arguments)
+    command = [sys.executable, "-m", module, "--path=nowhere", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --path='nowhere' is not there: name a folder")

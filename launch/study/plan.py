@@ -7,7 +7,6 @@ from pathlib import Path
 
 from configs.study import base
 from rae_jax.data import sources
-from rae_jax.errors import UserError
 
 STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse")
 SHIPPED = "small"  # the weights that are the main foundation on shapes
@@ -41,10 +40,7 @@ def data_of(path):
     """
     if not path:
         return "shapes", {}
-    try:
-        found = sources.image_folder(path=path, heldout_path="", split="train", image_size=32)
-    except UserError as error:
-        raise UserError(str(error).replace("config.data.path=", "--data=")) from error
+    found = sources.image_folder(path=path, heldout_path="", split="train", image_size=32, named=("--data", ""))
     path = Path(path).resolve()
     keys = {"data.source": "image_folder", "data.path": str(path), "data.num_classes": len(found.class_names)}
     return re.sub(r"\W+", "_", f"{path.parent.name}_{path.stem}"), keys

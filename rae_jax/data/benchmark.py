@@ -91,7 +91,7 @@ def _torch(files, num_batches, *, as_float):
 def _sides():
     """{name: function(num_batches) -> batches}."""
     options = {"path": _PATH.value, "heldout_path": _PATH.value, "image_size": _SIZE.value}
-    originals = sources.image_folder(split="train", **options)
+    originals = sources.image_folder(split="train", **options, named=sources.FLAGS)
     if len(originals) < _BATCH.value:
         raise UserError(f"--batch_size={_BATCH.value} is more than the {len(originals)} images of --path: lower it")
     sides = {"originals": lambda count: _ours(originals, count)}

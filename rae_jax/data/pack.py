@@ -149,7 +149,7 @@ def _sources(given):
     if (given.path is None) == (given.tfds is None):
         raise UserError("there is nothing to pack: name images by --path, or a data set by --tfds (not both)")
     if given.tfds is None:
-        options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size}
+        options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size, "named": sources.FLAGS}
         return {split: sources.image_folder(split=split, **options) for split in SPLITS}
     if len(given.tfds_splits) != 2:
         raise UserError(f"--tfds_splits={','.join(given.tfds_splits)} cannot work: name two, for train and heldout")

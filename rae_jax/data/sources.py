@@ -50,15 +50,20 @@ class ImageSource:
         return self._store.name(index)
 
 
-def image_folder(*, path, heldout_path, split, image_size, num_classes=None):
+KEYS = ("config.data.path", "config.data.heldout_path")  # what a user calls the two paths of images
+FLAGS = ("--path", "--heldout_path")  # and of the commands that take them
+
+
+def image_folder(*, path, heldout_path, split, image_size, num_classes=None, named=KEYS):
     """The images of 'train' or 'heldout' at a path: a folder, a .zip archive or a list.
 
     Folders and archives hold CLASS/IMAGE, at any depth in archives; classes are in alphabetical order. A list is a text
     file with a line `IMAGE LABEL` for each, IMAGE relative to the list, LABEL from 0 (to `num_classes` - 1, if given).
-    Without `heldout_path`, every 20th image is held out. Raises UserError where there is nothing of the kind.
+    Without `heldout_path`, every 20th image is held out. Raises UserError where there is nothing of the kind; `named`:
+    what the user calls the two paths.
     """
     separate = split == "heldout" and bool(heldout_path)
-    given, key = (heldout_path, "config.data.heldout_path") if separate else (path, "config.data.path")
+    given, key = (heldout_path, named[1]) if separate else (path, named[0])
     store, class_names = _open(given, key, num_classes)
     if not heldout_path:
         chosen = [i for i in range(len(store)) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
