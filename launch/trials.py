@@ -55,9 +55,9 @@ class Trials:
 
 def without_evaluation():
     """A run's `before`: it ends with its last stage."""
-    from rae_jax import modes, report
+    from rae_jax import modes, needed, report
 
-    modes._parts = modes._measure = lambda *_: {"seconds": 0.0}
+    needed.load = needed.find = modes._measure = lambda *_: {"seconds": 0.0}
     report.write_report = lambda workdir: None
 
 

@@ -20,6 +20,7 @@ from rae_jax import (
     lock,
     logs,
     manifest,
+    needed,
     perception,
     pictures,
     processes,
@@ -69,13 +70,14 @@ def run(config, workdir, mesh, do):
 
 
 def _train(config, workdir, mesh, evaluator):
+    needed.find(config, mesh)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
-        results = _measure(evaluator, config, _shipped(config, mesh), workdir, "shipped")
+        results = _measure(evaluator, config, needed.shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
     run_stages(config, workdir, mesh, evaluator)
-    parts = _parts(config, workdir, mesh)
+    parts = needed.load(config, workdir, mesh)
     prefix = "trained" if config.evaluate.shipped else ""
     trained = _measure(evaluator, config, parts, workdir, prefix)
     results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
@@ -98,11 +100,11 @@ def evaluate(config, workdir, mesh, flags):
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
     evaluator = evaluation.Evaluator(config, mesh)
     if flags.samples is not None:
-        names = ("encoder", *(name for name in ("judge", "inception") if _there(config, name)))
+        names = ("encoder", *(name for name in ("judge", "inception") if needed.there(config, name)))
         parts = {name: stages.load(config, name, workdir, mesh) for name in names}
         _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
-    parts = _parts(config, workdir, mesh, step=flags.step)
+    parts = needed.load(config, workdir, mesh, step=flags.step)
     results = _measure(evaluator, config, parts, workdir, "")
     suffix = "" if flags.step is None else f"_{flags.step}"
     _write_results(workdir, f"{config.name}{suffix}.json", results)
@@ -121,7 +123,7 @@ def sample(config, workdir, mesh, flags):
     parts = {
         part: stages.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
-    parts.update(_guide(config, mesh))
+    parts.update(needed.guide(config, mesh))
     request = {
         "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
         "steps": {stage: latest_step(workdir / "checkpoints" / stage) for stage in config.stages},
@@ -185,11 +187,11 @@ def demo(config, workdir, mesh, flags):
     from rae_jax import demo as page  # and only it needs gradio, whose import takes seconds
 
     page.refuse_more_processes()
-    sampled = _there(config, "dit")
+    sampled = needed.there(config, "dit")
     names = ("encoder", "decoder", *(("statistics", "dit") if sampled else ()))
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     if sampled:
-        parts.update(_guide(config, mesh))
+        parts.update(needed.guide(config, mesh))
     trained = any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
     built = page.build_page(
         exhibits.Exhibits(config, parts),
@@ -245,9 +247,9 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     @functools.cache
     def others():
-        names = [name for name in _EVALUATED[stage.name] if _there(config, name)] + list(perception.named(config))
+        names = [name for name in _EVALUATED[stage.name] if needed.there(config, name)] + list(perception.named(config))
         loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
-        return {**loaded, **(_guide(config, mesh) if stage.name == "dit" else {})}
+        return {**loaded, **(needed.guide(config, mesh) if stage.name == "dit" else {})}
 
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
@@ -271,34 +273,6 @@ def _score(checkpoint, results):
         raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")
     sign = 1.0 if checkpoint.best_is == "highest" else -1.0
     return {"score": sign * float(results[checkpoint.best])}
-
-
-def _there(config, name):
-    """Whether the run has, or will have, this part."""
-    if name in perception.PARTS:
-        return name in perception.named(config)
-    return name in config.stages or bool(config[name].weights)
-
-
-def _shipped(config, mesh):
-    """All parts as config names them, whatever the workdir holds."""
-    with config.unlocked():
-        untrained = config.copy_and_resolve_references()
-    untrained.stages = ()
-    return _parts(untrained, "", mesh)
-
-
-def _parts(config, workdir, mesh, step=None):
-    """What an evaluation needs. Judge and published networks may be missing; without a DiT nothing is generated."""
-    optional = ("judge", "dit") if _there(config, "dit") else ("judge", "dit", "statistics")
-    names = [name for name in stages.FROZEN if name not in optional or _there(config, name)]
-    parts = {name: stages.load(config, name, workdir, mesh, step=step) for name in (*names, *perception.named(config))}
-    return {**parts, **_guide(config, mesh)}
-
-
-def _guide(config, mesh):
-    """AutoGuidance's weak model, where it is asked for."""
-    return {"guide": stages.load_guide(config, mesh)} if config.guidance.method == "autoguidance" else {}
 
 
 def _measure(evaluator, config, parts, workdir, name):

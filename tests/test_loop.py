@@ -227,6 +227,19 @@ def test_exported_weights_come_back(run, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read, stages.load(config, name, run, mesh))
 
 
+@pytest.mark.parametrize("missing", ["decoder.weights", "guidance.dit.weights"])
+def test_what_the_evaluation_would_miss_is_missed_before_training(tmp_path, missing):
+    config = tiny()
+    if missing == "decoder.weights":
+        config.stages = ("encoder", "judge", "statistics", "dit")
+    else:
+        config.guidance.method = "autoguidance"
+    config.update_from_flattened_dict({missing: str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="nowhere"):
+        _train(config, epath.Path(tmp_path))
+    assert not (tmp_path / "metrics").exists() and not (tmp_path / "checkpoints").exists()
+
+
 def test_a_workdir_may_be_relative(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     config = tiny()

@@ -1,0 +1,47 @@
+"""The parts that a mode takes, whoever makes them: which they are, and {name: weights} of them."""
+
+from rae_jax import perception, stages
+
+
+def load(config, workdir, mesh, step=None):
+    """{name: weights} of all that an evaluation takes. Raises UserError where some are not there."""
+    names = (*_evaluated(config), *perception.named(config))
+    found = {name: stages.load(config, name, workdir, mesh, step=step) for name in names}
+    return {**found, **guide(config, mesh)}
+
+
+def find(config, mesh):
+    """Raise UserError where weights cannot be had that an evaluation takes and no stage makes; before all is trained.
+
+    Networks that judge images have a `find` of their own, in perception.
+    """
+    for name in _evaluated(config):
+        if name not in config.stages:
+            stages.load(config, name, "", mesh)
+    guide(config, mesh)
+
+
+def shipped(config, mesh):
+    """{name: weights} as the config names them, whatever the run's workdir holds."""
+    with config.unlocked():
+        untrained = config.copy_and_resolve_references()
+    untrained.stages = ()
+    return load(untrained, "", mesh)
+
+
+def guide(config, mesh):
+    """{'guide': AutoGuidance's weak model}, where it is asked for."""
+    return {"guide": stages.load_guide(config, mesh)} if config.guidance.method == "autoguidance" else {}
+
+
+def there(config, name):
+    """Whether the run has, or will have, this part."""
+    if name in perception.PARTS:
+        return name in perception.named(config)
+    return name in config.stages or bool(config[name].weights)
+
+
+def _evaluated(config):
+    """The judge may be missing; without a DiT nothing is generated, and statistics may be."""
+    optional = ("judge", "dit") if there(config, "dit") else ("judge", "dit", "statistics")
+    return [name for name in stages.FROZEN if name not in optional or there(config, name)]
