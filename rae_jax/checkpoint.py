@@ -43,14 +43,14 @@ class Checkpoints:
     """
 
     def __init__(self, folder, *, keep, every=1, keep_every=0, on_error="stop"):
-        self._folder = epath.Path(folder).resolve()  # Orbax takes absolute paths alone
+        self._folder = absolute(folder)
         self._keep, self._every, self._keep_every, self._on_error = keep, every, keep_every, on_error
         self._due, self._failures, self._not_before = False, 0, 0.0
         self._pending, self._began, self._step, self._score, self._reason = None, 0.0, None, None, ""
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.iterdir():
+            for path in _inside(self._folder):
                 if _is_unfinished(path):  # of a run that was killed
                     path.rmtree()
         self._writer = self._new_writer()
@@ -158,7 +158,7 @@ class Checkpoints:
                 aside = manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
         step = int(processes.agreed(-1 if self.latest is None else self.latest))
-        if step < 0 and any(".damaged" in path.name for path in self._folder.iterdir()):
+        if step < 0 and any(".damaged" in path.name for path in _inside(self._folder)):
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged: bring a whole one back, or remove that folder to "
                 f"train this stage from its beginning"
@@ -277,7 +277,7 @@ def restore_entries(folder, step, abstract):
 
     Raises DamagedCheckpoint.
     """
-    path = epath.Path(folder).resolve() / str(step)  # Orbax takes absolute paths alone here
+    path = absolute(folder) / str(step)
     reason = manifest.damage(path) if jax.process_index() == 0 else None
     if processes.agreed(reason is not None):
         raise DamagedCheckpoint(path, reason or "see the first process")
@@ -286,6 +286,17 @@ def restore_entries(folder, step, abstract):
             item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
         )
         return checkpointer.restore(path / "state", args=args)
+
+
+def absolute(path):
+    """A path as Orbax takes it: a local one absolute. A bucket's is, and would become a local one by `resolve`."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def _inside(folder):
+    """The paths in a folder; none in one that is empty, which buckets do not have."""
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _is_unfinished(path):

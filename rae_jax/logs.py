@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from rae_jax import files
+from rae_jax import files, processes
 from rae_jax.errors import UserError
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
@@ -56,6 +56,11 @@ class Metrics:
             self._tensorboard.write_scalars(step, values)
         if self._tracker:
             self._tracker.write(self._stage, step, values)
+
+    def lack_evaluation(self, step):
+        """Whether there is no line of an evaluation after this step. To be called by all processes."""
+        found = [row for row in read(self._path) if row["step"] == step] if self._active else []
+        return bool(processes.agreed(not any(key.startswith("eval/") for row in found for key in row)))
 
     def _rewrite(self, rows):
         files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -162,8 +167,8 @@ class Progress:
     def _line(self, note=""):
         self._printed, self._said = self._done, time.monotonic()
         rate = (self._done - self._start) / max(time.monotonic() - self._began, 1e-9)
-        left = tqdm.format_interval((self._total - self._done) / rate)
-        say(f"{self._name}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s, {left} left  {note}".rstrip())
+        left = f", {tqdm.format_interval((self._total - self._done) / rate)} left" if rate else ""
+        say(f"{self._name}: {self._done}/{self._total} {self._unit}s, {rate:.2f}/s{left}  {note}".rstrip())
 
 
 def say(text, *, everywhere=False):

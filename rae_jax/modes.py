@@ -231,6 +231,7 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
         care=health.Settings(**config.health),
         evaluate=_evaluate_in_training(config, stage, workdir, mesh, evaluator),
         evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
+        scored=bool(config.checkpoint.best),
         tracker=tracker,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")

@@ -104,6 +104,12 @@ class Agreement:
             if asked is not None:
                 self._agreed = max(self._agreed, int(asked))
 
+    def at_the_end(self):
+        """What was raised until now, or None. To be called by all, when no step comes any more."""
+        if not self._alone:
+            self._agreed = max(self._agreed, int(_largest(self._read() or 0)))
+        return self.value
+
     @property
     def value(self):
         """What was raised, or None."""

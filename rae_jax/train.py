@@ -53,6 +53,7 @@ def fit(
     keep,
     evaluate=None,
     evaluate_every=0,
+    scored=False,
     care=health.OFF,
     tracker=None,
     **saving,
@@ -60,7 +61,7 @@ def fit(
     """Bring `stage` to its last step, from its newest whole checkpoint if it has one.
 
     The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
-    never) `evaluate(state, step)` gives more numbers by name to write; 'score' among them, if it is there, says which
+    never) `evaluate(state, step)` gives more numbers by name to write; `scored`: 'score' among them says which
     checkpoint is the best. `tracker`, a logs.WandB, is told them as well. `saving`: what else Checkpoints takes. Raises
     InterruptedRun after a first SIGINT or SIGTERM, a second one ends the process at once; DivergedRun where a step is
     not finite, and `care` does not have it skipped; and UserError where a checkpoint cannot be read, or one that must
@@ -83,7 +84,14 @@ def fit(
         watch = health.Watch(stage, care, incidents, checkpoints.newest_in_words)
         pulse = heartbeat.Heartbeat(workdir, stage, start=start, every=care.heartbeat, stalled=care.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
+
+        def look(step):
+            with pulse.doing("evaluating"):
+                return _evaluate(evaluate, state, step, metrics_file)
+
         with progress, pulse, contextlib.closing(_Clock(stage.batch_size)) as clock:
+            if start and evaluate_every and start % evaluate_every == 0 and metrics_file.lack_evaluation(start):
+                look(start)  # which an interruption left out
             if start < stage.num_steps:
                 clock.wait_for(feed.fetch)
             for step in range(start + 1, stage.num_steps + 1):
@@ -99,17 +107,21 @@ def fit(
                     watch.ended()  # only here, and before a checkpoint, does the host wait for this very step
                     metrics_file.write(step, {**metrics, **clock.read()})
                     progress.update(step, _note(metrics))
-                # Before the checkpoint: a run that is killed in between does it again, and no number is missing.
-                score = None
-                if evaluate_every and step % evaluate_every == 0:
-                    with pulse.doing("evaluating"):
-                        score = _evaluate(evaluate, state, step, metrics_file)
+                # After the checkpoint: it may take longer than a machine waits that is taken away, and what is left out
+                # is made up for. Before it, where its score belongs to the checkpoint, or no step comes after it.
+                due, score = evaluate_every and step % evaluate_every == 0, None
+                if due and (scored or last) and not stop.value:
+                    due, score = False, look(step)
                     clock.read()  # its time is not the steps'
                 stopping = stop.value
                 if last or stopping or checkpoints.wants(step, score):
                     watch.ended()
                     with pulse.doing("saving"):
                         _save(checkpoints, step, state, feed, score, last=last, stopping=stopping)
+                if due and (last or not stopping):
+                    look(step)
+                    clock.read()
+                stopping = stopping or (stop.at_the_end() if last else None)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
 

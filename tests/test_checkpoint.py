@@ -95,7 +95,7 @@ def test_what_was_half_written_is_not_taken_for_whole(begun, whole):
 
 def test_the_newest_every_so_many_and_the_best_stay(tmp_path):
     scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2, 10: 0.3, 12: 0.3}
-    how = {"evaluate": lambda state, step: {"score": scores[step], "psnr": 1.0}, "evaluate_every": 2}
+    how = {"evaluate": lambda state, step: {"score": scores[step], "psnr": 1.0}, "evaluate_every": 2, "scored": True}
     toy.run(epath.Path(tmp_path), 12, keep=2, keep_every=6, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [4, 6, 10, 12]
     assert all("eval/score" not in row for row in toy.rows(tmp_path))
@@ -104,15 +104,21 @@ def test_the_newest_every_so_many_and_the_best_stay(tmp_path):
 def test_the_best_one_is_kept_although_none_is_due(tmp_path):
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
-    toy.run(epath.Path(tmp_path), 4, keep=1, **how)
+    toy.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
     scores = {1: float("nan"), 2: 0.9, 3: float("inf"), 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
-    toy.run(epath.Path(tmp_path), 4, keep=1, **how)
+    toy.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
+
+
+def test_a_bucket_s_path_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoint.absolute("gs://bucket/run/checkpoints/dit")) == "gs://bucket/run/checkpoints/dit"
+    assert checkpoint.absolute("run") == epath.Path(tmp_path).resolve() / "run"
 
 
 def test_checkpoints_copied_from_an_object_store_are_whole(begun):

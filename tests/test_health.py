@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, files, health, heartbeat
+from rae_jax import checkpoint, files, health, heartbeat, logs
 from rae_jax.train import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
@@ -140,11 +140,49 @@ def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
     assert "wait_for_the_disk (test_health.py" in said[0]
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_path, monkeypatch, scored):
+    whole, cut = (epath.Path(tmp_path) / name for name in ("whole", "cut"))
+    seen, write, stop_at = [], logs.Metrics.write, [4]
+    how = {"evaluate": lambda state, step: seen.append(step) or {"x": float(step)}, "evaluate_every": 2}
+    how |= {"scored": scored, "checkpoint_every": 100}
+    toy.run(whole, 6, **how)
+    assert seen == [2, 4, 6]
+
+    def write_and_stop(self, step, values):
+        write(self, step, values)
+        if step in stop_at and "loss" in values:
+            stop_at.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logs.Metrics, "write", write_and_stop)
+    seen.clear()
+    with pytest.raises(InterruptedRun, match="interrupted at step 4"):
+        toy.run(cut, 6, **how)
+    assert seen == [2] and checkpoint.latest_step(cut / "checkpoints" / "toy") == 4
+    toy.run(cut, 6, **how)
+    assert seen == [2, 4, 6] and toy.rows(cut) == toy.rows(whole)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monkeypatch):
+    save = checkpoint.Checkpoints.save_surely
+
+    def save_while_it_is_told_to_stop(self, *args, **how):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, *args, **how)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save_surely", save_while_it_is_told_to_stop)
+    with pytest.raises(InterruptedRun, match="interrupted at step 4"):
+        toy.run(epath.Path(tmp_path), 4)
+    assert checkpoint.latest_step(epath.Path(tmp_path) / "checkpoints" / "toy") == 4
+
+
 def test_either_signal_saves_and_says_which(tmp_path):
     for number in (signal.SIGTERM, signal.SIGINT):
         workdir = epath.Path(tmp_path) / number.name
         how = {"evaluate": lambda state, step, n=number: os.kill(os.getpid(), n) or {"x": 0.0}, "evaluate_every": 3}
         with pytest.raises(InterruptedRun) as stop:
             toy.run(workdir, 8, checkpoint_every=100, **how)
-        assert stop.value.number == number and checkpoint.latest_step(workdir / "checkpoints" / "toy") == 3
+        # The evaluation is over when it is seen, and the next step has begun.
+        assert stop.value.number == number and checkpoint.latest_step(workdir / "checkpoints" / "toy") == 4
     assert jax.devices()
