@@ -11,6 +11,7 @@ from etils import epath
 from rae_jax import sharding
 from rae_jax.config import STAGES, TRAINED, input_size
 from rae_jax.errors import UserError
+from rae_jax.meanings import RESULTS
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
@@ -52,7 +53,11 @@ _POSITIVE = (
     *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
     *("dit.train.microbatches", "sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
     *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
+    *("encoder.mlp_ratio", "dit.train.time_std"),
 )
+_NOT_NEGATIVE = ("encoder.num_registers", "encoder.train.noise_tau", "decoder.train.noise_tau")
+_STARTS = ("decoder.train.discriminator_start", "decoder.train.adversarial_start")
+_FRACTIONS = ("dit.train.label_dropout", "discriminator.augment.prob", "discriminator.augment.cutout")
 
 
 def check(config, mesh):
@@ -67,6 +72,10 @@ def check(config, mesh):
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
+    for key in (*_NOT_NEGATIVE, *_STARTS):
+        _require(_get(config, key) >= 0, config, key, "it must be 0 or more")
+    for key in _FRACTIONS:
+        _require(0 <= _get(config, key) <= 1, config, key, "it must be between 0 and 1")
     _require(config.seed >= 0, config, "seed", "it must be 0 or more")
     for key in ("data.num_threads", "data.num_workers"):
         _require(_get(config, key) >= 0, config, key, "it must be positive, or 0 for none")
@@ -79,6 +88,8 @@ def check(config, mesh):
     _require(
         evaluated, config, "checkpoint.best", "it is a metric of evaluations in training: set config.evaluate.every"
     )
+    known = config.checkpoint.best in ("", *RESULTS)
+    _require(known, config, "checkpoint.best", f"choose one of {', '.join(RESULTS)}, or ''")
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")
@@ -91,6 +102,11 @@ def check(config, mesh):
     used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
     for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
         sharding.check_batch(_get(config, key), mesh, f"config.{key}")
+    if "dit" in config.stages:
+        parts, ways = config.dit.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+        batch_size = config.dit.train.batch_size
+        mend = f"such parts of config.dit.train.batch_size={batch_size} cannot be split over {ways} devices"
+        _require(batch_size % (parts * ways) == 0, config, "dit.train.microbatches", mend)
     _check_shapes(config)
     _check_attention(config, mesh.devices.flat[0])
 
@@ -105,8 +121,11 @@ def _check_training(config, section):
     train = _get(config, section)
     for key in ("num_steps", "batch_size", "learning_rate", "final_learning_rate"):
         _require(train[key] > 0, config, f"{section}.{key}", "it must be positive")
-    _require(train.warmup_steps >= 0, config, f"{section}.warmup_steps", "it must be positive, or 0 for none")
-    _require(0.0 <= train.ema_decay < 1.0, config, f"{section}.ema_decay", _DECAYS)
+    for key in ("warmup_steps", "clip_norm", "weight_decay"):
+        _require(train[key] >= 0, config, f"{section}.{key}", "it must be positive, or 0 for none")
+    _require(train.decay_start >= 0, config, f"{section}.decay_start", "it must be 0 or more")
+    for key in ("ema_decay", "b1", "b2"):
+        _require(0.0 <= train[key] < 1.0, config, f"{section}.{key}", _DECAYS)
     for key, choices in _TRAIN_CHOICES.items():
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     drawn = config.data.source == "shapes"
@@ -123,6 +142,10 @@ def _check_shapes(config):
     if config.encoder.family == "sd_vae":
         _check_sd_vae(config)
     size, patch = config.data.image_size, config.encoder.patch_size
+    if "encoder" in config.stages:
+        _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
+        whole = config.encoder.input_size in (0, size)
+        _require(whole, config, "encoder.input_size", f"the encoder stage takes images as they are: 0, or {size}")
     key = "encoder.input_size" if config.encoder.input_size else "data.image_size"
     multiple = f"it must be a multiple of config.encoder.patch_size={patch}"
     _require(_get(config, key) > 0 and _get(config, key) % patch == 0, config, key, multiple)
@@ -140,11 +163,25 @@ def _check_shapes(config):
         ("decoder", "width", "num_heads", 1),
         ("dit", "width", "num_heads", 4),  # rotary embedding turns pairs along two axes
     ]
+    for key in ("mean", "std"):
+        colours = config.encoder[key]
+        whole = len(colours) == 3 and (key == "mean" or all(colour > 0 for colour in colours))
+        _require(whole, config, f"encoder.{key}", "it is three numbers, and a deviation is positive")
+    groups = len(config.judge.widths) > 0 and all(width > 0 and width % 8 == 0 for width in config.judge.widths)
+    _require(groups, config, "judge.widths", "each level's must be a multiple of the 8 groups of its norms")
     dits = ["dit"]
     if config.guidance.method == "autoguidance":
         dits.append("guidance.dit")
         widths.append(("guidance.dit", "width", "num_heads", 4))
     for section in dits:
+        sizes = (
+            "width",
+            "depth",
+            "num_heads",
+            *(("head_width", "head_num_heads") if _get(config, section).head_depth else ()),
+        )
+        for key in sizes:
+            _require(_get(config, section)[key] > 0, config, f"{section}.{key}", "it must be positive")
         _require(grid % _get(config, section).patch_size == 0, config, f"{section}.patch_size", _DIVIDES.format(grid))
         _require(_get(config, section).head_depth >= 0, config, f"{section}.head_depth", _HEAD_DEPTH)
         if _get(config, section).head_depth:
@@ -155,14 +192,12 @@ def _check_shapes(config):
         _require(of[width] % (multiple * of[heads]) == 0, config, f"{section}.{width}", mend)
     for key in ("decoder.width", *(f"{section}.width" for section in dits)):
         _require(_get(config, key) % 4 == 0, config, key, "the sin-cos position embedding needs a multiple of 4")
-    inside = all(0 <= layer < config.encoder.depth for layer in config.encoder.layers)
+    inside = all(isinstance(n, int) and 0 <= n < config.encoder.depth for n in config.encoder.layers)
     _require(inside, config, "encoder.layers", "they are encoder blocks, from 0")
     if "decoder" in config.stages:
         _check_discriminator(config)
     position = config.encoder.position_size
     _require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
-    if "encoder" in config.stages:
-        _require(config.encoder.family == "small", config, "encoder.family", "the encoder stage trains 'small' alone")
     _check_sampling(config)
 
 
@@ -174,13 +209,25 @@ def _check_attention(config, device):
             _require(hopper, config, "attention", mend)
             half = config.dtype == "bfloat16"
             _require(half, config, "attention", "it takes config.dtype='bfloat16', or set it to 'xla'")
-            for part, of in (("encoder", ""), ("decoder", ""), ("dit", ""), ("dit", "head_")):
-                width, heads = (config[part][f"{of}{key}"] for key in ("width", "num_heads"))
-                mend = f"config.{part}.{of}width={width} leaves {heads} heads no multiple of 8 each: set it to 'xla'"
+            for section, of in _attending(config):
+                width, heads = (_get(config, section)[f"{of}{key}"] for key in ("width", "num_heads"))
+                mend = f"config.{section}.{of}width={width} leaves {heads} heads no multiple of 8 each: set it to 'xla'"
                 _require(width // heads % 8 == 0, config, "attention", mend)
         case "flash":
             mend = f"it takes a TPU, and this is {device.device_kind}: set it to 'xla'"
             _require(device.platform == "tpu", config, "attention", mend)
+
+
+def _attending(config):
+    """(section, prefix of its keys) of all that config.attention computes."""
+    if config.encoder.family != "sd_vae":
+        yield from (("encoder", ""), ("decoder", ""))
+    if config.discriminator.backbone.family != "encoder" and "decoder" in config.stages:
+        yield "discriminator.backbone", ""
+    for section in ("dit", *(("guidance.dit",) if config.guidance.method == "autoguidance" else ())):
+        yield section, ""
+        if _get(config, section).head_depth:
+            yield section, "head_"
 
 
 def _check_sampling(config):
@@ -193,6 +240,11 @@ def _check_sampling(config):
     _require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
     whole = train.batch_size % train.microbatches == 0
     _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
+    begins = sampler.grid != "published" or (sampler.method != "sde" and config.dit.prediction != "noise")
+    plain = (
+        "it begins at noise alone, from which neither a stochastic sampler nor a prediction of noise can go: 'plain'"
+    )
+    _require(begins, config, "sampler.grid", plain)
     reusable = sampler.method == "euler" and config.dit.head_depth > 0
     share = "only euler steps of a DiT^DH can share its trunk's output: set it to"
     _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
@@ -219,8 +271,6 @@ def _check_discriminator(config):
     train, d = config.decoder.train, config.discriminator
     for key in ("adversarial_weight", "lpips_weight"):
         _require(train[key] >= 0, config, f"decoder.train.{key}", "it must be positive, or 0 for no such loss")
-    for key in ("prob", "cutout"):
-        _require(0 <= d.augment[key] <= 1, config, f"discriminator.augment.{key}", "it must be between 0 and 1")
     own = d.backbone.family != "encoder"
     for key in ("width", "depth", "num_heads", "patch_size") if own else ():
         _require(d.backbone[key] > 0, config, f"discriminator.backbone.{key}", "it must be positive")

@@ -15,6 +15,7 @@ FREE_KEYS = (
     *("name", "log_every", "wandb", "checkpoint", "health", "mesh"),
     *("unroll", "remat", "attention", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
+    "data.on_error",  # a run of 'stop' that stands has met none that cannot be read
 )
 
 _COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # in `train.unit`s

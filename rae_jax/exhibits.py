@@ -42,7 +42,7 @@ class Exhibits:
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): what the DiT takes for data at that time, and the end."""
         config, parts = ConfigDict(self._config.to_dict()), self._parts
-        config.sampler.num_steps = num_steps
+        config.sampler.update({"num_steps": num_steps, "method": "euler"})  # whose times are those of its steps
         times = np.asarray(generate.times(config))
         labels = jnp.full(NUM_IMAGES, label)
         x = self._noise(seed)

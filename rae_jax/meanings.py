@@ -16,7 +16,7 @@ RESULTS = {
     "judge_accuracy": "Accuracy of the judge on real held-out images: about what agreement can reach.",
     "probe": "Accuracy of a linear classifier on this encoder's features: higher is better.",
     "probe_random": "The same on features of an encoder with random weights, for comparison.",
-    "probe_pixels": "The same on raw pixels, for comparison.",
+    "probe_pixels": "The same on raw pixels (of images up to 64 px), for comparison.",
     "seconds": "How long this took.",
 }
 

@@ -252,6 +252,8 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
         loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
         return {**loaded, **(needed.guide(config, mesh) if stage.name == "dit" else {})}
 
+    last = [name for name in config.stages if name in _EVALUATED][-1] == stage.name
+
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}
         results, shown = evaluator.weights(parts)
@@ -261,14 +263,14 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
                 pictures.save(path, picture)
             except OSError as error:  # training goes on, whatever becomes of a picture
                 logs.say(f"cannot write the picture {path} ({files.reason(error)})")
-        return {**results, **_score(config.checkpoint, results)}
+        return {**results, **_score(config.checkpoint, results, must=last)}
 
     return evaluate
 
 
-def _score(checkpoint, results):
-    """{'score': the higher the better} of config.checkpoint.best. Raises UserError where it is none of the metrics."""
-    if not checkpoint.best:
+def _score(checkpoint, results, *, must):
+    """{'score': the higher the better} of config.checkpoint.best; without it none, or UserError where it `must` be."""
+    if not checkpoint.best or (checkpoint.best not in results and not must):
         return {}
     if checkpoint.best not in results:
         raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")

@@ -25,7 +25,7 @@ def schedule(train):
 def make(train):
     """The optimiser that a stage's `train` section names; a clip_norm of 0 means no clipping."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(clip, _descent(train))
+    return optax.chain(clip, _descent(train), optax.masked(optax.set_to_zero(), _constant))
 
 
 def _descent(train):
@@ -47,11 +47,20 @@ def _descent(train):
             raise ValueError(f"unknown optimizer {other!r}")
 
 
+def _constant(params):
+    """Marks the frequencies of the time embedding, which no gradient reaches; nor shall weight decay."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "frequencies", params)
+
+
+_BLOCKS = ("blocks", "trunk", "head")  # what layers.scan_blocks has made
+
+
 def _block_kernels(params):
-    """Muon's share: the kernels of the blocks, [depth, in, out]. Embeddings, outputs, norms and biases are AdamW's."""
+    """Muon's share: the kernels of the blocks, [depth, in, out]. Embeddings, outputs, norms and biases are AdamW's, and
+    so are convolutions."""
 
     def axes(path, param):
-        kernel = path[-1].key == "kernel" and param.ndim == 3
+        kernel = path[-1].key == "kernel" and param.ndim == 3 and any(key.key in _BLOCKS for key in path)
         return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if kernel else None
 
     return jax.tree_util.tree_map_with_path(axes, params)

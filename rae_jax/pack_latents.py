@@ -1,10 +1,12 @@
 """Latents of the training images, encoded once: a DiT stage that reads them needs no encoder. Disk for FLOPs.
 
-    python -m rae_jax.pack_latents --config=configs/dit_b.py --config.data.path=IMAGENET/train --output=LATENTS
-    python -m rae_jax.main --config=configs/dit_b.py --config.data.path=IMAGENET/train --config.data.latents=LATENTS ...
+    python -m rae_jax.pack_latents --config=configs/dit_b.py --config.data.path=IMAGENET/train \
+        --config.data.heldout_path=IMAGENET/val --output=LATENTS
+    python -m rae_jax.main --config=configs/dit_b.py --config.data.path=IMAGENET/train \
+        --config.data.heldout_path=IMAGENET/val --config.data.latents=LATENTS ...
 
 The images are those that the config's DiT stage would see, centre-cropped, and the encoder is config.encoder, with the
-weights that it names. Every image is encoded as it is and mirrored (--nomirrored leaves that out). Evaluation still
+weights that it names; --config.dtype has to be the run's (--dtype is only how latents are stored). Every image is encoded as it is and mirrored (--nomirrored leaves that out). Evaluation still
 takes images and the encoder. Every shard is read back and compared before it counts; the same command goes on where it
 was interrupted.
 """

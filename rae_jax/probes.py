@@ -1,5 +1,7 @@
 """Linear probes: what a logistic regression reads from an encoder's features, from random ones, and from pixels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,12 @@ from rae_jax import build, logs, metrics, rae, sharding
 from rae_jax.data import pipeline
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
+PIXELS_UP_TO = 64  # pixels a side: a probe of larger images themselves would take tens of gigabytes
 _BATCH = 250
 
 
 def probes(config, parts, images, labels, mesh):
-    """Accuracy of pooled tokens on uint8 images, beside those of a random-weight encoder and of raw pixels."""
+    """Accuracy of pooled tokens on uint8 images, beside a random encoder's and, of small images, raw pixels'."""
     logs.say("fitting linear probes")
     source = build.source(config, "train")
     chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
@@ -22,11 +25,14 @@ def probes(config, parts, images, labels, mesh):
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
     on_all = sharding.replicated(mesh)  # so that every process can read it
+    pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=on_all)
+    random = jax.device_put(random, jax.tree.map(lambda leaf: leaf.sharding, parts["encoder"]))
     views = {
-        "probe": jax.jit(lambda x: encoder.encode(parts["encoder"], x).mean((1, 2)), out_shardings=on_all),
-        "probe_random": jax.jit(lambda x: encoder.encode(random, x).mean((1, 2))),
-        "probe_pixels": lambda x: x.reshape(len(x), -1),
+        "probe": functools.partial(pooled, parts["encoder"]),
+        "probe_random": functools.partial(pooled, random),
     }
+    if size <= PIXELS_UP_TO:
+        views["probe_pixels"] = lambda x: x.reshape(len(x), -1)
 
     def features(name, view, images):
         batches, found = np.split(images, range(_BATCH, len(images), _BATCH)), []

@@ -4,14 +4,16 @@ import importlib
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
 import pytest
 from conftest import tiny
+from ml_collections import ConfigDict
 
 from configs import small
-from rae_jax import build, checks, sharding, stages
+from rae_jax import build, checks, modes, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
@@ -136,6 +138,25 @@ def test_a_decoder_of_larger_patches_or_on_another_grid():
         ("dit.num_heads", 0),
         ("dit.train.warmup_steps", -3),
         ("sampler.refresh", (1.5,)),
+        ("encoder.layers", (0.5,)),
+        ("encoder.num_registers", -1),
+        ("encoder.mlp_ratio", 0.0),
+        ("encoder.std", (0.0, 0.0, 0.0)),
+        ("encoder.mean", (0.5, 0.5)),
+        ("encoder.input_size", 16),
+        ("judge.widths", ()),
+        ("judge.widths", (30,)),
+        ("decoder.train.noise_tau", -0.5),
+        ("decoder.train.discriminator_start", -1),
+        ("dit.head_width", 0),
+        ("dit.head_num_heads", 0),
+        ("dit.train.clip_norm", -1.0),
+        ("dit.train.weight_decay", -0.1),
+        ("dit.train.b1", 1.0),
+        ("dit.train.decay_start", -1),
+        ("dit.train.label_dropout", 2.0),
+        ("dit.train.time_std", 0.0),
+        ("dit.train.microbatches", 16),  # of one image, on eight devices
     ],
 )
 def test_impossible_values_are_named(tiny_config, key, value):
@@ -156,6 +177,47 @@ def test_a_guide_is_checked_as_the_dit_is(tiny_config):
         wrong.guidance.dit[key] = value
         with pytest.raises(UserError, match=f"config.guidance.dit.{key}"):
             checks.check(wrong, mesh)
+
+
+@pytest.mark.parametrize("changes", [{"sampler.method": "sde"}, {"dit.prediction": "noise"}], ids=str)
+def test_the_published_grid_begins_where_not_all_can(tiny_config, changes):
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    tiny_config.sampler.grid = "published"
+    checks.check(tiny_config, mesh)
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match="config.sampler.grid='published' cannot work"):
+        checks.check(tiny_config, mesh)
+
+
+def test_the_best_checkpoint_is_that_of_a_metric(tiny_config):
+    mesh = sharding.make_mesh(tiny_config.mesh)
+    tiny_config.evaluate.every = 2
+    tiny_config.checkpoint.best = "fd"
+    checks.check(tiny_config, mesh)
+    tiny_config.checkpoint.best = "fdd"
+    with pytest.raises(UserError, match="config.checkpoint.best='fdd' cannot work: choose one of psnr"):
+        checks.check(tiny_config, mesh)
+    assert modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=False) == {}
+    with pytest.raises(UserError, match="config.checkpoint.best='fd' cannot work: choose from psnr"):
+        modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=True)
+
+
+def test_cudnn_s_heads_are_those_that_attend():
+    hopper = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H100")
+    for name in ("sdvae_dit_xl", "plain_dit_xl", "dit_xl"):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.update({"attention": "cudnn", "dtype": "bfloat16"})
+        checks._check_attention(config, hopper)
+    config.dit.num_heads = 96
+    with pytest.raises(UserError, match="config.dit.width=1152 leaves 96 heads"):
+        checks._check_attention(config, hopper)
+
+
+def test_a_run_that_met_an_unreadable_image_goes_on_without_it(tiny_config, tmp_path):
+    config_lib.save(tiny_config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    tiny_config.data.on_error = "skip"
+    config_lib.check_workdir(tiny_config, tmp_path)
 
 
 def test_guidance_by_labels_takes_labels(tiny_config):

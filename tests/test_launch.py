@@ -302,7 +302,7 @@ def cloud(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text(text)
         path.chmod(0o755)
-    installed = tmp_path / "new/rae_jax/.venv/.installed-tpu"
+    installed = tmp_path / "new/rae_jax/.venv/.installed-tpu,gcs,torch"
     installed.touch()
     os.utime(installed, (4e9, 4e9))  # newer than whatever comes
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"

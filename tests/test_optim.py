@@ -32,6 +32,7 @@ def test_muon_turns_the_blocks_kernels_by_the_gradients_singular_vectors():
 
 def test_muon_leaves_the_rest_to_adamw():
     shapes = {"embed": {"kernel": (4, 8)}, "blocks": {"bias": (3, 8)}, "norm": {"scale": (8,)}}
+    shapes["head0"] = {"in_conv": {"kernel": (9, 4, 8)}}  # a discriminator's convolution
     grads = jax.tree.map(lambda shape: jax.random.normal(jax.random.key(1), shape), shapes, is_leaf=_is_shape)
     params = jax.tree.map(jnp.ones_like, grads)
     adamw = optax.nadamw(RATE, b1=0.9, b2=0.95, weight_decay=0.0)
@@ -40,6 +41,16 @@ def test_muon_leaves_the_rest_to_adamw():
         _first_update("muon", params, grads),
         adamw.update(grads, adamw.init(params), params)[0],
     )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_leaves_the_time_embedding_s_frequencies(name):
+    params = {"time_embed": {"frequencies": jnp.ones(4), "kernel": jnp.ones((4, 8))}}
+    train = tiny().dit.train
+    train.update({"optimizer": name, "weight_decay": 0.1, "warmup_steps": 0})
+    optimiser = optim.make(train)
+    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    assert not updates["time_embed"]["frequencies"].any() and (updates["time_embed"]["kernel"] < 0).all()
 
 
 def test_each_average_has_its_own_decay():

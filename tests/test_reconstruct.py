@@ -89,7 +89,7 @@ def test_one_file_without_networks(folder, tmp_path):
 
 def test_a_broken_file_and_an_empty_folder_are_named(folder, tmp_path):
     (folder / "star" / "2.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend or remove it"):
+    with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend it, or leave it out"):
         _reconstruct(_shipped(), folder, tmp_path)
     (tmp_path / "nothing").mkdir()
     for name in ("nothing", "nowhere"):

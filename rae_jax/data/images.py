@@ -171,7 +171,7 @@ def naming(name):
         yield
     except _DAMAGED as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the image {name} ({reason}): mend or remove it") from error
+        raise UserError(f"cannot read the image {name} ({reason}): mend it, or leave it out (on_error=skip)") from error
 
 
 # What Pillow raises for files that are damaged, unknown, or larger than its limit against decompression bombs.

@@ -112,6 +112,7 @@ def _flash(q, k, v, *, interpret):
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=PRODUCT,  # remat='dots' keeps its result, too
     )
     q = (q * width**-0.5).astype(q.dtype)  # the kernel leaves that to its caller
     q, k, v = (_heads_first(a, padded) for a in (q, k, v))
