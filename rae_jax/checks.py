@@ -55,8 +55,10 @@ _POSITIVE = (
     *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
     *("encoder.mlp_ratio", "dit.train.time_std"),
 )
-_NOT_NEGATIVE = ("encoder.num_registers", "encoder.train.noise_tau", "decoder.train.noise_tau")
-_STARTS = ("decoder.train.discriminator_start", "decoder.train.adversarial_start")
+_NOT_NEGATIVE = (
+    *("encoder.num_registers", "encoder.train.noise_tau", "decoder.train.noise_tau"),
+    *("decoder.train.discriminator_start", "decoder.train.adversarial_start"),
+)
 _FRACTIONS = ("dit.train.label_dropout", "discriminator.augment.prob", "discriminator.augment.cutout")
 
 
@@ -72,7 +74,7 @@ def check(config, mesh):
     _require(tuple(s for s in STAGES if s in config.stages) == tuple(config.stages), config, "stages", _ORDER)
     for key in _POSITIVE:
         _require(_get(config, key) > 0, config, key, "it must be positive")
-    for key in (*_NOT_NEGATIVE, *_STARTS):
+    for key in _NOT_NEGATIVE:
         _require(_get(config, key) >= 0, config, key, "it must be 0 or more")
     for key in _FRACTIONS:
         _require(0 <= _get(config, key) <= 1, config, key, "it must be between 0 and 1")

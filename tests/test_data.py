@@ -65,6 +65,16 @@ def _folder(root, counts):
     return root
 
 
+def test_held_out_images_of_other_classes_are_refused(tmp_path):
+    for name in ("train/cat", "train/dog", "val/cat", "val/owl"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "1.png")
+    paths = {"path": str(tmp_path / "train"), "heldout_path": str(tmp_path / "val"), "image_size": 16}
+    assert len(image_folder(**paths, split="train")) == 2
+    with pytest.raises(UserError, match="heldout_path=.* has other class folders than config.data.path=.*: 'dog' is"):
+        image_folder(**paths, split="heldout")
+
+
 def test_image_folder_splits_and_labels(tmp_path):
     root = _folder(tmp_path / "images", {"cat": 30, "ant": 12})
     parts = {s: image_folder(path=str(root), heldout_path="", split=s, image_size=16) for s in ("train", "heldout")}

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -343,3 +344,15 @@ def test_commands_name_the_flag_that_is_wrong(tmp_path, arguments):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --path='nowhere' is not there: name a folder")
+
+
+def test_a_full_disk_is_one_line(folder, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written .*: make room, and the same command goes on"):
+            pack(_parts(folder), tmp_path / "packed", **FORM)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    pack(_parts(folder), tmp_path / "packed", **FORM)
+    assert len(PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE)) == 22

@@ -171,6 +171,22 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
         command.main(["width"], tmp_path, "fast", 1, 1, "", False)
 
 
+def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tmp_path, monkeypatch):
+    foundations = base.FOUNDATIONS["weak"]["config"]
+    first = _plan(tmp_path, studies=["reuse"]).jobs["reuse/50_steps/seed_0"]
+    first.workdir.mkdir(parents=True)
+    (first.workdir / work.RESULTS).write_text(json.dumps({"request": work.request(first), "rows": []}))
+    work.claim(first)
+    work.claim(first)
+    assert work.results(first) == [] and list(first.built_on) == ["foundations/weak"]
+    monkeypatch.setitem(foundations, "dit.train.num_steps", 301)
+    monkeypatch.setitem(base.SIZES["fast"], "dit.train.num_steps", 5)
+    second = _plan(tmp_path, studies=["reuse"]).jobs["reuse/50_steps/seed_0"]
+    assert work.results(second) is None
+    with pytest.raises(UserError, match="seed_0 holds another run, or one built on others: remove that folder"):
+        work.claim(second)
+
+
 def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     """Runs in processes: one is interrupted and goes on; what is done is not begun; one that fails is named, what is
     built on it left out. The loss falls only where the DiT is as wide as a token."""

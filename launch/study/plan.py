@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from configs.study import base
+from launch.study import work
 from rae_jax.data import sources
 
 STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse")
@@ -22,6 +23,7 @@ class Job:
     kind: str = "run"  # or 'vae', 'image'
     export: bool = False  # whether others take its weights, from WORKDIR/weights
     needs: tuple = ()  # names of jobs that have to be done before
+    built_on: dict = dataclasses.field(default_factory=dict)  # {name of such a job: digest of what it was asked for}
     measure: tuple = ()
     generators: dict = dataclasses.field(default_factory=dict)
     judge: dict = dataclasses.field(default_factory=dict)  # keys of the encoder and the judge that see all images
@@ -80,7 +82,7 @@ class Plan:
             name=job,
             workdir=self._workdir / job,
             config={**resolved, "name": f"{name}_{folder}", "seed": seed},
-            needs=tuple(needs),
+            **self._needing(needs),
             measure=tuple(study["measure"]),
             generators=generators,
             judge=judge,
@@ -105,6 +107,9 @@ class Plan:
             needs.append(job)
         return str(self.jobs[job].workdir / "weights")
 
+    def _needing(self, needs):
+        return {"needs": tuple(needs), "built_on": {name: work.digest(self.jobs[name]) for name in needs}}
+
     def _add_foundation(self, name, job):
         of, needs = self._foundations[name], []
         config = self._merged(of["config"], of.get("sizes", {}), {})
@@ -118,6 +123,6 @@ class Plan:
             config={**config, "name": name, "seed": 0},
             kind=of.get("kind", "run"),
             export=True,
-            needs=tuple(needs),
+            **self._needing(needs),
             vae={**of.get("vae", {}), **of.get("vae_sizes", {}).get(self._size, {})},
         )

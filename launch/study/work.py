@@ -1,5 +1,6 @@
 """One job in a process of its own: train, hand on the weights, measure; one that was interrupted goes on."""
 
+import hashlib
 import json
 import os
 import signal
@@ -7,9 +8,12 @@ import sys
 import time
 import traceback
 
+from rae_jax import files
 from rae_jax.command import RESTART
+from rae_jax.errors import UserError
 
 RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
+ASKED = "asked.json"  # in the workdir: what the training depends on
 CPU = "cpu_seconds.jsonl"  # one line for each time the job was at work
 
 
@@ -43,7 +47,6 @@ def _stop(number, frame):
 
 def _run(job):
     from rae_jax import malloc
-    from rae_jax.errors import UserError
     from rae_jax.train import DivergedRun, InterruptedRun
 
     malloc.keep_freed_memory()
@@ -58,10 +61,18 @@ def _run(job):
     return 0
 
 
-def request(job):
+_TRAINED_BY = ("config", "kind", "vae", "built_on")
+_MEASURED_BY = ("measure", "generators", "judge")
+
+
+def request(job, of=(*_TRAINED_BY, *_MEASURED_BY)):
     """What the results of a job depend on, as JSON has it."""
-    asked = {name: getattr(job, name) for name in ("config", "kind", "measure", "generators", "judge", "vae")}
-    return json.loads(json.dumps(asked))
+    return json.loads(json.dumps({name: getattr(job, name) for name in of}))
+
+
+def digest(job):
+    """A few letters that stand for a job's request."""
+    return hashlib.sha256(json.dumps(request(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def results(job):
@@ -82,9 +93,10 @@ def cpu_seconds(job):
 def perform(job):
     """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
-    from rae_jax import checks, convert, files, modes, sharding
+    from rae_jax import checks, convert, modes, sharding
     from rae_jax import config as config_lib
 
+    claim(job)
     config, rows = configured(job.config), []
     mesh = sharding.make_mesh(config.mesh)
 
@@ -106,6 +118,14 @@ def perform(job):
         case other:
             raise ValueError(f"unknown kind of job {other!r}")
     files.write_text(_path(job.workdir) / RESULTS, json.dumps({"request": request(job), "rows": rows}, indent=1) + "\n")
+
+
+def claim(job):
+    """Raise UserError where the workdir holds what was trained otherwise, or on other foundations."""
+    path, asked = _path(job.workdir) / ASKED, request(job, _TRAINED_BY)
+    if path.exists() and json.loads(path.read_text()) != asked:
+        raise UserError(f"{job.workdir} holds another run, or one built on others: remove that folder")
+    files.write_text(path, json.dumps(asked))
 
 
 def configured(keys):

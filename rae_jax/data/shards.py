@@ -1,5 +1,6 @@
 """Shards of records, written so that one that counts is whole, and long work goes on where it was interrupted."""
 
+import contextlib
 import hashlib
 import json
 
@@ -54,26 +55,40 @@ def finished(file):
 def write(file, records, check):
     """Write records (an iterable of bytes) to a shard, read it back, put it in place; returns their number.
 
-    `check(data)` raises what is wrong with a record that was read back. Raises UserError where the file does not hold
-    what was written.
+    `check(data)` raises what is wrong with a record that was read back. Raises UserError where the file cannot be
+    written, or does not hold what was written.
     """
     unfinished, digests = file.with_suffix(".unfinished"), []
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are compressed, latents noise
+    with _writing(unfinished):
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are compressed, latents noise
     try:
         for data in records:
-            writer.write(data)
+            with _writing(unfinished):
+                writer.write(data)
             digests.append(hashlib.sha256(data).digest())
     finally:
-        writer.close()
+        with _writing(unfinished):
+            writer.close()
     _verify(unfinished, digests, check)
-    unfinished.replace(file)
+    with _writing(file):
+        unfinished.replace(file)
     return len(digests)
 
 
 def finish(file, result):
     """Note `result` (a dict), without which the shard does not count."""
-    files.write_text(file.with_suffix(".json"), json.dumps(result))
+    with _writing(file):
+        files.write_text(file.with_suffix(".json"), json.dumps(result))
     return result
+
+
+@contextlib.contextmanager
+def _writing(file):
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be written ({reason}): make room, and the same command goes on") from error
 
 
 def _verify(file, digests, check):

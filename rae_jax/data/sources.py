@@ -59,12 +59,15 @@ def image_folder(*, path, heldout_path, split, image_size, num_classes=None, nam
 
     Folders and archives hold CLASS/IMAGE, at any depth in archives; classes are in alphabetical order. A list is a text
     file with a line `IMAGE LABEL` for each, IMAGE relative to the list, LABEL from 0 (to `num_classes` - 1, if given).
-    Without `heldout_path`, every 20th image is held out. Raises UserError where there is nothing of the kind; `named`:
-    what the user calls the two paths.
+    Without `heldout_path`, every 20th image is held out. Raises UserError where there is nothing of the kind, or
+    the two folders' classes differ; `named`: what the user calls the two paths.
     """
     separate = split == "heldout" and bool(heldout_path)
     given, key = (heldout_path, named[1]) if separate else (path, named[0])
     store, class_names = _open(given, key, num_classes)
+    if separate and Path(path).is_dir() and Path(given).is_dir() and class_names != (others := _classes_in(Path(path))):
+        odd = sorted(set(class_names) ^ set(others))[0]
+        raise UserError(f"{key}={given!r} has other class folders than {named[0]}={path!r}: {odd!r} is in one alone")
     if not heldout_path:
         chosen = [i for i in range(len(store)) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
         store = _Chosen(store, chosen)
@@ -104,7 +107,7 @@ class _Files:
 
 
 def _open_folder(folder):
-    class_names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    class_names = _classes_in(folder)
     files = [
         (str(file), label)
         for label, name in enumerate(class_names)
@@ -112,6 +115,10 @@ def _open_folder(folder):
         if file.suffix.lower() in images.SUFFIXES
     ]
     return _Files(files), class_names
+
+
+def _classes_in(folder):
+    return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
 
 
 def _open_list(path, key, num_classes):
