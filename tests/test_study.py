@@ -50,6 +50,12 @@ SHOWN = {
         "the linear probe reads more from RAE's latents, pooled",
         "and from the whole latents",
     ),
+    "encoders": (
+        "trained weights reconstruct better than random ones (psnr)",
+        "several layers reconstruct better than the last (psnr)",
+        "several layers give a lower fd than the last",
+        "the linear probe reads more from trained weights, pooled",
+    ),
     "guidance": (
         "AutoGuidance at 1.5 lowers fd against none",
         "AutoGuidance at 1.5 has a lower fd than classifier-free guidance at 1.5",
