@@ -1,9 +1,11 @@
 """DiT^DH-B on DINOv2-B with registers, ImageNet at 256 px: the paper's recipe, and the base of the full-size configs.
 
-    python -m rae_jax.main --config=configs/dit_b.py --workdir=runs/dit_b --config.data.path=IMAGENET/train
+    python -m rae_jax.main --config=configs/dit_b.py --workdir=runs/dit_b --config.data.path=IMAGENET/train \
+        --config.data.heldout_path=IMAGENET/val
 
 Trains the DiT^DH alone, on the released decoder and statistics: 800 epochs at batch 1024. Expect gFID 3.38 after 80
-epochs, unguided (the paper's number; nobody has run this here yet).
+epochs, unguided (the paper's number; nobody has run this here yet), against ADM's images:
+--config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz.
 """
 
 from configs import encoders, small

@@ -1,6 +1,7 @@
 """DiT^DH-L on DINOv2-B, 256 px.
 
-python -m rae_jax.main --config=configs/dit_l.py --workdir=runs/dit_l --config.data.path=IMAGENET/train
+python -m rae_jax.main --config=configs/dit_l.py --workdir=runs/dit_l --config.data.path=IMAGENET/train \
+    --config.data.heldout_path=IMAGENET/val
 """
 
 from configs import dit_b

@@ -2,7 +2,8 @@
 
     python -m rae_jax.main --config=configs/dit_s.py --workdir=runs/dit_s --mode=sample
 
-Train it with --config.data.path=IMAGENET/train: gFID 6.07 after 80 epochs, by the paper.
+Train it with --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val: gFID 6.07 after 80 epochs, by
+the paper.
 """
 
 from configs import dit_b

@@ -1,6 +1,7 @@
 """A plain DiT-XL on DINOv2-B, 256 px: what the wide head is compared with.
 
-    python -m rae_jax.main --config=configs/plain_dit_xl.py --workdir=runs/plain --config.data.path=IMAGENET/train
+    python -m rae_jax.main --config=configs/plain_dit_xl.py --workdir=runs/plain --config.data.path=IMAGENET/train \
+        --config.data.heldout_path=IMAGENET/val
 
 gFID 4.28 after 80 epochs, by the paper.
 """

@@ -1,6 +1,7 @@
 """The paper's baseline: DiT-XL on the latents of Stable Diffusion's VAE, ImageNet at 256 px.
 
-    python -m rae_jax.main --config=configs/sdvae_dit_xl.py --workdir=runs/sdvae_dit_xl --config.data.path=IMAGENET
+    python -m rae_jax.main --config=configs/sdvae_dit_xl.py --workdir=runs/sdvae_dit_xl \
+        --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val
 
 gFID 7.13 after 80 epochs, by the paper; nobody has run this here yet.
 """

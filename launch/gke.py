@@ -1,14 +1,16 @@
 """A run on GKE, or any Kubernetes with JobSet: renders launch/jobset.yaml and applies it.
 
     python -m launch.gke --name=b1 --image=IMAGE --accelerator=tpu-v5-lite-podslice --topology=4x4 \
-        -- --config=configs/dit_b.py --workdir=gs://BUCKET/b1 [--config.KEY=VALUE ...]
+        -- --config=configs/dit_b.py --config.dtype=bfloat16 --workdir=gs://BUCKET/b1 \
+        --config.data.source=array_record --config.data.path=/data/PACKED [--config.KEY=VALUE ...]
     python -m launch.gke --name=b1 --image=IMAGE --accelerator=nvidia-h100-80gb --gpus=8 --hosts=2 -- ...
 
 --dry_run prints the manifest and does nothing. It goes to the cluster of kubectl's current context, or of --context.
 Values of --env come from the environment that this is started in, and go into a Secret of the cluster, by standard
-input: neither the manifest nor what is printed has them. launch/Dockerfile makes an image. The pods save and go on
-where a node is taken away, or a process of the run is gone (exit statuses 75, 134 and those of signals), up to
---max_restarts times; with 0 all is done, and with 1 or 2 a person is asked: docs/robustness.md.
+input: neither the manifest nor what is printed has them. launch/Dockerfile makes an image; the data has to be in it,
+or in a volume added to the template. The pods save and go on where a node is taken away, or a process of the run is
+gone (exit statuses 75, 134 and those of signals), up to --max_restarts times; with 0 all is done, and with 1 or 2 a
+person is asked: docs/robustness.md.
 """
 
 import argparse

@@ -2,13 +2,14 @@
 # A run on a TPU VM slice:
 #
 #     bash launch/tpu_vm.sh --name=b1 --zone=ZONE --type=v5litepod-16 [--project=PROJECT] [--spot] [--runtime=VERSION] \
-#         [--env=HF_TOKEN,WANDB_API_KEY] [--dry_run] -- --config=configs/dit_b.py --workdir=gs://BUCKET/b1
+#         [--env=HF_TOKEN,WANDB_API_KEY] [--dry_run] -- --config=configs/dit_b.py --config.dtype=bfloat16 \
+#         --workdir=gs://BUCKET/b1 --config.data.source=array_record --config.data.path=/home/ME/PACKED
 #
 # Makes the slice by a queued resource (one of that name that is there is used), copies this checkout to all workers,
 # installs, starts the run on all of them and shows the first one's log. The run is no child of this command: Ctrl-C
 # here, or a closed laptop, does not end it. The same command shows it again later, or does what is missing: a slice that
 # was taken away is made anew, and the run goes on. As long as it is there (in tmux on a small machine, say), it does so
-# by itself.
+# by itself. Data is not copied: put it on every worker (docs/launchers.md).
 #
 #     bash launch/tpu_vm.sh --name=b1 --zone=ZONE --stop      # the run ends, with all saved
 #     bash launch/tpu_vm.sh --name=b1 --zone=ZONE --delete    # the slice goes, and costs no more

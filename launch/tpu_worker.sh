@@ -26,7 +26,7 @@ install() {
         python3 -m uv python install -q 3.12
         PYTHON=$(python3 -m uv python find 3.12)
     fi
-    ensure_venv tpu
+    ensure_venv tpu,gcs,torch # workdirs on gs:// take gcs; released files torch
 }
 
 case $1 in

@@ -7,7 +7,7 @@ die() {
     exit 1
 }
 
-# ensure_venv EXTRA: .venv holds the project with that extra. Does nothing, at once, when neither the
+# ensure_venv EXTRA[,EXTRA]: .venv holds the project with these extras. Does nothing, at once, when neither the
 # dependencies nor their pinned versions changed since the last install.
 ensure_venv() {
     local extra=$1 stamp=.venv/.installed-$1 python=${PYTHON:-python3}

@@ -6,9 +6,9 @@
         --config.data.heldout_path=IMAGENET/val --config.data.latents=LATENTS ...
 
 The images are those that the config's DiT stage would see, centre-cropped, and the encoder is config.encoder, with the
-weights that it names; --config.dtype has to be the run's (--dtype is only how latents are stored). Every image is encoded as it is and mirrored (--nomirrored leaves that out). Evaluation still
-takes images and the encoder. Every shard is read back and compared before it counts; the same command goes on where it
-was interrupted.
+weights that it names; --config.dtype has to be the run's (--dtype is only how latents are stored). Every image is
+encoded as it is and mirrored (--nomirrored leaves that out). Evaluation still takes images and the encoder. Every shard
+is read back and compared before it counts; the same command goes on where it was interrupted.
 """
 
 import json
