@@ -74,8 +74,8 @@ class Checkpoints:
 
     @property
     def latest(self):
-        """Newest finished checkpoint's step, or None."""
-        return latest_step(self._folder)
+        """Newest finished checkpoint's step as this process sees it, or None."""
+        return max(steps(self._folder), default=None)
 
     def newest_in_words(self):
         """Where to go on from, for messages; what is being written is waited for."""
@@ -135,7 +135,7 @@ class Checkpoints:
         while True:
             self.save(step, state, iterator, score)
             self._collect(wait=True)
-            if step in steps(self._folder):
+            if processes.agreed(step in steps(self._folder)):
                 return
             if jax.process_count() > 1 or time.monotonic() - began > patience:
                 raise UserError(
@@ -157,13 +157,13 @@ class Checkpoints:
                     break
                 aside = manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
-        step = int(processes.agreed(-1 if self.latest is None else self.latest))
-        if step < 0 and any(".damaged" in path.name for path in _inside(self._folder)):
+        step = latest_step(self._folder)
+        if step is None and processes.agreed(any(".damaged" in path.name for path in _inside(self._folder))):
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged: bring a whole one back, or remove that folder to "
                 f"train this stage from its beginning"
             )
-        return None if step < 0 else step
+        return step
 
     def restore(self, step, abstract_state, iterator):
         """The state, placed as `abstract_state` says; `iterator` is moved to its position.
@@ -268,8 +268,12 @@ def steps(folder):
 
 
 def latest_step(folder):
-    """Newest finished checkpoint's step in a stage's folder, or None; creates nothing."""
-    return max(steps(folder), default=None)
+    """Newest finished checkpoint's step in a stage's folder, or None; creates nothing.
+
+    To be called by all processes: the first one's answer is all others', who may see what it has written later.
+    """
+    newest = int(processes.agreed(max(steps(folder) if jax.process_index() == 0 else (), default=-1)))
+    return None if newest < 0 else newest
 
 
 def restore_entries(folder, step, abstract):

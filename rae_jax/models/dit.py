@@ -30,7 +30,7 @@ _ZEROS = nn.initializers.zeros
 
 
 class TimeEmbedding(nn.Module):
-    """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in float32."""
+    """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in float32, products in earnest."""
 
     width: int
     linear: Callable  # how the biases start
@@ -45,7 +45,8 @@ class TimeEmbedding(nn.Module):
         def layer(x, name):
             return self.linear(self.width, x.shape[-1], dtype=jnp.float32, name=name, kernel_init=_SMALL)(x)
 
-        return layer(nn.silu(layer(x, "fc1")), "fc2")
+        with jax.default_matmul_precision("highest"):  # a TPU would round float32 to bfloat16
+            return layer(nn.silu(layer(x, "fc1")), "fc2")
 
 
 class LabelEmbedding(nn.Module):
