@@ -174,15 +174,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-# A step of the decoder on these meshes, and all that it changes, is compared in test_stage_decoder.py.
-@pytest.mark.parametrize("stage", [pytest.param("decoder", marks=pytest.mark.slow), "dit"])
+# A step on several meshes, and all that it changes, is compared in test_scale.py and test_stage_decoder.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["decoder", "dit"])
 def test_meshes_agree(run, tmp_path, stage):
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
         config = tiny()
         config.stages = (stage,)
         config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
-        config.dit.train.more_ema_decays = (0.5, 0.0)
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         for part in ("encoder", "statistics"):
             config[part].weights = str(tmp_path / "weights")
@@ -202,20 +202,20 @@ def test_meshes_agree(run, tmp_path, stage):
             keep=1,
         )
         losses[name] = _rows(workdir, stage)
-    if stage == "dit":
-        _check_averages(config, workdir, mesh)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (theirs["step"], key)
 
 
-def _check_averages(config, workdir, mesh):
-    """config.dit.average picks the weights that others use."""
-    sums = set()
-    for config.dit.average in (0, 1, 2):
-        table = stages.load(config, "dit", workdir, mesh)["label_embed"]["table"]
-        sums.add(float(np.abs(table).sum()))
-    assert len(sums) == 3
+def test_an_average_is_picked(run):
+    """config.dit.average names the weights that others use."""
+    config = tiny()
+    mesh = sharding.make_mesh(config.mesh)
+    tables = []
+    for average in range(1 + len(config.dit.train.more_ema_decays)):
+        config.dit.average = average
+        tables.append(np.asarray(stages.load(config, "dit", run, mesh)["label_embed"]["table"]))
+    assert len(tables) == 3 and len({float(np.abs(table).sum()) for table in tables}) == 3
 
 
 def test_exported_weights_come_back(run, tmp_path):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from conftest import tiny
 
-from rae_jax import optim
+from rae_jax import optim, sharding
 
 RATE = 1e-2
 
@@ -41,6 +41,18 @@ def test_muon_leaves_the_rest_to_adamw():
         _first_update("muon", params, grads),
         adamw.update(grads, adamw.init(params), params)[0],
     )
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_muon_on_a_mesh_is_muon_on_one_device(sizes):
+    """It computes on whole matrices, which devices hold in parts."""
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    shapes = {"attention": {"qkv": {"kernel": (3, 64, 192)}, "proj": {"kernel": (3, 64, 64)}}}
+    grads = {"blocks": jax.tree.map(lambda s: jax.random.normal(jax.random.key(0), s), shapes, is_leaf=_is_shape)}
+    split = jax.device_put(grads, sharding.shardings(grads, mesh))
+    assert not any(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
+    ours, expected = (jax.jit(lambda grads: _first_update("muon", grads, grads))(tree) for tree in (split, grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * RATE), ours, expected)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
