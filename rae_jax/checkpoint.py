@@ -165,6 +165,11 @@ class Checkpoints:
             )
         return step
 
+    def note_score(self, step, score):
+        """Give a finished checkpoint the score that it was written without; None: it has none."""
+        if score is not None and jax.process_index() == 0:
+            manifest.note_score(self._path(step), score)
+
     def restore(self, step, abstract_state, iterator):
         """The state, placed as `abstract_state` says; `iterator` is moved to its position.
 

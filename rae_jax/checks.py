@@ -242,11 +242,9 @@ def _check_sampling(config):
     _require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
     whole = train.batch_size % train.microbatches == 0
     _require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
-    begins = sampler.grid != "published" or (sampler.method != "sde" and config.dit.prediction != "noise")
-    plain = (
-        "it begins at noise alone, from which neither a stochastic sampler nor a prediction of noise can go: 'plain'"
-    )
-    _require(begins, config, "sampler.grid", plain)
+    boundless = config.dit.prediction == "noise" or (sampler.method == "sde" and sampler.diffusion == "score_based")
+    plain = "a prediction of noise, or config.sampler.diffusion='score_based', has no bounds where it begins: 'plain'"
+    _require(sampler.grid != "published" or not boundless, config, "sampler.grid", plain)
     reusable = sampler.method == "euler" and config.dit.head_depth > 0
     share = "only euler steps of a DiT^DH can share its trunk's output: set it to"
     _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")

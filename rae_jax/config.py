@@ -15,6 +15,7 @@ FREE_KEYS = (
     *("name", "log_every", "wandb", "checkpoint", "health", "mesh"),
     *("unroll", "remat", "attention", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
+    "dit.train.microbatches",
     "data.on_error",  # a run of 'stop' that stands has met none that cannot be read
 )
 
@@ -36,12 +37,17 @@ def check_workdir(config, workdir):
     ours = flatten(json.loads(config.to_json()))
     only_measured = () if "decoder" in config.stages else ("lpips",)
     for key in sorted(theirs):
-        free = any(key == name or key.startswith(f"{name}.") for name in (*FREE_KEYS, *only_measured))
+        free = is_free(key) or key.split(".")[0] in only_measured
         if not free and ours.get(key) != theirs[key]:
             raise UserError(
                 f"{workdir} holds a run with config.{key}={theirs[key]!r}, not {ours.get(key)!r}: "
                 f"take another --workdir, or set the key back"
             )
+
+
+def is_free(key):
+    """Whether nothing that is trained depends on a key."""
+    return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
 
 
 def save(config, workdir):

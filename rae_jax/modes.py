@@ -252,7 +252,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
         loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
         return {**loaded, **(needed.guide(config, mesh) if stage.name == "dit" else {})}
 
-    last = [name for name in config.stages if name in _EVALUATED][-1] == stage.name
+    last = [name for name in config.stages if name in _EVALUATED][-1:] == [stage.name]
 
     def evaluate(state, step):
         parts = {**others(), stage.name: stages.used(config, stage.name)(state)}

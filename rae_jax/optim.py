@@ -25,7 +25,13 @@ def schedule(train):
 def make(train):
     """The optimiser that a stage's `train` section names; a clip_norm of 0 means no clipping."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
-    return optax.chain(clip, _descent(train), optax.masked(optax.set_to_zero(), _constant))
+    whole = optax.chain(clip, _descent(train))
+
+    def update(grads, state, params):
+        updates, state = whole.update(grads, state, params)
+        return jax.tree_util.tree_map_with_path(_unless_constant, updates), state
+
+    return optax.GradientTransformation(whole.init, update)
 
 
 def _descent(train):
@@ -47,9 +53,9 @@ def _descent(train):
             raise ValueError(f"unknown optimizer {other!r}")
 
 
-def _constant(params):
-    """Marks the frequencies of the time embedding, which no gradient reaches; nor shall weight decay."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "frequencies", params)
+def _unless_constant(path, update):
+    """No weight decay of the time embedding's frequencies, which no gradient reaches."""
+    return jnp.zeros_like(update) if path[-1].key == "frequencies" else update
 
 
 _BLOCKS = ("blocks", "trunk", "head")  # what layers.scan_blocks has made

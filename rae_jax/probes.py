@@ -26,7 +26,7 @@ def probes(config, parts, images, labels, mesh):
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
     on_all = sharding.replicated(mesh)  # so that every process can read it
     pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=on_all)
-    random = jax.device_put(random, jax.tree.map(lambda leaf: leaf.sharding, parts["encoder"]))
+    random = jax.device_put(random, sharding.shardings(random, mesh))
     views = {
         "probe": functools.partial(pooled, parts["encoder"]),
         "probe_random": functools.partial(pooled, random),

@@ -91,7 +91,7 @@ def fit(
 
         with progress, pulse, contextlib.closing(_Clock(stage.batch_size)) as clock:
             if start and evaluate_every and start % evaluate_every == 0 and metrics_file.lack_evaluation(start):
-                look(start)  # which an interruption left out
+                checkpoints.note_score(start, look(start))  # an interruption left that out
             if start < stage.num_steps:
                 clock.wait_for(feed.fetch)
             for step in range(start + 1, stage.num_steps + 1):
@@ -118,7 +118,7 @@ def fit(
                     watch.ended()
                     with pulse.doing("saving"):
                         _save(checkpoints, step, state, feed, score, last=last, stopping=stopping)
-                if due and (last or not stopping):
+                if due and not stopping:
                     look(step)
                     clock.read()
                 stopping = stopping or (stop.at_the_end() if last else None)

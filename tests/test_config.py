@@ -179,10 +179,10 @@ def test_a_guide_is_checked_as_the_dit_is(tiny_config):
             checks.check(wrong, mesh)
 
 
-@pytest.mark.parametrize("changes", [{"sampler.method": "sde"}, {"dit.prediction": "noise"}], ids=str)
+@pytest.mark.parametrize("changes", [{"sampler.diffusion": "score_based"}, {"dit.prediction": "noise"}], ids=str)
 def test_the_published_grid_begins_where_not_all_can(tiny_config, changes):
     mesh = sharding.make_mesh(tiny_config.mesh)
-    tiny_config.sampler.grid = "published"
+    tiny_config.sampler.update({"grid": "published", "method": "sde", "diffusion": "sigma"})
     checks.check(tiny_config, mesh)
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match="config.sampler.grid='published' cannot work"):

@@ -144,8 +144,13 @@ def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
 def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_path, monkeypatch, scored):
     whole, cut = (epath.Path(tmp_path) / name for name in ("whole", "cut"))
     seen, write, stop_at = [], logs.Metrics.write, [4]
-    how = {"evaluate": lambda state, step: seen.append(step) or {"x": float(step)}, "evaluate_every": 2}
-    how |= {"scored": scored, "checkpoint_every": 100}
+    scores = {2: 0.5, 4: 0.9, 6: 0.1} if scored else {}
+
+    def evaluate(state, step):
+        seen.append(step)
+        return {"x": float(step), **({"score": scores[step]} if scored else {})}
+
+    how = {"evaluate": evaluate, "evaluate_every": 2, "scored": scored, "checkpoint_every": 100, "keep": 1}
     toy.run(whole, 6, **how)
     assert seen == [2, 4, 6]
 
@@ -162,6 +167,8 @@ def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_pat
     assert seen == [2] and checkpoint.latest_step(cut / "checkpoints" / "toy") == 4
     toy.run(cut, 6, **how)
     assert seen == [2, 4, 6] and toy.rows(cut) == toy.rows(whole)
+    kept = [checkpoint.steps(workdir / "checkpoints" / "toy") for workdir in (whole, cut)]
+    assert kept == [[4, 6] if scored else [6]] * 2
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monkeypatch):

@@ -181,6 +181,7 @@ def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tm
     foundations = base.FOUNDATIONS["weak"]["config"]
     first = _plan(tmp_path, studies=["reuse"]).jobs["reuse/50_steps/seed_0"]
     first.workdir.mkdir(parents=True)
+    (first.workdir / "checkpoints").mkdir()
     (first.workdir / work.RESULTS).write_text(json.dumps({"request": work.request(first), "rows": []}))
     work.claim(first)
     work.claim(first)

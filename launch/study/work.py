@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 
+from rae_jax import config as config_lib
 from rae_jax import files
 from rae_jax.command import RESTART
 from rae_jax.errors import UserError
@@ -61,18 +62,21 @@ def _run(job):
     return 0
 
 
-_TRAINED_BY = ("config", "kind", "vae", "built_on")
-_MEASURED_BY = ("measure", "generators", "judge")
-
-
-def request(job, of=(*_TRAINED_BY, *_MEASURED_BY)):
+def request(job):
     """What the results of a job depend on, as JSON has it."""
-    return json.loads(json.dumps({name: getattr(job, name) for name in of}))
+    names = ("config", "kind", "vae", "built_on", "measure", "generators", "judge")
+    return json.loads(json.dumps({name: getattr(job, name) for name in names}))
+
+
+def trained_by(job):
+    """What the weights of a job depend on, as JSON has it."""
+    config = {key: value for key, value in job.config.items() if not config_lib.is_free(key)}
+    return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 
 
 def digest(job):
-    """A few letters that stand for a job's request."""
-    return hashlib.sha256(json.dumps(request(job), sort_keys=True).encode()).hexdigest()[:16]
+    """A few letters that stand for a job's weights."""
+    return hashlib.sha256(json.dumps(trained_by(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def results(job):
@@ -94,9 +98,7 @@ def perform(job):
     """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
     from rae_jax import checks, convert, modes, sharding
-    from rae_jax import config as config_lib
 
-    claim(job)
     config, rows = configured(job.config), []
     mesh = sharding.make_mesh(config.mesh)
 
@@ -109,9 +111,10 @@ def perform(job):
     match job.kind:
         case "run":
             checks.check(config, mesh)
-            config_lib.check_workdir(config, job.workdir)
+            claim(job)
             modes.run(config.lock(), _path(job.workdir), mesh, do)
         case "vae":
+            claim(job)
             vae.train(config.lock(), _path(job.workdir), mesh, **job.vae)
         case "image":
             _copy_image(config, job.workdir / "weights")
@@ -122,8 +125,8 @@ def perform(job):
 
 def claim(job):
     """Raise UserError where the workdir holds what was trained otherwise, or on other foundations."""
-    path, asked = _path(job.workdir) / ASKED, request(job, _TRAINED_BY)
-    if path.exists() and json.loads(path.read_text()) != asked:
+    path, asked = _path(job.workdir) / ASKED, trained_by(job)
+    if path.exists() and (job.workdir / "checkpoints").exists() and json.loads(path.read_text()) != asked:
         raise UserError(f"{job.workdir} holds another run, or one built on others: remove that folder")
     files.write_text(path, json.dumps(asked))
 
