@@ -13,8 +13,8 @@ def load(config, workdir, mesh, step=None):
 def find(config, mesh):
     """Raise UserError where weights cannot be had that an evaluation takes and no stage makes; before all is trained.
 
-    Networks that judge images have a `find` of their own, in perception. Nothing is looked for where neither decoder nor
-    DiT is trained: who trains an encoder alone may have no decoder of its latents yet.
+    Networks that judge images have a `find` of their own, in perception. Nothing is looked for where neither decoder
+    nor DiT is trained: who trains an encoder alone may have no decoder of its latents yet.
     """
     if not {"decoder", "dit"} & set(config.stages):
         return
