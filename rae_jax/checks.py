@@ -90,8 +90,9 @@ def check(config, mesh):
     _require(
         evaluated, config, "checkpoint.best", "it is a metric of evaluations in training: set config.evaluate.every"
     )
-    known = config.checkpoint.best in ("", *RESULTS)
-    _require(known, config, "checkpoint.best", f"choose one of {', '.join(RESULTS)}, or ''")
+    metrics = [name for name in RESULTS if name != "seconds" and not name.startswith("probe")]  # those are of the end
+    known = config.checkpoint.best in ("", *metrics)
+    _require(known, config, "checkpoint.best", f"choose one of {', '.join(metrics)}, or ''")
     reference = config.evaluate.reference
     there = not reference or epath.Path(reference).exists()
     _require(there, config, "evaluate.reference", "name an .npz file or a folder of images; '': the held-out images")

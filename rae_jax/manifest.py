@@ -5,6 +5,8 @@ import json
 import math
 import zlib
 
+from rae_jax import files
+
 NAME = "manifest.json"
 _NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
 _CHUNK = 2**22  # bytes
@@ -16,9 +18,10 @@ def write(folder, score):
 
 
 def note_score(path, score):
-    """Give a checkpoint the score that it was written without."""
+    """Give a checkpoint the score that it was written without; one without a manifest has none."""
     file = path / NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), "score": score}))
+    if file.exists():
+        files.write_text(file, json.dumps({**json.loads(file.read_text()), "score": score}))
 
 
 def score(path):

@@ -115,6 +115,16 @@ def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
 
 
+def test_a_score_is_noted_and_the_checkpoint_stays_whole(begun):
+    path = _folder(begun) / "6"
+    assert manifest.score(path) is None
+    manifest.note_score(path, 0.5)
+    assert manifest.score(path) == 0.5 and manifest.damage(path) is None
+    (path / manifest.NAME).unlink()
+    manifest.note_score(path, 0.7)
+    assert manifest.score(path) is None and not (path / manifest.NAME).exists()
+
+
 def test_a_bucket_s_path_stays_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoint.absolute("gs://bucket/run/checkpoints/dit")) == "gs://bucket/run/checkpoints/dit"

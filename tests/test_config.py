@@ -194,9 +194,10 @@ def test_the_best_checkpoint_is_that_of_a_metric(tiny_config):
     tiny_config.evaluate.every = 2
     tiny_config.checkpoint.best = "fd"
     checks.check(tiny_config, mesh)
-    tiny_config.checkpoint.best = "fdd"
-    with pytest.raises(UserError, match="config.checkpoint.best='fdd' cannot work: choose one of psnr"):
-        checks.check(tiny_config, mesh)
+    for wrong in ("fdd", "probe"):  # probes are made at the end alone
+        tiny_config.checkpoint.best = wrong
+        with pytest.raises(UserError, match=f"config.checkpoint.best='{wrong}' cannot work: choose one of psnr"):
+            checks.check(tiny_config, mesh)
     assert modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=False) == {}
     with pytest.raises(UserError, match="config.checkpoint.best='fd' cannot work: choose from psnr"):
         modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=True)

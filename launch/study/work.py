@@ -111,6 +111,7 @@ def perform(job):
     match job.kind:
         case "run":
             checks.check(config, mesh)
+            config_lib.check_workdir(config, job.workdir)
             claim(job)
             modes.run(config.lock(), _path(job.workdir), mesh, do)
         case "vae":
