@@ -85,13 +85,10 @@ def fit(
         pulse = heartbeat.Heartbeat(workdir, stage, start=start, every=care.heartbeat, stalled=care.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
 
-        def look(step):
-            with pulse.doing("evaluating"):
-                return _evaluate(evaluate, state, step, metrics_file)
-
         with progress, pulse, contextlib.closing(_Clock(stage.batch_size)) as clock:
-            if start and evaluate_every and start % evaluate_every == 0 and metrics_file.lack_evaluation(start):
-                checkpoints.note_score(start, look(start))  # an interruption left that out
+            evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, pulse, clock)
+            if evaluations.due(start) and metrics_file.lack_evaluation(start):
+                checkpoints.note_score(start, evaluations.run(start, state))  # an interruption left that out
             if start < stage.num_steps:
                 clock.wait_for(feed.fetch)
             for step in range(start + 1, stage.num_steps + 1):
@@ -109,18 +106,15 @@ def fit(
                     progress.update(step, _note(metrics))
                 # After the checkpoint: it may take longer than a machine waits that is taken away, and what is left out
                 # is made up for. Before it, where its score belongs to the checkpoint, or no step comes after it.
-                due, score = evaluate_every and step % evaluate_every == 0, None
-                if due and (scored or last) and not stop.value:
-                    due, score = False, look(step)
-                    clock.read()  # its time is not the steps'
+                early = evaluations.due(step) and (scored or last) and not stop.value
+                score = evaluations.run(step, state) if early else None
                 stopping = stop.value
                 if last or stopping or checkpoints.wants(step, score):
                     watch.ended()
                     with pulse.doing("saving"):
                         _save(checkpoints, step, state, feed, score, last=last, stopping=stopping)
-                if due and not stopping:
-                    look(step)
-                    clock.read()
+                if evaluations.due(step) and not (early or stopping):
+                    evaluations.run(step, state)
                 stopping = stopping or (stop.at_the_end() if last else None)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
@@ -139,14 +133,6 @@ def _begin(stage, checkpoints, abstract, feed, key):
             logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return 0, jax.jit(stage.init, out_shardings=placed)(key)
-
-
-def _evaluate(evaluate, state, step, metrics_file):
-    """Write what `evaluate` finds; its score, or None."""
-    results = evaluate(state, step)
-    score = results.pop("score", None)
-    metrics_file.write(step, {f"eval/{name}": v for name, v in results.items()})
-    return score
 
 
 def _save(checkpoints, step, state, feed, score, *, last, stopping):
@@ -201,6 +187,27 @@ class _Feed:
         self._iterator.close()
 
 
+class _Evaluations:
+    """Evaluations in training, every so many steps."""
+
+    def __init__(self, evaluate, every, metrics_file, pulse, clock):
+        self._evaluate, self._every = evaluate, every
+        self._metrics_file, self._pulse, self._clock = metrics_file, pulse, clock
+
+    def due(self, step):
+        """Whether there is one after `step`."""
+        return bool(self._every and step and step % self._every == 0)
+
+    def run(self, step, state):
+        """Write what is found; its score, or None."""
+        with self._pulse.doing("evaluating"):
+            results = self._evaluate(state, step)
+        score = results.pop("score", None)
+        self._metrics_file.write(step, {f"eval/{name}": value for name, value in results.items()})
+        self._clock.read()  # its time is not the steps'
+        return score
+
+
 class _Clock:
     """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more.
 
@@ -229,7 +236,8 @@ class _Clock:
 
     def read(self):
         """Rates since the last reading, data_wait as a part of the time; the batch that was fetched is waited for."""
-        self._fed.result()
+        if self._fed is not None:
+            self._fed.result()
         elapsed = time.monotonic() - self._began
         rates = {
             "perf/steps_per_second": self._steps / elapsed,
