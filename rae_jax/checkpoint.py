@@ -297,6 +297,12 @@ def restore_entries(folder, step, abstract):
         return checkpointer.restore(path / "state", args=args)
 
 
+def position(folder, step):
+    """That of the data iterator when a checkpoint was written, as `BatchIterator.get_state` gives it."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(absolute(folder) / str(step) / "data")
+
+
 def absolute(path):
     """A path as Orbax takes it: a local one absolute. A bucket's is, and would become a local one by `resolve`."""
     path = epath.Path(path)

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import checks, command, descriptions, files, logs, published, sharding, stages
+from rae_jax import checkpoint, checks, command, descriptions, files, logs, published, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.weights import store
@@ -26,7 +26,7 @@ _ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself w
 FORMATS = ("rae_jax", "released", "released_pt", "diffusers")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; by default that of --workdir.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
 _PARTS = flags.DEFINE_list("parts", None, "Which parts; by default those whose stages the config has.")
 _FORMAT = flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
@@ -35,8 +35,8 @@ _FORMAT = flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
 def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     """Write weights as one of FORMATS; returns {path: size in bytes}.
 
-    `workdir`: of a finished run, or None for the weights that `config` names. Raises UserError where there is no run,
-    or an unfinished one, and for weights that do not fit the config.
+    `workdir`: of a run, whose newest checkpoints count, or None for the weights that `config` names. Raises UserError
+    where there is no run, no checkpoint of a part, statistics of only some images, and for weights that do not fit.
     """
     config = config or _config_of(workdir)
     parts = _parts(config, parts, form)
@@ -48,6 +48,9 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
         for done, part in enumerate(parts, 1):
             trees[part] = jax.device_get(stages.load(config, part, workdir or "", mesh))
             progress.update(done, part)
+            step = checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
+            if step is not None:
+                logs.say(f"{part}: as it was after step {step}")
     try:
         return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:

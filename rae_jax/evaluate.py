@@ -81,8 +81,13 @@ class Evaluator:
             source = self._open(path)
             if source is None:
                 raise UserError(f"it lacks {archive.IMAGES}, the images: uint8 [N, H, W, 3]")
-        reference = self._reference(parts)
-        return self._compared(parts, self._batches(source, "samples"), reference)
+        found = self._compared(parts, self._batches(source, "samples"), self._reference(parts))
+        if not found:
+            raise UserError(
+                f"--samples={path} has nothing to be compared with, as {len(self._held_out)} held-out images are too "
+                f"few: name more by config.evaluate.reference"
+            )
+        return found
 
     @functools.cached_property
     def _held_out(self):
@@ -94,7 +99,7 @@ class Evaluator:
         if not path:
             return None, {}
         with _naming(f"config.evaluate.reference={path}"):
-            images = self._open(path)
+            images = self._open(path, labelled=False)
             moments = archive.read_moments(path, perception.MOMENTS_OF)
             if images is None and not moments:
                 raise UserError(f"it holds neither images ({archive.IMAGES}) nor moments (mu and sigma)")
@@ -102,14 +107,14 @@ class Evaluator:
                 raise UserError("it holds no images, and its moments take config.evaluate.inception: name that as well")
         return images, {kind: metrics.Gaussian(*of) for kind, of in moments.items()}
 
-    def _open(self, path):
+    def _open(self, path, *, labelled=True):
         """Source of the images at `path`, None for an npz without; says so where they are resized for some networks."""
         size = self._config.data.image_size
-        source = archive.open_images(path, size)
+        source = archive.open_images(path, size, labelled=labelled)
         if source is not None and len(source) < 2:
             raise UserError("it holds a single image: two and more have a distribution to compare")
-        if source is not None and source[0]["image"].shape[:2] != (size, size):
-            height, width = source[0]["image"].shape[:2]
+        if source is not None and source.sides != (size, size):
+            height, width = source.sides
             logs.say(f"{path}: {height}x{width} px, which the encoder and the judge see resized to {size}x{size}")
         return source
 
@@ -164,15 +169,20 @@ class Evaluator:
         return results
 
     def _fd(self, found, reference):
-        """Distance to the named reference; or to one half of the held-out images, beside that of the other half."""
+        """Distance to the named reference; or to one half of the held-out images, beside that of the other half.
+
+        The latter two are of as many images, all three sets: a distance of fewer would be larger.
+        """
         if self._config.evaluate.reference:
             return perception.frechet("fd", metrics.moments(found), metrics.moments(reference))
         half = len(reference) // 2
         count = min(len(found), half)
         if count < 2:
             return {}
-        order = np.random.default_rng(self._config.seed).permutation(half * 2)
+        rng = np.random.default_rng(self._config.seed)
+        order = rng.permutation(half * 2)
         one, other = (metrics.moments(reference[order[start : start + count]]) for start in (0, half))
+        found = found[rng.permutation(len(found))[:count]] if len(found) > count else found
         return {**perception.frechet("fd", metrics.moments(found), one), **perception.frechet("fd_real", other, one)}
 
     def _batches(self, source, name):

@@ -105,10 +105,10 @@ def sample(
 ) -> jax.Array:
     """Images [B, H, W, 3] in [0, 1] for labels [B]; the same as --mode=sample draws with that config.seed.
 
-    `num_steps` and `guidance_scale` are the config's unless given. With `guide`, a weaker DiT, the scale is that of
-    AutoGuidance; without, of what the config names, classifier-free guidance where that is none. `seed` and
-    `guidance_scale` may be traced, and another value does not compile anew; `num_steps` may not, and does. Raises
-    UserError for labels that are not there and for a DiT of other latents.
+    `num_steps` (of a fixed grid) and `guidance_scale` are the config's unless given. With `guide`, a weaker DiT, the
+    scale is that of AutoGuidance; without, of what the config names, classifier-free guidance where that is none.
+    `seed` and `guidance_scale` may be traced, and another value does not compile anew; `num_steps` may not, and does.
+    Raises UserError for labels that are not there, too few steps, and a DiT or a guide of other latents.
     """
     labels, classes = jnp.asarray(labels), dit.config.data.num_classes
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -118,7 +118,27 @@ def sample(
     theirs, ours = (config_lib.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
         raise UserError(f"the RAE's latents are {theirs}, the DiT was made for {ours}: load both from one source")
+    least = 2 if dit.config.sampler.grid == "published" else 1  # there, they are points
+    if num_steps is not None and num_steps < least:
+        raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
+    if guide is not None:
+        _check_guide(dit, guide)
     return _sample(rae, dit, guide, labels, seed, guidance_scale, num_steps=num_steps)
+
+
+def _check_guide(dit, guide):
+    """Raise UserError where the two cannot be told the same."""
+    ours, theirs = (
+        {
+            "latents": config_lib.latent_shape(model.config),
+            "config.data.num_classes": model.config.data.num_classes,
+            **{f"config.dit.{key}": model.config.dit[key] for key in ("path", "prediction")},
+        }
+        for model in (dit, guide)
+    )
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: take one that was trained alike")
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from rae_jax import (
     needed,
     perception,
     pictures,
+    probes,
     processes,
     report,
     samples,
@@ -37,6 +38,7 @@ from rae_jax import reconstruct as reconstruction
 from rae_jax.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.errors import UserError
 from rae_jax.train import fit
+from rae_jax.weights import store
 
 
 def train(config, workdir, mesh, flags):
@@ -55,6 +57,7 @@ def run(config, workdir, mesh, do):
     if config.data.latents:
         stages.packed_latents(config, mesh)
     perception.find(config)  # and so does a network that would be missed when all is trained
+    probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     with lock.hold(workdir):
         config_lib.save(config, workdir)
@@ -77,11 +80,7 @@ def _train(config, workdir, mesh, evaluator):
         results = _measure(evaluator, config, needed.shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
     run_stages(config, workdir, mesh, evaluator)
-    parts = needed.load(config, workdir, mesh)
-    prefix = "trained" if config.evaluate.shipped else ""
-    trained = _measure(evaluator, config, parts, workdir, prefix)
-    results.update({f"{prefix}_{k}" if prefix else k: v for k, v in trained.items()})
-    _write_results(workdir, name, results)
+    _measure_trained(evaluator, config, needed.load(config, workdir, mesh), workdir, results)
     if processes.is_first():
         print(f"pictures: {workdir / 'samples'}")
         print(f"report:   {report.write_report(workdir)}")
@@ -98,6 +97,7 @@ def evaluate(config, workdir, mesh, flags):
     """Metrics of the newest checkpoint, of --step, or of --samples, printed and written to eval/."""
     if flags.samples is not None and flags.step is not None:
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
+    probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if needed.there(config, name)))
@@ -105,9 +105,11 @@ def evaluate(config, workdir, mesh, flags):
         _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
     parts = needed.load(config, workdir, mesh, step=flags.step)
-    results = _measure(evaluator, config, parts, workdir, "")
-    suffix = "" if flags.step is None else f"_{flags.step}"
-    _write_results(workdir, f"{config.name}{suffix}.json", results)
+    if flags.step is None:
+        _measure_trained(evaluator, config, parts, workdir, _of_shipped(config, workdir))
+    else:
+        results = _measure(evaluator, config, parts, workdir, str(flags.step))
+        _write_results(workdir, f"{config.name}_{flags.step}.json", results)
 
 
 def sample(config, workdir, mesh, flags):
@@ -126,8 +128,7 @@ def sample(config, workdir, mesh, flags):
     parts.update(needed.guide(config, mesh))
     request = {
         "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
-        "steps": {stage: latest_step(workdir / "checkpoints" / stage) for stage in config.stages},
-        "step": flags.step,
+        "weights": {name: store.digest(params) for name, params in parts.items() if params is not None},
     }
     folder = workdir / "samples"
     names = _class_names(config)
@@ -276,6 +277,22 @@ def _score(checkpoint, results, *, must):
         raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")
     sign = 1.0 if checkpoint.best_is == "highest" else -1.0
     return {"score": sign * float(results[checkpoint.best])}
+
+
+def _measure_trained(evaluator, config, parts, workdir, results):
+    """Measure the run's weights, and write what is found beside `results`, those of the shipped ones."""
+    prefix = "trained" if config.evaluate.shipped else ""
+    found = _measure(evaluator, config, parts, workdir, prefix)
+    found = {f"{prefix}_{name}" if prefix else name: value for name, value in found.items()}
+    _write_results(workdir, f"{config.name}.json", {**results, **found})
+
+
+def _of_shipped(config, workdir):
+    """What the run has found of the shipped weights, if it was asked to and has."""
+    path = workdir / "eval" / f"{config.name}.json"
+    if not config.evaluate.shipped or not path.exists():
+        return {}
+    return {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("trained_")}
 
 
 def _measure(evaluator, config, parts, workdir, name):

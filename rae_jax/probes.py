@@ -8,6 +8,7 @@ import numpy as np
 
 from rae_jax import build, logs, metrics, rae, sharding
 from rae_jax.data import pipeline
+from rae_jax.errors import UserError
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
 PIXELS_UP_TO = 64  # pixels a side: a probe of larger images themselves would take tens of gigabytes
@@ -17,7 +18,7 @@ _BATCH = 250
 def probes(config, parts, images, labels, mesh):
     """Accuracy of pooled tokens on uint8 images, beside a random encoder's and, of small images, raw pixels'."""
     logs.say("fitting linear probes")
-    source = build.source(config, "train")
+    source = _source(config)
     chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
     train_images, train_labels = _read(Chosen(source, chosen), config.data)
     encoder = build.autoencoder(config)
@@ -52,6 +53,20 @@ def probes(config, parts, images, labels, mesh):
         )
         for name, view in views.items()
     }
+
+
+def find(config):
+    """Raise UserError where probes are asked for, and the training images are not packed as they would see them."""
+    if config.evaluate.probe:
+        try:
+            _source(config)
+        except UserError as error:
+            raise UserError(f"{error}; or evaluate without probes: --config.evaluate.probe=False") from error
+
+
+def _source(config):
+    """The training images, cut as held-out ones are."""
+    return build.source(config, "train", crop="centre")
 
 
 class Chosen:

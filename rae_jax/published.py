@@ -79,6 +79,13 @@ def write_diffusers(config, parts, folder):
         raise UserError(
             f"config.encoder.family={e.family!r} cannot be written for diffusers: choose dinov2 with registers, or mae"
         )
+    if e.layers:
+        raise UserError(
+            f"config.encoder.layers={tuple(e.layers)} cannot be written for diffusers: it has the last alone"
+        )
+    if 64 * e.num_heads != e.width:
+        mend = f"it has heads of 64, which are {e.width // 64} of config.encoder.width={e.width}"
+        raise UserError(f"config.encoder.num_heads={e.num_heads} cannot be written for diffusers: {mend}")
     encoder = engine.unload(parts["encoder"], tables_of(config, "encoder")[1])
     decoder = engine.unload(parts["decoder"], tables.DIFFUSERS_DECODER)
     latents = engine.unload(parts["statistics"], tables.DIFFUSERS_STATISTICS)

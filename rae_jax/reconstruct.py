@@ -63,7 +63,8 @@ class PairMoments:
 def reconstruct(config, parts, path, mesh, folder):
     """Returns ({metric: number}, picture of the first pairs); writes each pair to FOLDER/given and FOLDER/decoded.
 
-    `path`: an image, a folder of images, or of such folders. Raises UserError where there is no image, or a broken one.
+    `path`: an image, a folder of images, or of such folders. Raises UserError where there is no image, and for a broken
+    one where config.data.on_error is not 'skip'.
     """
     files = find_images(path)
     root = path if path.is_dir() else path.parent
@@ -73,7 +74,7 @@ def reconstruct(config, parts, path, mesh, folder):
         ImageFiles(files, config.data.image_size),
         mesh,
         batch_size=config.evaluate.batch_size,
-        num_threads=config.data.num_threads,
+        **{key: config.data[key] for key in ("num_threads", "on_error")},
         name="reconstruct",
     )
     scores, pairs, moments = [], [], PairMoments()
@@ -82,10 +83,12 @@ def reconstruct(config, parts, path, mesh, folder):
         _write(folder, [files[i].relative_to(root) for i in out["index"]], out)
         pairs += list(zip(out["image"], out["decoded"], strict=True))[: SHOWN - len(pairs)]
         scores.append({key: out[key] for key in ("psnr", "ssim", "lpips") if key in out})
-    results = {key: float(np.concatenate([score[key] for score in scores]).mean()) for key in scores[0]}
-    results.update(moments.rfid())
+    scores = {key: np.concatenate([score[key] for score in scores]) for key in scores[0]}
+    results = {**{key: float(of.mean()) for key, of in scores.items()}, **moments.rfid()}
     picture = pictures.grid(np.concatenate([np.stack(images) for images in zip(*pairs, strict=True)]), len(pairs))
-    return {**results, "num_images": len(files)}, pictures.with_captions(picture, ("given", "decoded"), scale=3)
+    return {**results, "num_images": len(scores["psnr"])}, pictures.with_captions(
+        picture, ("given", "decoded"), scale=3
+    )
 
 
 def _write(folder, names, out):

@@ -27,6 +27,8 @@ def labels_of(kind, num_images, num_classes, seed):
     except (OSError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise UserError(f"--labels={kind}: {reason}; take balanced, random, or a file with one label a line") from error
+    if labels.ndim != 1:
+        raise UserError(f"--labels={kind} holds {labels.shape[1]} numbers a line: it takes one label a line")
     if len(labels) < num_images:
         raise UserError(f"--labels={kind} holds {len(labels)} labels: lower --num_images={num_images}, or add some")
     wrong = (labels < 0) | (labels >= num_classes)
@@ -75,6 +77,9 @@ def _present(folder, request, labels):
     same = {i for i in found if then == request and i < len(given) and given[i] == wanted[i]}
     if len(same) < len(found):
         logs.say(f"{path.parent} holds {len(found) - len(same)} images of another request: replacing them")
+        (folder / "samples.npz").unlink(missing_ok=True)
+    if more := sum(i >= len(labels) for i in same):
+        logs.say(f"{path.parent} holds {more} images more than are asked for, of the same request: they stay")
     for i in found.keys() - same:
         found[i].unlink()
     path.parent.mkdir(parents=True, exist_ok=True)

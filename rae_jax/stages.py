@@ -199,7 +199,19 @@ def _from_checkpoint(config, name, folder, step, mesh):
     averages = {key: shapes[key] for key in ("ema_params", "more_ema_params") if key in shapes}
     wanted = averages or shapes  # statistics have none
     restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))
+    if name == "statistics":
+        _refuse_some_of(folder, step)
     return jax.jit(used(config, name))(restored)
+
+
+def _refuse_some_of(folder, step):
+    """Statistics of the first images alone are those of the first classes."""
+    at = checkpoint.position(folder, step)
+    if at["position"] * at["batch_size"] < at["num_images"]:
+        seen = at["position"] * at["batch_size"]
+        raise UserError(
+            f"{folder} holds statistics of {seen} of the {at['num_images']} images: end that stage (--mode=train)"
+        )
 
 
 def _has_checkpoints(config, workdir):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import dit_b
 from rae_jax import convert
+from rae_jax.errors import UserError
 
 
 @pytest.mark.parametrize("suffix, form", [(".safetensors", "released"), (".pt", "released_pt")])
@@ -46,6 +47,14 @@ def test_an_autoencoder_of_diffusers_there_and_back(tmp_path):
     for key in arrays:
         if key != "encoder.embeddings.mask_token":  # nobody uses it
             np.testing.assert_array_equal(found[key], arrays[key], err_msg=key)
+
+
+@pytest.mark.parametrize("change, key", [({"layers": (0,)}, "layers"), ({"num_heads": 2}, "num_heads")])
+def test_an_encoder_that_diffusers_lacks_is_not_written_for_it(tmp_path, change, key):
+    autoencoder_cases.write("dinov2", tmp_path)
+    config = autoencoder_cases.config_of({**autoencoder_cases.TINY["dinov2"], **change}, tmp_path)
+    with pytest.raises(UserError, match=f"config.encoder.{key}=.* cannot be written for diffusers"):
+        convert.export(None, tmp_path / "back", config=config, form="diffusers")
 
 
 def test_transformers_before_version_5_named_the_encoder_otherwise(tmp_path):
@@ -120,8 +129,10 @@ def test_of_a_training_checkpoint_the_average_is_taken(tmp_path):
     for i, ema in enumerate((arrays, whole)):
         torch.save({"model": last, "ema": ema, **rest}, tmp_path / f"{i}.pt")
     torch.save(arrays, tmp_path / "raw.pt")
-    written = [convert_kind("decoder", tmp_path / f"{n}.pt", tmp_path / n).read_bytes() for n in ("0", "1", "raw")]
-    assert written[0] == written[1] == written[2]
+    torch.save({"state_dict": {key: torch.nn.Parameter(of) for key, of in arrays.items()}, **rest}, tmp_path / "2.pt")
+    names = ("0", "1", "2", "raw")
+    written = [convert_kind("decoder", tmp_path / f"{name}.pt", tmp_path / name).read_bytes() for name in names]
+    assert len(set(written)) == 1
 
 
 def test_the_released_statistics():

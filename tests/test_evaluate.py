@@ -139,6 +139,35 @@ def test_metrics_are_those_of_the_features(evaluated, parts, drawn, held_out):
     assert results["recall"] == pytest.approx(covered(b["pool"], a["pool"]))
 
 
+def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts, drawn, held_out):
+    """Thirty generated ones beside halves of twenty, chosen once more; and what the judge says, once more."""
+    config, results = _config(), evaluated[1][0]
+
+    def seen(images):
+        floats = jnp.asarray(images / np.float32(255))
+        latents = build.autoencoder(config).encode(jax.device_get(parts["encoder"]), floats)
+        judged = build.judge(config).apply({"params": jax.device_get(parts["judge"])}, floats).argmax(-1)
+        return np.float64(latents.mean((1, 2))), np.asarray(judged)
+
+    (found, judged), (real, judged_real) = seen(drawn[0]), seen(held_out)
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(40)
+    chosen = rng.permutation(NUM_IMAGES)[:20]
+    assert not set(order[:20]) & set(order[20:]) and len(set(chosen)) == 20
+
+    def distance(a, b):
+        cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+        return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
+
+    assert results["fd"] == pytest.approx(distance(found[chosen], real[order[:20]]), rel=1e-3)
+    assert results["fd_real"] == pytest.approx(distance(real[order[20:]], real[order[:20]]), rel=1e-3)
+    assert results["agreement"] == pytest.approx((judged == drawn[1]).mean())
+    source = build.source(config, "heldout")
+    labels = np.array([source[i]["label"] for i in range(len(source))])
+    assert results["judge_accuracy"] == pytest.approx((judged_real == labels).mean())
+
+
 def test_batches_and_devices_make_no_difference(evaluated, parts, drawn, tmp_path):
     """Of thirty images and forty held-out ones: batches of 7 on one device against batches of 16 on eight."""
     path = _npz(tmp_path, arr_0=drawn[0], arr_1=drawn[1])
@@ -204,6 +233,32 @@ def test_images_of_another_size(evaluated, parts, tmp_path, capsys):
     assert "fid: 8 images leave the covariance of 12 features without full rank" in said
     three = evaluated[0].images(parts, _npz(tmp_path, arr_0=images[:3]))
     assert "precision" not in three and "no precision and recall" in capsys.readouterr().err
+
+
+def test_a_damaged_first_image_can_be_left_out_as_any_other(evaluated, parts, drawn, tmp_path):
+    config = _config()
+    config.data.on_error = "skip"
+    evaluator = _evaluator(config)
+    for i, image in enumerate(drawn[0]):
+        pictures.save(tmp_path / f"{i:06d}.png", image)
+    (tmp_path / "000000.png").write_bytes(b"\x89PNG\r\n")
+    found = evaluator.images(parts, str(tmp_path))
+    without = evaluated[0].images(parts, _npz(tmp_path, arr_0=drawn[0][1:]))
+    _same(found, without, INCEPTION)
+
+
+def test_of_a_reference_labels_do_not_matter(parts, drawn, held_out, tmp_path):
+    """ADM's have some; nobody reads them."""
+    path = _npz(tmp_path, "reference.npz", arr_0=held_out, arr_1=np.zeros(3))
+    config = _config(reference=path)
+    assert "fd" in _evaluator(config).images(parts, _npz(tmp_path, arr_0=drawn[0]))
+
+
+def test_with_nothing_to_compare_with_it_says_so(parts, drawn, tmp_path):
+    config = _config(inception="")
+    config.data.num_heldout = 3
+    with pytest.raises(UserError, match="as 3 held-out images are too few: name more"):
+        _evaluator(config).images({"encoder": parts["encoder"]}, _npz(tmp_path, arr_0=drawn[0]))
 
 
 def _cut_off(path, **arrays):

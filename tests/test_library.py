@@ -1,5 +1,6 @@
 """The library: what it loads, that it draws what the command draws, and that it is pure."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from conftest import one_device, random_like, tiny
 from etils import epath
 from huggingface_hub import constants
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import rae_jax
 from configs import small
@@ -120,6 +122,18 @@ def test_a_weaker_model_guides(folder):
     weak = jax.tree.map(lambda leaf: 0.5 * leaf, dit)
     guided = rae_jax.sample(auto, dit, LABELS, num_steps=2, guidance_scale=3.0, guide=weak)
     assert float(jnp.abs(guided - plain).max()) > 0.01
+
+
+def test_what_cannot_be_drawn_is_refused(folder):
+    auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
+    with pytest.raises(rae_jax.UserError, match="num_steps=0 cannot work"):
+        rae_jax.sample(auto, dit, LABELS, num_steps=0)
+    for key, value in (("dit.prediction", "data"), ("data.num_classes", 3), ("encoder.width", 32)):
+        config = ConfigDict(dit.config.to_dict())
+        config.update_from_flattened_dict({key: value})
+        guide = dataclasses.replace(dit, config=FrozenConfigDict(config))
+        with pytest.raises(rae_jax.UserError, match="the guide has .* take one that was trained alike"):
+            rae_jax.sample(auto, dit, LABELS, guide=guide)
 
 
 def test_configs_as_values_and_as_files(folder):

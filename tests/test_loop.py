@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
@@ -282,6 +282,55 @@ def test_sample_and_reconstruct(run, tmp_path):
     flags.label = 10
     with pytest.raises(UserError, match="labels are 0 to 9"):
         modes.sample(config, run, mesh, flags)
+
+
+def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
+    convert.export(run, tmp_path / "weights")
+    config = tiny()
+    config.stages = ()
+    for part in ("decoder", "statistics", "dit"):
+        config[part].weights = str(tmp_path / "weights")
+    mesh, workdir = sharding.make_mesh(config.mesh), epath.Path(tmp_path / "work")
+    flags = types.SimpleNamespace(step=None, num_images=20, label=None, labels="balanced")
+    image = workdir / "samples" / "images" / "000000.png"
+
+    def drawn():
+        modes.sample(config, workdir, mesh, flags)
+        return image.read_bytes(), image.stat().mtime
+
+    first = drawn()
+    assert drawn() == first
+    shapes = stages.part_shapes(config, "decoder")
+    store.write(tmp_path / "weights" / "decoder.safetensors", random_like(shapes, seed=0, scale=0.2))
+    assert drawn()[0] != first[0]
+
+
+def test_an_evaluation_keeps_what_was_found_of_other_weights(run, tmp_path):
+    """The shipped ones, and the last step's beside an earlier one's."""
+    workdir = epath.Path(tmp_path / "run")
+    shutil.copytree(run, workdir)
+    config, results = tiny(), workdir / "eval" / "tiny.json"
+    config.evaluate.shipped = True
+    before, picture = json.loads(results.read_text()), (workdir / "samples" / "samples.png").read_bytes()
+    mesh = sharding.make_mesh(config.mesh)
+    modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=None))
+    after = json.loads(results.read_text())
+    assert after.keys() == before.keys() | {f"trained_{name}" for name in before}
+    assert after["fd"] == before["fd"] and after["trained_fd"] == pytest.approx(before["fd"], rel=1e-4)
+    modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=6))
+    assert json.loads(results.read_text()) == after and (workdir / "eval" / "tiny_6.json").exists()
+    assert (workdir / "samples" / "samples.png").read_bytes() == picture
+    assert (workdir / "samples" / "samples_6.png").exists()
+
+
+def test_statistics_of_some_images_are_not_taken_for_those_of_all(run, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "statistics", workdir / "checkpoints" / "statistics")
+    ((position,), manifest) = workdir.glob("checkpoints/statistics/6/data/metadata"), "manifest.json"
+    position.write_text(json.dumps({**json.loads(position.read_text()), "position": 4}))
+    (position.parent.parent / manifest).unlink()  # it would be taken for damaged
+    with pytest.raises(UserError, match="statistics of 64 of the 96 images: end that stage"):
+        stages.load(tiny(), "statistics", workdir, sharding.make_mesh(tiny().mesh))
 
 
 def test_another_configs_workdir_is_refused_and_left_alone(run):

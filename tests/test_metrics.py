@@ -150,6 +150,7 @@ def test_psnr_and_ssim():
     rng = np.random.default_rng(0)
     a = rng.uniform(0.2, 0.8, (2, 32, 32, 3)).astype(np.float32)
     np.testing.assert_allclose(metrics.psnr(a + 0.1, a), 20.0, atol=1e-3)
+    np.testing.assert_array_equal(metrics.psnr(a, a), 100.0)  # and not infinite, which no mean survives
     np.testing.assert_allclose(metrics.ssim(a, a), 1.0, atol=1e-5)
     # Images constant within every window: only the luminance term is left.
     one, two = np.full((1, 16, 16, 3), 0.4, np.float32), np.full((1, 16, 16, 3), 0.6, np.float32)

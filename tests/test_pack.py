@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import build, sharding, stages
+from rae_jax import build, probes, sharding, stages
 from rae_jax.data import images, packed, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed import PackedImages
@@ -59,7 +59,7 @@ def test_packed_pixels_are_those_of_the_files(folder, tmp_path):
             assert found[i]["label"] == source[i]["label"]
 
 
-def test_random_crops_of_the_packed_are_those_of_the_files(folder, tmp_path):
+def test_random_crops_of_the_packed_are_those_of_the_files_and_probes_need_others(folder, tmp_path, tiny_config):
     parts = _parts(folder)
     pack(parts, tmp_path / "packed", **{**FORM, "crop": "random"})
     found = PackedImages(path=tmp_path / "packed", split="train", image_size=SIZE, crop="random")
@@ -68,6 +68,12 @@ def test_random_crops_of_the_packed_are_those_of_the_files(folder, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     heldout = PackedImages(path=tmp_path / "packed", split="heldout", image_size=SIZE, crop="centre")
     np.testing.assert_array_equal(heldout[0]["image"], parts["heldout"][0]["image"])
+    data = {"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE, "num_classes": 2}
+    tiny_config.data.update(data)
+    probes.find(tiny_config)
+    tiny_config.evaluate.probe = True
+    with pytest.raises(UserError, match="or evaluate without probes: --config.evaluate.probe=False"):
+        probes.find(tiny_config)
 
 
 def test_jpeg_records_are_close(tmp_path):

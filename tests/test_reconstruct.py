@@ -91,6 +91,9 @@ def test_a_broken_file_and_an_empty_folder_are_named(folder, tmp_path):
     (folder / "star" / "2.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend it, or leave it out"):
         _reconstruct(_shipped(), folder, tmp_path)
+    config = _shipped()
+    config.data.on_error = "skip"
+    assert _reconstruct(config, folder, tmp_path)["num_images"] == 10
     (tmp_path / "nothing").mkdir()
     for name in ("nothing", "nowhere"):
         with pytest.raises(UserError, match=f"{name} holds no image: name a .*.png"):

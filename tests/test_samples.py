@@ -91,6 +91,7 @@ def test_labels(tmp_path):
         ("2\n0\n", 3, "holds 2 labels"),
         ("3\n", 1, "labels are 0 to 2"),
         ("a\n", 1, "one lab"),
+        ("0 1\n1 0\n", 2, "2 numbers a line"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

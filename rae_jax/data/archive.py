@@ -20,17 +20,18 @@ _DAMAGED = (
 )
 
 
-def open_images(path, image_size):
+def open_images(path, image_size, *, labelled=True):
     """The images at `path` as a source: an npz's at their own size, a folder's cropped to `image_size`.
 
-    None for an npz without images. Raises UserError where there is nothing, or nothing usable.
+    With an npz's labels, if `labelled`. None for an npz without images. Raises UserError where there is nothing, or
+    nothing usable.
     """
     path = epath.Path(path)
     if not path.exists():
         raise UserError("there is nothing: name an .npz file or a folder of images")
     if path.suffix != ".npz":
         return ImageFiles(find_images(path), image_size)
-    return _NpzImages(path) if IMAGES in _names(path) else None
+    return _NpzImages(path, labelled) if IMAGES in _names(path) else None
 
 
 def read_moments(path, sizes):
@@ -67,12 +68,13 @@ def _moment(path, name, shape):
 class _NpzImages:
     """Random-access source of {'image': uint8 [H, W, 3], and 'label': int32 where the file has labels}."""
 
-    def __init__(self, path):
+    def __init__(self, path, labelled):
         self._images = _map(path, IMAGES)
         shape, dtype = self._images.shape, self._images.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
             raise UserError(f"{IMAGES} is {dtype} {shape}, not images: uint8 [N, H, W, 3]")
-        self.labels = _labels(path, len(self._images))
+        self.sides = shape[1:3]
+        self.labels = _labels(path, len(self._images)) if labelled else None
 
     def __len__(self):
         return len(self._images)

@@ -214,6 +214,7 @@ class ImageFiles:
 
     def __init__(self, files, image_size):
         self._files, self._size = files, image_size
+        self.sides = (image_size, image_size)
 
     def __len__(self):
         return len(self._files)

@@ -121,9 +121,10 @@ def _torch_tensors(path):
     torch = _torch(f"reading {path}", f"put {WHOLE} beside it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("ema", state)  # of a training checkpoint, what is evaluated
+        whole = next((key for key in ("ema", "model", "state_dict") if key in state), None)
+        state = state[whole] if whole else state  # of a training checkpoint, what is evaluated
         return {
-            name: Tensor(tuple(tensor.shape), functools.partial(np.asarray, tensor.float()))
+            name: Tensor(tuple(tensor.shape), functools.partial(np.asarray, tensor.detach().float()))
             for name, tensor in state.items()
             if tensor is not None
         }
