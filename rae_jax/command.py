@@ -8,7 +8,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from rae_jax import processes
+from rae_jax import ending, processes
 from rae_jax.errors import UserError
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
@@ -60,6 +60,7 @@ def peers():
     except Exception as error:
         if isinstance(error, UserError) or not processes.lost_another(error):
             raise
+        ending.follow()
         reason = " ".join(str(error).split())[:300]
         print(
             f"another process of this run is gone, or cannot be reached ({reason}): run the same command again on all "
@@ -70,10 +71,18 @@ def peers():
         os._exit(RESTART)
 
 
+class Failed(SystemExit):
+    """The end of a command that a `message` explains; exit status 2."""
+
+    def __init__(self, message):
+        super().__init__(2)
+        self.message = message
+
+
 def fail(message):
     """End the command."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    raise Failed(message)
 
 
 def _one_line(error):

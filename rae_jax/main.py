@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, checks, command, files, malloc, modes, processes, sharding
+from rae_jax import benchmark, checks, command, ending, files, malloc, modes, processes, sharding
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
@@ -62,12 +62,26 @@ def run(argv):
     logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.FATAL)
     signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
     try:
+        with ending.together((DivergedRun, InterruptedRun)):
+            _run_mode()
+    except DivergedRun as stop:
+        print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
+        sys.exit(DIVERGED)
+    except InterruptedRun as stop:
+        print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
+        sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
+
+
+def _run_mode():
+    """What a person can mend ends in one line."""
+    try:
         config = _CONFIG.value
         if _MODE.value == "compile":
             sys.exit(0 if modes.compile_ahead(config, flags.FLAGS) else DOES_NOT_FIT)
         workdir = epath.Path(_WORKDIR.value or ".")  # a benchmark has none
         malloc.keep_freed_memory()
         processes.start(**{name: flags.FLAGS[name].value for name in processes.SETTINGS})
+        ending.watch()
         _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh)
@@ -87,12 +101,6 @@ def run(argv):
         command.fail(
             f"--workdir={_WORKDIR.value}: {files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
         )
-    except DivergedRun as stop:
-        print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
-        sys.exit(DIVERGED)
-    except InterruptedRun as stop:
-        print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
-        sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
     except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(command.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)

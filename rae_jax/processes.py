@@ -21,8 +21,10 @@ SETTINGS = {  # flag: environment variable
     "num_processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
 }
-# What JAX says where another process is gone, in errors that are none of its own type.
+# What JAX says where another process is gone: in errors that are none of its own type, and in those that are.
 _GONE = re.compile(r"gloo|coordination.?service|another task", re.IGNORECASE)
+_NO_ANSWER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN")
+_OWN = re.compile(r"compil|mosaic|engine config|lowering|autotun", re.IGNORECASE)  # and not in these
 FAREWELL = 60  # seconds for which a process that ends waits for the others, where one of them fails
 
 
@@ -73,9 +75,10 @@ def lost_another(error):
     """Whether an error says that another process of this run cannot be reached."""
     if jax.process_count() == 1:
         return False
+    gone = _GONE.search(str(error)) is not None
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" not in str(error)
-    return _GONE.search(str(error)) is not None
+        return gone or (str(error).startswith(_NO_ANSWER) and not _OWN.search(str(error)))
+    return gone
 
 
 def wait_for_all(name):

@@ -16,10 +16,10 @@ def free_port():
         return free.getsockname()[1]
 
 
-def start(command, count=2, *, devices=1):
+def start(command, count=2, *, devices=1, places=None):
     """`count` processes of Python's `command`, each with so many devices; what one says goes to one pipe.
 
-    They find each other by processes.start(). One alone is told of no others.
+    They find each other by processes.start(). One alone is told of no others. `places`: the folder each is in.
     """
     address = f"localhost:{free_port()}"
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
@@ -27,10 +27,11 @@ def start(command, count=2, *, devices=1):
     started = []
     for index in range(count):
         mine = {**together, "JAX_PROCESS_ID": str(index)} if count > 1 else {}
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **mine}
+        place = places[index] if places else ROOT
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **mine}
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         words = [sys.executable, *map(str, command)]
-        started.append(subprocess.Popen(words, cwd=ROOT, env=environment, **pipe))
+        started.append(subprocess.Popen(words, cwd=place, env=environment, **pipe))
     return started
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pairs
 import pytest
 from conftest import tiny
+from PIL import Image
 
 from configs import small
 from rae_jax import command, logs, processes
@@ -61,7 +62,10 @@ def _assert_rows_close(one, two):
         (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), command.RESTART),  # as it came once
         (jax.errors.JaxRuntimeError("INTERNAL: no answer"), command.RESTART),
         (ValueError("operands could not be broadcast together"), None),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service is gone"), command.RESTART),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes."), None),
+        (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel"), None),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no valid engine configs"), None),
         (OSError("[Errno 28] No space left on device"), None),
     ],
 )
@@ -71,6 +75,27 @@ def test_a_lost_process_is_told_from_a_mistake(monkeypatch, error, status):
     with pytest.raises(SystemExit if status else type(error)) as ended, command.peers():
         raise error
     assert getattr(ended.value, "code", None) == status
+
+
+@pytest.mark.parametrize("lacking", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_what_one_cannot_go_on_with_ends_both_with_its_status(tmp_path, lacking):
+    """One has no data where it is: the other is told, and nobody waits or is aborted."""
+    (tmp_path / "there" / "one").mkdir(parents=True)
+    for number in range(40):
+        Image.new("RGB", (32, 32), (6 * number, 0, 0)).save(tmp_path / "there" / "one" / f"{number}.png")
+    (tmp_path / "elsewhere").mkdir()
+    words = _command(tmp_path / "run", "train", 2, stages=("dit",))
+    words += ["--config.data.source=image_folder", "--config.data.path=there", "--config.data.num_classes=1"]
+    words[2] = f"--config={pairs.ROOT}/configs/small.py"
+    began = time.monotonic()
+    places = [tmp_path / "elsewhere" if index == lacking else tmp_path for index in range(2)]
+    started = pairs.start(words, places=places)
+    said = [process.communicate(timeout=600)[0] for process in started]
+    print(f"{time.monotonic() - began:.0f} s")
+    assert [process.returncode for process in started] == [2, 2], said
+    assert "error: " in said[lacking] and "there" in said[lacking]
+    told = said[1 - lacking]
+    assert f"process {lacking} of this run ended with status 2 (" in told and "there" in told
 
 
 @pytest.mark.slow

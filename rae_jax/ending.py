@@ -1,0 +1,84 @@
+"""How a run of several processes ends: where one cannot go on, none can, and all end with its exit status.
+
+JAX's own way is to wait at the end of a program for all processes, and to abort what is left after a while.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+
+import jax
+from jax._src import distributed  # the key-value store of jax.distributed has no public name
+
+LOOK = 2.0  # seconds between two looks at what the others say
+_KEY = "rae_jax/ended"
+
+
+@contextlib.contextmanager
+def together(agreed):
+    """Around all that this process does: what ends it ends the others, who see why; but exceptions of the types
+    `agreed` are raised by all at the same time. A process that is alone ends as it does.
+    """
+    try:
+        yield
+    except agreed:
+        raise
+    except SystemExit as stop:
+        if _client() is None:
+            raise
+        end(stop.code, getattr(stop, "message", ""))
+    except BaseException as error:
+        if _client() is None:
+            raise
+        traceback.print_exc()
+        end(1, f"{type(error).__name__}: {error}")
+
+
+def watch():
+    """From here on, where there are others, this process ends soon after one of them that says so."""
+    if _client() is not None:
+        threading.Thread(target=_watch, name="ending", daemon=True).start()
+
+
+def end(status, message):
+    """End this process at once, having told the others; without what a program does at its end, waiting for them."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
+        why = {
+            "process": distributed.global_state.process_id,
+            "status": status,
+            "message": " ".join(message.split())[:300],
+        }
+        _client().key_value_set(_KEY, json.dumps(why))
+        if why["process"] == 0:  # it is it who tells them
+            time.sleep(2 * LOOK + 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def follow():
+    """End as another process has that said so; return where none did."""
+    try:
+        why = json.loads(_client().key_value_try_get(_KEY))
+    except (jax.errors.JaxRuntimeError, AttributeError):  # nobody has, or no answer; or this is the run's end
+        return
+    if why["process"] == distributed.global_state.process_id:
+        return
+    said = f" ({why['message']})" if why["message"] else ""
+    print(f"process {why['process']} of this run ended with status {why['status']}{said}", file=sys.stderr, flush=True)
+    os._exit(why["status"])
+
+
+def _watch():
+    while _client() is not None:
+        time.sleep(LOOK)
+        follow()
+
+
+def _client():
+    """Of the store; None where there are no others."""
+    return distributed.global_state.client
