@@ -9,6 +9,7 @@ write share the cores, so that steps are slower meanwhile; that is printed, too,
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -72,5 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--folder", default=None, help="for the checkpoints; by default a new one, removed afterwards")
     given = parser.parse_args()
+    if given.folder and os.path.exists(given.folder) and os.listdir(given.folder):
+        parser.error(f"--folder={given.folder} is not empty: checkpoints of the same steps would not be written")
     with tempfile.TemporaryDirectory() as temporary:
         print(json.dumps(main(given.megabytes, given.saves, given.folder or temporary)))

@@ -37,9 +37,12 @@ def main(argv):
     delete = [*kubectl, "delete", "secret", secret, "--ignore-not-found"]
     create = [*kubectl, "create", "secret", "generic", secret, "--from-env-file=/dev/stdin"]
     apply = [*kubectl, "apply", "--filename=-"]
+    ended = [*kubectl, "get", "jobset", given.name, "--ignore-not-found", "--output=jsonpath={.status.terminalState}"]
+    remove = [*kubectl, "delete", "jobset", given.name]
     if given.dry_run:
         if given.env:
             print(f"# {' '.join(delete)}\n# {' '.join(create)}  # {', '.join(given.env)} from the environment")
+        print(f"# {' '.join(remove)}  # where one of that name has ended")
         print(f"# {' '.join(apply)}  # with this:")
         print(manifest, end="")
         return
@@ -47,6 +50,9 @@ def main(argv):
         if given.env:
             subprocess.run(delete, check=True)
             subprocess.run(create, check=True, text=True, input="".join(f"{n}={os.environ[n]}\n" for n in given.env))
+        # One that has ended stays, and to apply the same again would change nothing.
+        if subprocess.run(ended, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE).stdout.strip():
+            subprocess.run(remove, check=True)
         subprocess.run(apply, check=True, text=True, input=manifest)
     except (subprocess.CalledProcessError, FileNotFoundError):
         raise SystemExit("error: kubectl did not do it: its message is above") from None

@@ -59,11 +59,10 @@ def measure(program, mesh, chip):
     try:
         compiled, assigned = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"\(([\d.]+)([GM])\) exceeds|Used ([\d.]+)([GM]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        size, unit = (group for group in needed.groups() if group)
-        return {**found, "fits": False, "peak_bytes": int(float(size) * {"G": GIB, "M": 2**20}[unit]), **_UNKNOWN}
+        return {**found, "fits": False, "peak_bytes": needed, **_UNKNOWN}
     found["compile_seconds"] = time.monotonic() - began
     memory = compiled.memory_analysis()
     sizes = {
@@ -81,6 +80,15 @@ def measure(program, mesh, chip):
         **{"collective_bytes": costs.sent.total(), "collective_bytes_by_kind": dict(costs.sent)},
         "roofline_seconds": _roofline(costs, chip),
     }
+
+
+def needed_bytes(said):
+    """Of HBM, by what the TPU compiler says where it is not enough; None where it says something else."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said)
+    if "RESOURCE_EXHAUSTED" not in said or not found:
+        return None
+    size, unit = (group for group in found.groups() if group)
+    return int(float(size) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 def _compile(lowered):

@@ -127,22 +127,27 @@ class Checkpoints:
         self._pending = self._finisher.submit(self._finish)
 
     def save_surely(self, step, state, iterator, score=None, *, patience):
-        """Write and wait until it is done; with `on_error`='continue' it is tried again for so many seconds.
+        """Write and wait until it is done; with `on_error`='continue' it is tried again for `patience()` seconds.
 
         Raises UserError where it cannot be done.
         """
         began = time.monotonic()
+
+        def over():
+            return jax.process_count() > 1 or time.monotonic() - began > patience()
+
         while True:
             self.save(step, state, iterator, score)
             self._collect(wait=True)
             if processes.agreed(step in steps(self._folder)):
                 return
-            if jax.process_count() > 1 or time.monotonic() - began > patience:
+            while not over() and time.monotonic() < self._not_before:
+                time.sleep(0.2)
+            if over():
                 raise UserError(
                     f"the checkpoint of step {step} cannot be written to {self._folder} ({self._reason}): make room, "
                     f"or mend what hinders it; {self.newest_in_words()}, from which the same command goes on"
                 )
-            time.sleep(max(0.0, self._not_before - time.monotonic()))
 
     def newest_whole(self):
         """Step of the newest one that is undamaged, or None where the stage never had any.
@@ -168,7 +173,10 @@ class Checkpoints:
     def note_score(self, step, score):
         """Give a finished checkpoint the score that it was written without; None: it has none."""
         if score is not None and jax.process_index() == 0:
-            manifest.note_score(self._path(step), score)
+            try:
+                manifest.note_score(self._path(step), score)
+            except Exception as error:  # the run need not end for it
+                logs.say(f"cannot note the score of {self._path(step)} ({files.reason(error)})")
 
     def restore(self, step, abstract_state, iterator):
         """The state, placed as `abstract_state` says; `iterator` is moved to its position.
@@ -209,7 +217,7 @@ class Checkpoints:
             for step in self._superfluous():
                 try:
                     self._path(step).rmtree()
-                except OSError as error:
+                except Exception as error:  # of many kinds, where a bucket is away
                     logs.say(f"cannot remove the old checkpoint {self._path(step)} ({files.reason(error)})")
 
     def _superfluous(self):

@@ -103,8 +103,8 @@ def check(config, mesh):
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)
     _require(both, config, "lpips.linear", f"LPIPS takes config.lpips.vgg={config.lpips.vgg!r} as well, or neither")
     used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
-    for key in (*(f"{section}.batch_size" for section in used), "evaluate.batch_size"):
-        sharding.check_batch(_get(config, key), mesh, f"config.{key}")
+    for section in used:  # that of evaluations is made to fit
+        sharding.check_batch(_get(config, section).batch_size, mesh, f"config.{section}.batch_size")
     if "dit" in config.stages:
         parts, ways = config.dit.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
         batch_size = config.dit.train.batch_size

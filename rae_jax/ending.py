@@ -21,14 +21,15 @@ _KEY = "rae_jax/ended"
 @contextlib.contextmanager
 def together(agreed):
     """Around all that this process does: what ends it ends the others, who see why; but exceptions of the types
-    `agreed` are raised by all at the same time. A process that is alone ends as it does.
+    `agreed` are raised by all at the same time. A process that is alone ends at once, too: threads of a checkpoint that
+    cannot be written would hold it up for minutes.
     """
     try:
         yield
     except agreed:
         raise
     except SystemExit as stop:
-        if _client() is None:
+        if not stop.code:
             raise
         end(stop.code, getattr(stop, "message", ""))
     except BaseException as error:
@@ -45,15 +46,13 @@ def watch():
 
 
 def end(status, message):
-    """End this process at once, having told the others; without what a program does at its end, waiting for them."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
-        why = {
-            "process": distributed.global_state.process_id,
-            "status": status,
-            "message": " ".join(message.split())[:300],
-        }
-        _client().key_value_set(_KEY, json.dumps(why))
-        if why["process"] == 0:  # it is it who tells them
+    """End this process at once, having told the others; without what a program does at its end, waiting for threads."""
+    if _client() is not None:
+        index = distributed.global_state.process_id
+        why = {"process": index, "status": status, "message": " ".join(message.split())[:300]}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
+            _client().key_value_set(_KEY, json.dumps(why))
+        if index == 0:  # where that is kept
             time.sleep(2 * LOOK + 1)
     sys.stdout.flush()
     sys.stderr.flush()

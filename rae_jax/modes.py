@@ -262,7 +262,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
             path = workdir / "samples" / stage.name / f"{step:07d}_{kind}.png"
             try:
                 pictures.save(path, picture)
-            except OSError as error:  # training goes on, whatever becomes of a picture
+            except Exception as error:  # training goes on, whatever becomes of a picture; a bucket's are of many kinds
                 logs.say(f"cannot write the picture {path} ({files.reason(error)})")
         return {**results, **_score(config.checkpoint, results, must=last)}
 

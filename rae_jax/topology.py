@@ -24,10 +24,11 @@ class Chip(NamedTuple):
     flops: float  # a second, bfloat16
     bandwidth: float  # of its HBM, bytes a second
     links: float  # bytes a second that it can send to its neighbours, all together
+    cores: str = ""  # libtpu's name for how its cores make a device, where it has to be told
 
 
 CHIPS = {
-    "v4": Chip(3, 4096, 2, 15.25 * GIB, 275e12, 1.23e12, 300e9),
+    "v4": Chip(3, 4096, 1, 30.75 * GIB, 275e12, 1.23e12, 300e9, "megacore"),
     "v5e": Chip(2, 256, 1, 15.75 * GIB, 197e12, 0.82e12, 200e9),
     "v5p": Chip(3, 8960, 1, 95.74 * GIB, 459e12, 2.77e12, 600e9),
     "v6e": Chip(2, 256, 1, 31.25 * GIB, 918e12, 1.64e12, 448e9),
@@ -54,8 +55,9 @@ def devices(topology, num_slices=1):
     os.environ.update(_SOME_HOST)  # and libtpu complains where nothing says it
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: no device is used
     try:
-        slices = {"num_slices": num_slices} if num_slices > 1 else {}
-        return topologies.get_topology_desc(topology, platform="tpu", **slices).devices, chip
+        options = {"num_slices": num_slices} if num_slices > 1 else {}
+        options |= {"chip_config_name": chip.cores} if chip.cores else {}
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology={topology}: libtpu knows no such topology ({reason}); {_EXAMPLES}") from error

@@ -112,7 +112,7 @@ def fit(
                 if last or stopping or checkpoints.wants(step, score):
                     watch.ended()
                     with pulse.doing("saving"):
-                        _save(checkpoints, step, state, feed, score, last=last, stopping=stopping)
+                        _save(checkpoints, step, state, feed, score, last=last, stop=stop)
                 if evaluations.due(step) and not (early or stopping):
                     evaluations.run(step, state)
                 stopping = stopping or (stop.at_the_end() if last else None)
@@ -135,10 +135,10 @@ def _begin(stage, checkpoints, abstract, feed, key):
     return 0, jax.jit(stage.init, out_shardings=placed)(key)
 
 
-def _save(checkpoints, step, state, feed, score, *, last, stopping):
+def _save(checkpoints, step, state, feed, score, *, last, stop):
     """Begin a checkpoint; one after which nothing more comes has to be there before this returns."""
-    if last or stopping:
-        patience = STOPPING_PATIENCE if stopping else LAST_PATIENCE
+    if last or stop.value:
+        patience = lambda: STOPPING_PATIENCE if stop.value else LAST_PATIENCE  # noqa: E731  a signal may come meanwhile
         checkpoints.save_surely(step, state, feed, score, patience=patience)
     else:
         checkpoints.save(step, state, feed, score)

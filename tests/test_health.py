@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import signal
+import threading
 import time
 import types
 
@@ -12,7 +14,8 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, files, health, heartbeat, logs
+from rae_jax import checkpoint, files, health, heartbeat, logs, train
+from rae_jax.errors import UserError
 from rae_jax.train import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
@@ -182,6 +185,24 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monke
     with pytest.raises(InterruptedRun, match="interrupted at step 4"):
         toy.run(epath.Path(tmp_path), 4)
     assert checkpoint.latest_step(epath.Path(tmp_path) / "checkpoints" / "toy") == 4
+
+
+def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypatch):
+    """Which would go on for ten minutes."""
+    monkeypatch.setattr(train, "STOPPING_PATIENCE", 1.0)
+
+    def no_room(state, step):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return {"x": 0.0}
+
+    began = time.monotonic()
+    try:
+        with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
+            toy.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert time.monotonic() - began < 60
 
 
 def test_either_signal_saves_and_says_which(tmp_path):

@@ -127,12 +127,25 @@ def test_secrets_reach_the_cluster_by_standard_input_alone(tmp_path):
     kubectl.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path), "HF_TOKEN": "a-secret"}
     said = _do(["gke", *TPU, "--env=HF_TOKEN", "--context=mine", *RUN], **environment)
-    delete, create, apply = (tmp_path / "asked").read_text().splitlines()
+    delete, create, ended, apply = (tmp_path / "asked").read_text().splitlines()
+    assert "get jobset b1 " in ended
     assert create == "--context=mine --namespace=default create secret generic b1-env --from-env-file=/dev/stdin"
     assert "delete secret b1-env" in delete and apply.endswith("apply --filename=-")
     secret, manifest = (tmp_path / "read").read_text().split("\n", 1)
     assert secret == "HF_TOKEN=a-secret" and yaml.safe_load(manifest)["kind"] == "JobSet"
     assert "a-secret" not in said + delete + create + apply + manifest
+
+
+@pytest.mark.parametrize("state, times", [("", 0), ("Failed", 1)])
+def test_a_jobset_that_has_ended_is_made_anew(tmp_path, state, times):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" >> "$FOLDER/asked"; [ "$3" != jobset ] || [ "$2" != get ] || echo "{state}"\n'
+    )
+    kubectl.chmod(0o755)
+    _do(["gke", *TPU, *RUN], PATH=f"{tmp_path}:{os.environ['PATH']}", FOLDER=str(tmp_path))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked.count("--namespace=default delete jobset b1") == times and asked[-1].endswith("apply --filename=-")
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,22 @@ def test_the_table_is_made_of_what_was_found(tmp_path, monkeypatch, capsys):
 
 
 SMALL = "--config=configs/small.py"
+
+
+@pytest.mark.parametrize(
+    "said, gib",
+    [
+        ("RESOURCE_EXHAUSTED: the memory of arguments and temporaries (1.50T) exceeds available HBM", 1536.0),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 33.05M of 16.00M vmem.", None),
+        ("INTERNAL: Used 20.50G of 15.75G hbm.", None),
+    ],
+)
+def test_what_does_not_fit_is_told_from_other_mistakes(said, gib):
+    needed = aot.needed_bytes(said)
+    assert needed == gib or needed / 2**30 == gib
+
+
 BAD = {
     "needs --topology": [SMALL],
     "--topology=v9:2x2 is not KIND:SIZES": [SMALL, "--topology=v9:2x2"],

@@ -207,7 +207,7 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     first = _in_a_process(jobs[:2])
     metrics = tmp_path / "width" / "16" / "seed_0" / "metrics" / "dit.jsonl"
     _wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 1)
-    first.send_signal(signal.SIGTERM)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
     assert first.wait(60) == 75
     assert work.results(jobs[0]) == [] and work.results(jobs[1]) is None
 
@@ -255,7 +255,8 @@ def _in_a_process(jobs):
     (folder / "run.py").write_text(code)
     (folder / "jobs.pickle").write_bytes(pickle.dumps(jobs))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, folder / "run.py", folder / "jobs.pickle"], cwd=ROOT, env=environment)
+    words = [sys.executable, folder / "run.py", folder / "jobs.pickle"]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True)
 
 
 def _wait_for(condition, limit=300):

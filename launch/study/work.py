@@ -13,6 +13,7 @@ from rae_jax import files
 from rae_jax.command import RESTART
 from rae_jax.errors import UserError
 
+MEASURE = 2  # of what is measured, and how: what an earlier number has found is measured again
 RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
 ASKED = "asked.json"  # in the workdir: what the training depends on
 CPU = "cpu_seconds.jsonl"  # one line for each time the job was at work
@@ -23,10 +24,10 @@ def begin(job, cores, log):
     if cores:
         os.sched_setaffinity(0, cores)  # before XLA counts them
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.setsid()  # a terminal's Ctrl-C would come beside the SIGTERM that whoever started this passes on
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; whoever started this passes SIGTERM on
     signal.signal(signal.SIGTERM, _stop)
     status = 1
     try:
@@ -65,7 +66,7 @@ def _run(job):
 def request(job):
     """What the results of a job depend on, as JSON has it."""
     names = ("config", "kind", "vae", "built_on", "measure", "generators", "judge")
-    return json.loads(json.dumps({name: getattr(job, name) for name in names}))
+    return json.loads(json.dumps({**{name: getattr(job, name) for name in names}, "by": MEASURE}))
 
 
 def trained_by(job):
