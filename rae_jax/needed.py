@@ -1,6 +1,9 @@
 """The parts that a mode takes, whoever makes them: which they are, and {name: weights} of them."""
 
+import contextlib
+
 from rae_jax import perception, stages
+from rae_jax.errors import UserError
 
 
 def load(config, workdir, mesh, step=None):
@@ -20,8 +23,10 @@ def find(config, mesh):
         return
     for name in _evaluated(config):
         if name not in config.stages:
-            stages.load(config, name, "", mesh)
-    guide(config, mesh)
+            with _naming(f"config.{name}.weights", config[name].weights):
+                stages.load(config, name, "", mesh)
+    with _naming("config.guidance.dit.weights", config.guidance.dit.weights):
+        guide(config, mesh)
 
 
 def shipped(config, mesh):
@@ -48,3 +53,14 @@ def _evaluated(config):
     """The judge may be missing; without a DiT nothing is generated, and statistics may be."""
     optional = ("judge", "dit") if there(config, "dit") else ("judge", "dit", "statistics")
     return [name for name in stages.FROZEN if name not in optional or there(config, name)]
+
+
+@contextlib.contextmanager
+def _naming(key, weights):
+    """What is wrong with weights begins with the key that names them."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"{key}={weights!r}: {error}") from error
