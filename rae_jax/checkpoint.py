@@ -306,9 +306,13 @@ def restore_entries(folder, step, abstract):
 
 
 def position(folder, step):
-    """That of the data iterator when a checkpoint was written, as `BatchIterator.get_state` gives it."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(absolute(folder) / str(step) / "data")
+    """That of the data iterator when a checkpoint was written, as `BatchIterator.get_state` gives it; None where an
+    earlier version wrote it."""
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(absolute(folder) / str(step) / "data")
+    except FileNotFoundError:
+        return None
 
 
 def absolute(path):

@@ -6,6 +6,7 @@ JAX's own way is to wait at the end of a program for all processes, and to abort
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ def together(agreed):
     except agreed:
         raise
     except SystemExit as stop:
-        if not stop.code:
+        if not isinstance(stop.code, int) or stop.code == 0:
             raise
         end(stop.code, getattr(stop, "message", ""))
     except BaseException as error:
@@ -47,16 +48,15 @@ def watch():
 
 def end(status, message):
     """End this process at once, having told the others; without what a program does at its end, waiting for threads."""
-    if _client() is not None:
-        index = distributed.global_state.process_id
-        why = {"process": index, "status": status, "message": " ".join(message.split())[:300]}
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or the first process is gone
+    try:
+        if _client() is not None:
+            index = distributed.global_state.process_id
+            why = {"process": index, "status": status, "message": " ".join(message.split())[:300]}
             _client().key_value_set(_KEY, json.dumps(why))
-        if index == 0:  # where that is kept
-            time.sleep(2 * LOOK + 1)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    except jax.errors.JaxRuntimeError:  # another one was first, or the first process is gone
+        pass
+    finally:
+        _leave(status)
 
 
 def follow():
@@ -68,8 +68,24 @@ def follow():
     if why["process"] == distributed.global_state.process_id:
         return
     said = f" ({why['message']})" if why["message"] else ""
-    print(f"process {why['process']} of this run ended with status {why['status']}{said}", file=sys.stderr, flush=True)
-    os._exit(why["status"])
+    with contextlib.suppress(OSError):
+        print(f"process {why['process']} of this run ended with status {why['status']}{said}", file=sys.stderr)
+    _leave(why["status"])
+
+
+def _leave(status):
+    """End, whatever comes between; the first process, which keeps what is told, when all can have seen it."""
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+        if _client() is not None and distributed.global_state.process_id == 0:
+            time.sleep(2 * LOOK + 1)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # a pipe that is closed, a disk that is full
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def _watch():

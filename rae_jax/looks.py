@@ -16,10 +16,11 @@ def compiled(function, mesh):
 
 
 def look(view, parts, batches):
-    """Yield what a `compiled` view makes of batches on the devices, as numpy arrays [<= B, ...]."""
+    """Yield what a `compiled` view makes of batches on the devices, as numpy arrays [<= B, ...], B at least 1."""
     for batch in batches:
         out, mask = jax.device_get(view(parts, batch))
-        yield jax.tree.map(lambda values, there=mask > 0: values[there], out)
+        if mask.any():  # nothing of a batch may be readable
+            yield jax.tree.map(lambda values, there=mask > 0: values[there], out)
 
 
 def batches(source, mesh, *, batch_size, num_threads, name, on_error="stop"):

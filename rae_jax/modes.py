@@ -97,13 +97,13 @@ def evaluate(config, workdir, mesh, flags):
     """Metrics of the newest checkpoint, of --step, or of --samples, printed and written to eval/."""
     if flags.samples is not None and flags.step is not None:
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
-    probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if needed.there(config, name)))
         parts = {name: stages.load(config, name, workdir, mesh) for name in names}
         _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
+    probes.find(config)
     parts = needed.load(config, workdir, mesh, step=flags.step)
     if flags.step is None:
         _measure_trained(evaluator, config, parts, workdir, _of_shipped(config, workdir))
@@ -193,11 +193,10 @@ def demo(config, workdir, mesh, flags):
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     if sampled:
         parts.update(needed.guide(config, mesh))
-    trained = any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
     built = page.build_page(
         exhibits.Exhibits(config, parts),
         title=f"rae_jax: {config.name}",
-        what=f"weights of {workdir}" if trained else "weights as the config names them",
+        what=f"weights of {workdir}" if _is_trained(config, workdir) else "weights as the config names them",
         class_names=_class_names(config) if sampled else (),
         held_out=_held_out(config),
         image_size=config.data.image_size,
@@ -281,18 +280,22 @@ def _score(checkpoint, results, *, must):
 
 def _measure_trained(evaluator, config, parts, workdir, results):
     """Measure the run's weights, and write what is found beside `results`, those of the shipped ones."""
-    prefix = "trained" if config.evaluate.shipped else ""
+    prefix = "trained" if config.evaluate.shipped and _is_trained(config, workdir) else ""
     found = _measure(evaluator, config, parts, workdir, prefix)
     found = {f"{prefix}_{name}" if prefix else name: value for name, value in found.items()}
     _write_results(workdir, f"{config.name}.json", {**results, **found})
 
 
 def _of_shipped(config, workdir):
-    """What the run has found of the shipped weights, if it was asked to and has."""
+    """What the run has found of the shipped weights, beside which it wrote what it found of its own."""
     path = workdir / "eval" / f"{config.name}.json"
-    if not config.evaluate.shipped or not path.exists():
-        return {}
-    return {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("trained_")}
+    found = json.loads(path.read_text()) if config.evaluate.shipped and path.exists() else {}
+    of_shipped = {name: value for name, value in found.items() if not name.startswith("trained_")}
+    return of_shipped if len(of_shipped) < len(found) else {}
+
+
+def _is_trained(config, workdir):
+    return any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
 
 
 def _measure(evaluator, config, parts, workdir, name):

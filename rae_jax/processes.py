@@ -23,8 +23,11 @@ SETTINGS = {  # flag: environment variable
 }
 # What JAX says where another process is gone: in errors that are none of its own type, and in those that are.
 _GONE = re.compile(r"gloo|coordination.?service|another task", re.IGNORECASE)
-_NO_ANSWER = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN")
-_OWN = re.compile(r"compil|mosaic|engine config|lowering|autotun", re.IGNORECASE)  # and not in these
+_NO_ANSWER = (
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"),
+    *("FAILED_PRECONDITION", "DATA_LOSS"),
+)
+_OWN = re.compile(r"compil|mosaic|engine config|lowering|autotun|resource_exhausted", re.IGNORECASE)  # and not in these
 FAREWELL = 60  # seconds for which a process that ends waits for the others, where one of them fails
 
 
@@ -77,7 +80,7 @@ def lost_another(error):
         return False
     gone = _GONE.search(str(error)) is not None
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return gone or (str(error).startswith(_NO_ANSWER) and not _OWN.search(str(error)))
+        return not _OWN.search(str(error)) and (gone or str(error).startswith(_NO_ANSWER))
     return gone
 
 

@@ -207,7 +207,7 @@ def _from_checkpoint(config, name, folder, step, mesh):
 def _refuse_some_of(folder, step):
     """Statistics of the first images alone are those of the first classes."""
     at = checkpoint.position(folder, step)
-    if at["position"] * at["batch_size"] < at["num_images"]:
+    if at is not None and at["position"] * at["batch_size"] < at["num_images"]:
         seen = at["position"] * at["batch_size"]
         raise UserError(
             f"{folder} holds statistics of {seen} of the {at['num_images']} images: end that stage (--mode=train)"

@@ -312,11 +312,17 @@ def test_an_evaluation_keeps_what_was_found_of_other_weights(run, tmp_path):
     config, results = tiny(), workdir / "eval" / "tiny.json"
     config.evaluate.shipped = True
     before, picture = json.loads(results.read_text()), (workdir / "samples" / "samples.png").read_bytes()
+    results.write_text(json.dumps({**{name: 0.5 for name in before}, "trained_fd": 0.0}))  # of other weights
     mesh = sharding.make_mesh(config.mesh)
     modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=None))
     after = json.loads(results.read_text())
     assert after.keys() == before.keys() | {f"trained_{name}" for name in before}
-    assert after["fd"] == before["fd"] and after["trained_fd"] == pytest.approx(before["fd"], rel=1e-4)
+    assert after["fd"] == 0.5 and after["trained_fd"] == pytest.approx(before["fd"], rel=1e-4)
+    assert modes._of_shipped(config, workdir) == {name: 0.5 for name in before}
+    (workdir / "eval" / "tiny_6.json").write_text(json.dumps(before))
+    config.name = "tiny_6"  # whose results are of one set of weights alone, and nothing says which
+    assert modes._of_shipped(config, workdir) == {}
+    config.name = "tiny"
     modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=6))
     assert json.loads(results.read_text()) == after and (workdir / "eval" / "tiny_6.json").exists()
     assert (workdir / "samples" / "samples.png").read_bytes() == picture

@@ -15,7 +15,7 @@ from conftest import tiny
 from PIL import Image
 
 from configs import small
-from rae_jax import command, logs, processes
+from rae_jax import command, ending, logs, processes
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
@@ -168,6 +168,24 @@ def test_all_learn_of_a_signal_after_the_same_step(tmp_path):
     assert said == [[2, 4, index == 0, [None, None, None, 15, 15, 15]] for index in (0, 1)]
 
 
+def _end():
+    """In one of several processes: the second cannot go on, the others look at different times."""
+    os.environ["XLA_FLAGS"] = ""
+    processes.start()
+    with ending.together(()):
+        time.sleep(0.5 * jax.process_index())
+        ending.watch()
+        if jax.process_index() == 1:
+            raise SystemExit(2)
+        time.sleep(60)
+
+
+def test_all_end_with_the_status_of_the_one_that_cannot_go_on():
+    """The first process, which is asked why, waits until all have."""
+    said = pairs.run([__file__, "end"], 4, status=2)
+    assert sum("process 1 of this run ended with status 2" in text for text in said) == 3
+
+
 def test_alone_it_is_known_at_once():
     raised = None
     agreement = processes.Agreement(lambda: raised)
@@ -226,4 +244,4 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, mend):
 
 
 if __name__ == "__main__":
-    _agree()
+    _end() if sys.argv[1:] == ["end"] else _agree()

@@ -185,7 +185,7 @@ def _forward_flops(config, sizes):
 
 def _speed(config, workdir, mesh, job):
     sample, parts = generate.make_sampler(config, mesh), _generator(config, workdir, mesh)
-    size, began = config.evaluate.batch_size, None
+    size, began = sharding.round_up(config.evaluate.batch_size, mesh), None
     labels = np.arange(size) % config.data.num_classes
     batch = sharding.put_global({"indices": np.arange(size, dtype=np.uint32), "labels": labels}, mesh)
     for _ in range(2):  # the first compiles

@@ -9,6 +9,8 @@ from multiprocessing import connection
 
 from launch.study import work
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last, where a terminal is closed
+
 
 def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=True)):
     """Bring all jobs (in an order in which each comes after those that it needs) to their ends; those that are done are
@@ -21,7 +23,8 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
     done = {job.name for job in jobs if work.results(job) is not None}
     waiting = [job for job in jobs if job.name not in done]
     at_work, failed, began, first = {}, {}, time.monotonic(), len(done)
-    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    previous = {number: signal.signal(number, _stop) for number in heeded}
     try:
         while waiting or at_work:
             for job in [job for job in waiting if any(name in failed for name in job.needs)]:
