@@ -53,6 +53,7 @@ def _bars(axis, panel, variants, values):
     axis.barh(places, [mean for mean, *_ in points], xerr=[spread or 0 for _, spread, _ in points], color=colours)
     axis.set_yticks(places, there, fontsize=8)
     axis.invert_yaxis()
+    axis.locator_params(axis="x", nbins=5)  # more would touch each other
     axis.set_xlabel(label(panel["y"]))
 
 
