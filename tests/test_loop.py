@@ -305,6 +305,7 @@ def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
     assert drawn()[0] != first[0]
 
 
+@pytest.mark.slow
 def test_an_evaluation_keeps_what_was_found_of_other_weights(run, tmp_path):
     """The shipped ones, and the last step's beside an earlier one's."""
     workdir = epath.Path(tmp_path / "run")

@@ -180,6 +180,7 @@ def _end():
         time.sleep(60)
 
 
+@pytest.mark.slow
 def test_all_end_with_the_status_of_the_one_that_cannot_go_on():
     """The first process, which is asked why, waits until all have."""
     said = pairs.run([__file__, "end"], 4, status=2)
