@@ -86,9 +86,8 @@ def reconstruct(config, parts, path, mesh, folder):
     scores = {key: np.concatenate([score[key] for score in scores]) for key in scores[0]}
     results = {**{key: float(of.mean()) for key, of in scores.items()}, **moments.rfid()}
     picture = pictures.grid(np.concatenate([np.stack(images) for images in zip(*pairs, strict=True)]), len(pairs))
-    return {**results, "num_images": len(scores["psnr"])}, pictures.with_captions(
-        picture, ("given", "decoded"), scale=3
-    )
+    results["num_images"] = len(scores["psnr"])
+    return results, pictures.with_captions(picture, ("given", "decoded"), scale=3)
 
 
 def _write(folder, names, out):

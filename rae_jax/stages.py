@@ -198,7 +198,7 @@ def _from_checkpoint(config, name, folder, step, mesh):
     shapes = _state_shapes(config, name)
     averages = {key: shapes[key] for key in ("ema_params", "more_ema_params") if key in shapes}
     wanted = averages or shapes  # statistics have none
-    restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))
+    restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))  # a damaged one is said first
     if name == "statistics":
         _refuse_some_of(folder, step)
     return jax.jit(used(config, name))(restored)
@@ -207,8 +207,8 @@ def _from_checkpoint(config, name, folder, step, mesh):
 def _refuse_some_of(folder, step):
     """Statistics of the first images alone are those of the first classes."""
     at = checkpoint.position(folder, step)
-    if at is not None and at["position"] * at["batch_size"] < at["num_images"]:
-        seen = at["position"] * at["batch_size"]
+    seen = None if at is None else at["position"] * at["batch_size"]
+    if seen is not None and seen < at["num_images"]:
         raise UserError(
             f"{folder} holds statistics of {seen} of the {at['num_images']} images: end that stage (--mode=train)"
         )
