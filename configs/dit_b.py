@@ -23,7 +23,7 @@ def get_config():
     c.stages = ("dit",)
     c.log_every = 100
     c.unroll, c.remat = False, "dots"
-    c.mesh.fsdp = -1  # see small.py: at most 64 devices, the others are data's
+    c.mesh.fsdp = -1  # see small.py: at most 16 devices, the others are data's
     c.checkpoint.every = 10 * epoch(1024)
     c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "num_threads": 16})
     c.encoder.update(encoders.dinov2("base"))

@@ -27,7 +27,7 @@ def get_config():
     # Where compiled programs are kept for the next start: '': in ~/.cache; a folder, which hosts may share; 'none'.
     c.compilation_cache = ""
     # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
-    # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 64, data the rest.
+    # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 16, data the rest.
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.checkpoint = _checkpoint()
     c.health = _health()

@@ -11,7 +11,7 @@ def count(function, *arguments):
 
     Arguments are arrays or their shapes (jax.ShapeDtypeStruct), in trees. Counts what is asked for, whatever XLA makes
     of it: rematerialised blocks as often as they are computed, so that a model's own FLOPs take one without; of the
-    branches of a condition the dearest; a loop that ends by what it computes once. Other arithmetic is not counted.
+    branches of a condition the dearest, of jax.lax.platform_dependent the default; a loop that ends by what it computes once. Other arithmetic is not counted.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -31,13 +31,19 @@ def _of_equation(equation):
         case "scan":
             return equation.params["length"] * _of(equation.params["jaxpr"].jaxpr)
         case "cond":
-            return max(_of(branch.jaxpr) for branch in equation.params["branches"])
+            return max(_of(branch.jaxpr) for branch in _branches(equation.params))
         case "shard_map":  # the function of one device
             return equation.params["mesh"].size * _of(equation.params["jaxpr"])
         case "pallas_call":
             raise ValueError("a kernel's FLOPs cannot be counted: count the same without it (config.attention='xla')")
         case _:
             return sum(map(_of, _inside(equation.params)))
+
+
+def _branches(params):
+    """Those that a condition may take; of what platforms do each in its own way, the default alone."""
+    platforms = params.get("branches_platforms")
+    return [params["branches"][platforms.index(None)]] if platforms else params["branches"]
 
 
 def _contracted(equation):

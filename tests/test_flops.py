@@ -65,6 +65,14 @@ def test_the_dearest_branch_counts_and_what_is_computed_again_counts_again():
     assert flops.count(gradient, A, B) == 4 * PRODUCT
 
 
+def test_of_what_platforms_do_in_their_own_ways_the_default_counts():
+    def product(a, b):
+        return jax.lax.platform_dependent(a, b, tpu=lambda a, b: a @ b @ b.T @ b, default=jnp.matmul)
+
+    assert flops.count(product, A, B) == PRODUCT
+    assert flops.count(jax.grad(lambda a, b: jnp.square(product(a, b)).sum(), argnums=(0, 1)), A, B) == 3 * PRODUCT
+
+
 @pytest.mark.parametrize("size, giga_products", [("s", 48.5), ("b", 65.7), ("l", 123.6), ("xl", 161.6)])
 def test_the_papers_models(size, giga_products):
     """Forward multiplications with additions for 256 tokens, in the reference's table."""

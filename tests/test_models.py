@@ -1,5 +1,7 @@
 """Models: compute types, the choices of scanned, unrolled and rematerialised blocks, and layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import tiny
 from flax import linen as nn
 
 from rae_jax import build
-from rae_jax.models import attention
+from rae_jax.models import attention, layers
 from rae_jax.models.dense import Dense
 from rae_jax.stage_encoder import magnify_detail
 
@@ -112,3 +114,13 @@ def test_magnified_detail_keeps_each_patch_s_mean_colour():
     before = patches.reshape(2, 3, 16, 3)
     np.testing.assert_allclose(magnified.mean(-2), before.mean(-2), atol=1e-6)
     np.testing.assert_allclose(magnified.std(-2), 4.0 * before.std(-2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_pairs_of_channels_turn_alike_by_a_product_and_by_slices(halves):
+    """As a TPU does it and as others do, values and gradients to the last bit; run here, by a CPU, both."""
+    x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 12))
+    for values in (x, x.astype(jnp.bfloat16)):
+        ways = (functools.partial(way, halves=halves) for way in (layers._turned, layers._turned_by_product))
+        slices, product = ((y, *backward(weights)) for y, backward in (jax.vjp(way, values) for way in ways))
+        jax.tree.map(np.testing.assert_array_equal, slices, product)

@@ -33,7 +33,7 @@ def test_open_axes_take_the_devices_that_are_left():
     assert _mesh(-1, 2, 1).shape == {"data": 4, "fsdp": 2, "tensor": 1}
     assert _mesh(2, -1, 2).shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert _mesh(-1, -1, 2).shape == {"data": 1, "fsdp": 4, "tensor": 2}
-    assert sharding._sizes({"data": -1, "fsdp": -1, "tensor": 1}, 1024, 4) == [16, 64, 1]
+    assert sharding._sizes({"data": -1, "fsdp": -1, "tensor": 1}, 1024, 4) == [64, 16, 1]
     assert sharding._sizes({"data": -1, "fsdp": -1, "tensor": 1}, 96, 2) == [6, 16, 1]
 
 

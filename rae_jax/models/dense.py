@@ -38,8 +38,12 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         name = "/".join((*self.path, "kernel"))
         y, pieces = product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
-        found = _parts(y + _in_pieces(bias.astype(self.dtype), pieces, self.parts), pieces, self.parts)
-        return jax.tree.map(lambda part: checkpoint_name(part, PRODUCT), found) if self.kept else found
+        # Added to the parts, not before: a gradient of the bias would put them together again in memory.
+        biases = jnp.split(bias.astype(self.dtype), self.parts)
+        found = tuple(part + b for part, b in zip(_parts(y, pieces, self.parts), biases, strict=True))
+        if self.kept:
+            found = tuple(checkpoint_name(part, PRODUCT) for part in found)
+        return found if self.parts > 1 else found[0]
 
 
 def product(x, kernel, name, parts=1):
@@ -59,16 +63,9 @@ def product(x, kernel, name, parts=1):
     return _product(x, kernel, _plan(fsdp, tensor, kernel.ndim)), pieces
 
 
-def _in_pieces(bias, pieces, parts):
-    """A bias [F] in the order of a product's outputs."""
-    return bias.reshape(parts, pieces, -1).swapaxes(0, 1).reshape(-1) if pieces > 1 else bias
-
-
 def _parts(y, pieces, parts):
-    """The parts of a product [B, ..., F]; one alone as it is."""
-    if parts == 1:
-        return y
-    if pieces == 1:
+    """The parts of a product [B, ..., F]."""
+    if pieces == 1 or parts == 1:
         return tuple(jnp.split(y, parts, -1))
     y = y.reshape(*y.shape[:-1], pieces, parts, -1)
     return tuple(y[..., i, :].reshape(*y.shape[:-3], -1) for i in range(parts))
