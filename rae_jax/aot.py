@@ -78,7 +78,7 @@ def measure(program, mesh, chip):
         **{**found, **sizes, "fits": peak <= chip.hbm, "peak_bytes": peak},
         **{"flops": costs.flops, "model_flops": asked, "flops_ratio": costs.flops / asked},
         **{"collective_bytes": costs.sent.total(), "collective_bytes_by_kind": dict(costs.sent)},
-        "roofline_seconds": _roofline(costs, chip),
+        **{"roofline_seconds": _roofline(costs, chip), "estimated_cycles": costs.cycles},
     }
 
 
@@ -135,6 +135,7 @@ def table(name, found):
         f"  FLOPs        {found['flops'] / 1e12:9.2f} T, {found['flops_ratio']:.3f} of the model's own",
         *(f"  {kind:18} {size / GIB:.3f} GiB sent" for kind, size in sent.items()),
         f"  at least     {1e3 * max(found['roofline_seconds'].values()):9.1f} ms, bound by {bound} (ms: {seconds})",
+        f"  estimate     {found['estimated_cycles'] / 1e6:9.1f} M cycles, by the compiler's own model of the chip",
         f"  compiled in  {found['compile_seconds']:9.0f} s, after {found['lower_seconds']:.0f} s of tracing",
     ]
 

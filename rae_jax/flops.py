@@ -11,7 +11,8 @@ def count(function, *arguments):
 
     Arguments are arrays or their shapes (jax.ShapeDtypeStruct), in trees. Counts what is asked for, whatever XLA makes
     of it: rematerialised blocks as often as they are computed, so that a model's own FLOPs take one without; of the
-    branches of a condition the dearest, of jax.lax.platform_dependent the default; a loop that ends by what it computes once. Other arithmetic is not counted.
+    branches of a condition the dearest, of jax.lax.platform_dependent the default; a loop that ends by what it computes
+    once. Other arithmetic is not counted.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 

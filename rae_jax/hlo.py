@@ -25,14 +25,15 @@ class Costs:
     flops: float = 0.0  # of products and convolutions, two for each multiplication
     moved: float = 0.0  # bytes between the main memory and the rest, about: what instructions read and write
     sent: Counter = dataclasses.field(default_factory=Counter)  # bytes by kind of collective, as a ring sends them
+    cycles: float = 0.0  # of its cores, as the TPU compiler estimates them; other compilers say nothing
 
     def __add__(self, other):
         sent = Counter({kind: self.sent[kind] + other.sent[kind] for kind in COLLECTIVES})
-        return Costs(self.flops + other.flops, self.moved + other.moved, sent)
+        return Costs(self.flops + other.flops, self.moved + other.moved, sent, self.cycles + other.cycles)
 
     def __mul__(self, times):
         sent = Counter({kind: self.sent[kind] * times for kind in COLLECTIVES})
-        return Costs(self.flops * times, self.moved * times, sent)
+        return Costs(self.flops * times, self.moved * times, sent, self.cycles * times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Program:
                 return max(called, key=lambda costs: (costs.flops, costs.sent.total()))
             case "fusion":
                 inside = sum(called, Costs())
-                return Costs(inside.flops, self._moved(i, computation), _scattered(i, inside.sent))
+                return Costs(inside.flops, self._moved(i, computation), _scattered(i, inside.sent), _cycles(i))
             case "dot":
                 own = Costs(_dot(i, computation))
             case "convolution":
@@ -86,7 +87,7 @@ class Program:
                 own = Costs(sent=Counter({kind: _sent(kind, i, computation)}))
             case _:
                 own = Costs()
-        return sum(called, own + Costs(moved=self._moved(i, computation)))
+        return sum(called, own + Costs(moved=self._moved(i, computation), cycles=_cycles(i)))
 
     def _moved(self, i, computation):
         """Bytes that an instruction reads and writes in main memory; of a slice of an array, the slice's."""
@@ -159,6 +160,12 @@ def _written(i, fused):
         in_place = made.opcode == "dynamic-update-slice"
         total += min(size, _bytes(_arrays(fused[made.operands[1]].result))) if in_place else size
     return total
+
+
+def _cycles(i):
+    """What the TPU compiler reckons for an instruction, by which it chooses how to cut it into pieces."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+    return float(found[1]) if found and int(found[1]) < 2**63 else 0.0  # -1, without its sign: it does not know
 
 
 def _scattered(fusion, sent):

@@ -61,11 +61,12 @@ def test_traffic_of_each_kind():
 
 def test_what_the_tpu_compiler_writes():
     """A loop whose count no note tells, a window that is mostly padding, a gather that goes on in a second fusion, a
-    scattered sum written as an all-reduce and its slice.
+    scattered sum written as an all-reduce and its slice, what it reckons an instruction takes.
     """
     program = hlo.Program((Path(__file__).parent / "tpu_program.hlo").read_text())
     costs = program.costs()
     sent = {"collective-permute": 4 * 256, "all-gather": 256, "reduce-scatter": 3 / 4 * 256}
     assert costs.sent == {**dict.fromkeys(hlo.COLLECTIVES, 0), **sent}
+    assert costs.cycles == 4 * 100 + 1000
     assert costs.flops == 2 * (16 * 8 * 4) * 2  # of the window's four pairs of positions two meet the input
     assert ("bf16", (16, 2, 4)) in program.arrays()
