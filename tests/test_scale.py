@@ -142,7 +142,7 @@ def test_the_command_compiles_for_a_tpu():
     (found,) = json.loads(done.stdout.splitlines()[-1])
     assert found["program"] == "train" and found["topology"] == "v5e:2x2" and found["fits"] is True
     assert 0 < found["peak_bytes"] < found["hbm_bytes"] == int(15.75 * 2**30)
-    assert 1.0 <= found["flops_ratio"] < 1.1
+    assert 1.0 <= found["flops_ratio"] < 1.06 and found["estimated_cycles"] > 0
     assert found["collective_bytes"] == sum(found["collective_bytes_by_kind"].values()) > 0
     assert "of the model's own" in done.stdout
 
