@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import build, build_flow, flow, logs, rae, sharding
+from rae_jax.models.dit import in_dtype
 
 
 def make_sampler(config, mesh):
@@ -123,7 +124,8 @@ def _guided(config, parts, labels, scale=None):
 
 def _halves(config, sizes, params, labels):
     """(condition_fn, velocity_fn): trunk and head of a DiT^DH of those sizes; a plain DiT is all in the latter."""
-    dit, params, to_velocity = build.dit(config, sizes), {"params": params}, build_flow.to_velocity(config)
+    dit, to_velocity = build.dit(config, sizes), build_flow.to_velocity(config)
+    params = {"params": in_dtype(params, config.dtype)}
     if sizes.head_depth == 0:
         return lambda x, t: (), lambda x, t, s: to_velocity(dit.apply(params, x, t, labels), x, t)
 

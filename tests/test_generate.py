@@ -10,6 +10,7 @@ from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
 from rae_jax import build, build_flow, flow, generate, stage_dit, stages
+from rae_jax.models import dit
 
 LABELS = jnp.array([0, 3, 9])
 
@@ -228,3 +229,17 @@ def test_microbatches_are_the_whole_batch():
         assert norm == pytest.approx(norms[0], rel=1e-4)
         apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], end)
         assert max(jax.tree.leaves(apart)) <= 1e-6
+
+
+def test_kernels_cast_before_the_trajectory_change_no_evaluation(case):
+    """In bfloat16, bit by bit; the time's own layers stay in float32, in which they are computed."""
+    config, latent, parts = case
+    config = config.copy_and_resolve_references()
+    config.dtype = "bfloat16"
+    params = dit.in_dtype(parts["dit"], "bfloat16")
+    dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert dtypes["['trunk']['mlp']['w3']['kernel']"] == jnp.bfloat16
+    assert dtypes["['time_embed']['fc1']['kernel']"] == dtypes["['head']['norm1']['scale']"] == jnp.float32
+    x, module = jax.random.normal(jax.random.key(0), (3, *latent)), build.dit(config)
+    evaluate = jax.jit(lambda params: module.apply({"params": params}, x, jnp.full(3, 0.3), LABELS))
+    np.testing.assert_array_equal(evaluate(params), evaluate(parts["dit"]))

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from rae_jax import rings, sharding
 
+ALIGNED = 8  # 16 bytes of bfloat16, which the units of an NVIDIA GPU that load tiles of a matrix ask for
 PRODUCT = "product"  # the name by which a backward pass may find results again, see layers.scan_blocks
 
 
@@ -139,7 +140,7 @@ def _times(x, kernel):
     def as_matrix(x, kernel):
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, default=jnp.matmul)
+    return jax.lax.platform_dependent(x, kernel, cpu=as_matrix, cuda=_times_aligned, default=jnp.matmul)
 
 
 def _outer(x, y):
@@ -148,8 +149,26 @@ def _outer(x, y):
     def as_matrices(x, y):
         return x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1])
 
-    def as_they_are(x, y):
-        axes = tuple(range(x.ndim - 1))
-        return jax.lax.dot_general(x, y, ((axes, axes), ((), ())))
+    return jax.lax.platform_dependent(x, y, cpu=as_matrices, cuda=_outer_aligned, default=_outer_as_they_are)
 
-    return jax.lax.platform_dependent(x, y, cpu=as_matrices, default=as_they_are)
+
+def _outer_as_they_are(x, y):
+    axes = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, y, ((axes, axes), ((), ())))
+
+
+def _times_aligned(x, kernel):
+    """For GPUs, which read rows of whole ALIGNED numbers: the head of DiT^DH has 5461 hidden channels."""
+    y = jnp.matmul(_aligned(x), _aligned(_aligned(kernel), -2))
+    return y[..., : kernel.shape[-1]]
+
+
+def _outer_aligned(x, y):
+    return _outer_as_they_are(_aligned(x), _aligned(y))[: x.shape[-1], : y.shape[-1]]
+
+
+def _aligned(x, axis=-1):
+    """x with zeros at the end of an axis, up to a multiple of ALIGNED."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, -x.shape[axis] % ALIGNED)
+    return jnp.pad(x, pads)

@@ -49,6 +49,16 @@ class TimeEmbedding(nn.Module):
             return layer(nn.silu(layer(x, "fc1")), "fc2")
 
 
+def in_dtype(params, dtype):
+    """A DiT's parameters with the kernels in the dtype of their products, as each evaluation would cast them anew."""
+
+    def cast(path, leaf):
+        *modules, name = (key.key for key in path)
+        return leaf.astype(dtype) if name == "kernel" and "time_embed" not in modules else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 class LabelEmbedding(nn.Module):
     """Labels [B] -> [B, width]; the row after the last class stands for no label. Without classes, all mean that."""
 

@@ -148,12 +148,10 @@ def rotate(x, angles, *, halves=False):
 
 def _turned(x, *, halves):
     """(-b, a) for each pair (a, b) of channels, in float32."""
-    x = x.astype(jnp.float32)
-    if halves:
-        a, b = jnp.split(x, 2, -1)
-        return jnp.concatenate([-b, a], -1)
-    a, b = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([-b, a], -1).reshape(x.shape)
+    shape, axis = ((2, -1), -2) if halves else ((-1, 2), -1)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
+    signs = np.array([[-1.0], [1.0]] if halves else [-1.0, 1.0], np.float32)
+    return (jnp.flip(pairs, axis) * signs).reshape(x.shape)
 
 
 def _turned_by_product(x, *, halves):

@@ -1,0 +1,72 @@
+"""How far a GPU's results are from others': the largest difference over the largest value, as one JSON object.
+
+In a process of its own, with JAX_PLATFORMS=cuda,cpu, since the tests see only the CPU; test_gpu.py calls it.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import tiny
+
+from rae_jax import benchmark, sharding
+from rae_jax.models import attention, dense
+
+jax.config.update("jax_platforms", "cuda,cpu")  # conftest, imported for the tiny config, has set it to cpu
+
+
+def main():
+    found = {f"attention {shape}": cudnn_attention(shape) for shape in ((2, 256, 16, 72), (2, 261, 12, 64))}
+    found["products of odd sizes"] = odd_products()
+    for name in ("train_decoder", "train_dit", "sample"):
+        found[name] = program(name)
+    print(json.dumps(found))
+
+
+def cudnn_attention(shape):
+    """Of values and gradients in bfloat16, to XLA's in float32."""
+
+    def values(attend, dtype):
+        q, k, v, cotangent = (a.astype(dtype) for a in jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16))
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, *pullback(cotangent)
+
+    return difference(jax.jit(lambda: values(attention.cudnn, jnp.bfloat16))(), values(attention.xla, jnp.float32))
+
+
+def odd_products():
+    """Of a product and its gradients with 13 and 21 channels, to numpy's."""
+    x, kernel, dy = (
+        np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 5, 13), (13, 21), (2, 5, 21))
+    )
+    y, pullback = jax.vjp(jax.jit(dense._times), x, kernel)
+    rows, outer = x.reshape(-1, 13), jax.jit(dense._outer)(x, dy)
+    expected = (x @ kernel, dy @ kernel.T, rows.T @ dy.reshape(-1, 21))
+    return max(difference((y, *pullback(dy)), expected), difference(outer, expected[-1]))
+
+
+def program(name):
+    """Of one run on the GPU to one on the CPU, the same numbers in and random draws inside."""
+    config = tiny()
+    config.decoder.train.lpips_weight = 0.0
+
+    def on(device):
+        mesh = sharding.make_mesh(config.mesh, [device])
+        found = benchmark.PROGRAMS[name](config, mesh)
+        first, *rest = found.arguments
+        first = benchmark.late_state(first) if found.kind == "train" else benchmark.made_up(first)
+        arguments = (first, *map(benchmark.made_up, rest))
+        return jax.device_get(found.jitted(*arguments))
+
+    return difference(on(jax.devices("cuda")[0]), on(jax.devices("cpu")[0]))
+
+
+def difference(ours, theirs):
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    arrays = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    return max(float(np.abs(a - b).max() / (np.abs(b).max() + 1e-12)) for a, b in arrays)
+
+
+if __name__ == "__main__":
+    main()
