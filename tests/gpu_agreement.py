@@ -1,4 +1,4 @@
-"""How far a GPU's results are from others': the largest difference over the largest value, as one JSON object.
+"""How far a GPU's results are from others': largest differences over the largest values, a line of JSON each.
 
 In a process of its own, with JAX_PLATFORMS=cuda,cpu, since the tests see only the CPU; test_gpu.py calls it.
 """
@@ -17,11 +17,15 @@ jax.config.update("jax_platforms", "cuda,cpu")  # conftest, imported for the tin
 
 
 def main():
-    found = {f"attention {shape}": cudnn_attention(shape) for shape in ((2, 256, 16, 72), (2, 261, 12, 64))}
-    found["products of odd sizes"] = odd_products()
-    for name in ("train_decoder", "train_dit", "sample"):
-        found[name] = program(name)
-    print(json.dumps(found))
+    for shape in ((2, 256, 16, 72), (2, 261, 12, 64)):
+        say(f"attention {shape}", cudnn_attention(shape))
+    say("products of odd sizes", odd_products())
+    for name in ("train_dit", "sample", "train_decoder"):
+        say(name, program(name))
+
+
+def say(name, value):
+    print(json.dumps({name: value}), flush=True)
 
 
 def cudnn_attention(shape):

@@ -28,8 +28,11 @@ def test_products_of_odd_sizes_are_products():
 def test_a_gpu_agrees_with_the_cpu():
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"  # most of the compiling, for nothing here
     command = [sys.executable, str(tests / "gpu_agreement.py")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
     assert max(value for name, value in found.items() if name.startswith("attention")) < 2e-2  # bfloat16
     assert max(value for name, value in found.items() if not name.startswith("attention")) < 1e-4
