@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import re
 from typing import NamedTuple
 
@@ -20,9 +19,6 @@ BATCH = P(("data", "fsdp"))  # every batch, and every activation, is split over 
 # 72, whole tiles of a TPU's memory: of 18, among 64 devices, what is gathered is copied once more for each product.
 MOST_FSDP = 16
 SMALL = 2**18  # elements; what no axis divides may be replicated up to this size
-# By what jax calls a device. On v6e the memory that a piece of a product may take, by default 32 MiB: DiT^DH-XL's step
-# compiles in three quarters of the time, for as many cycles by the compiler's own estimate.
-COMPILER_OPTIONS = {"TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": 24 * 1024}}
 
 
 class Rule(NamedTuple):
@@ -101,13 +97,7 @@ def jit(function, mesh, **options):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*arguments)
 
-    return jax.jit(functools.wraps(function)(on_mesh), compiler_options=_compiler_options(mesh), **options)
-
-
-def _compiler_options(mesh):
-    """What the compiler is told for a mesh's devices, unless LIBTPU_INIT_ARGS says something else of it."""
-    told, given = COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind, {}), os.environ.get("LIBTPU_INIT_ARGS", "")
-    return {name: value for name, value in told.items() if name not in given}
+    return jax.jit(functools.wraps(function)(on_mesh), **options)
 
 
 def in_parts(function, x, most):
