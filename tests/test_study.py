@@ -199,7 +199,9 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     built on it left out. The loss falls only where the DiT is as wide as a token."""
     study = plan.read("width")
     kept = {name: study["variants"][name] for name in ("16", "64")}
-    monkeypatch.setattr(plan, "read", lambda name: {**study, "variants": kept} if name == "width" else {**study})
+    longer = {"fast": {**study["sizes"]["fast"], "dit.train.num_steps": 300}}  # 60 may be over before it is interrupted
+    changed = {**study, "variants": kept, "sizes": longer}
+    monkeypatch.setattr(plan, "read", lambda name: {**changed} if name == "width" else {**study})
     planned = _plan(tmp_path, studies=["width"])
     jobs, said = list(planned.jobs.values()), []
     assert [job.name for job in jobs] == ["foundations/image", "width/16/seed_0", "width/64/seed_0"]
