@@ -36,8 +36,12 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {"batch": args.batch, "torch": torch.__version__}
     results["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    for name in args.only.split(","):
-        run, steps = {"train": (_trainer, args.steps), "sample": (_sampler, 2)}[name]
+    runs = {"train": (_trainer, args.steps), "sample": (_sampler, 2)}
+    names = args.only.split(",")
+    if not runs.keys() >= set(names):
+        parser.error(f"--only={args.only}: choose from {', '.join(runs)}")
+    for name in names:
+        run, steps = runs[name]
         results[name] = _timed(run(args, device), steps, args.batch, device)
         print(name, json.dumps(results[name]), flush=True)
     print(json.dumps(results))
@@ -49,6 +53,8 @@ def _timed(run, steps, batch, device):
     run()
     first = time.perf_counter() - began
     run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of what came before, and of compiling
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()

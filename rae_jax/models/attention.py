@@ -77,20 +77,23 @@ def _logits(q, k):
     return jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
+_by_cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
 @jax.custom_vjp
 def cudnn(q, k, v):
     """By cuDNN's flash attention: NVIDIA GPUs from Hopper on, bfloat16, K a multiple of 8."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return _by_cudnn(q, k, v)
 
 
 def _cudnn_even(q, k, v):
     """The same for what has gradients: JAX takes even numbers of tokens there, so one more is masked out."""
     length = q.shape[1]
     if length % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return _by_cudnn(q, k, v)
     q, k, v = (jnp.pad(a, ((0, 0), (0, 1), (0, 0), (0, 0))) for a in (q, k, v))
     lengths = dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), jnp.full(q.shape[:1], length, jnp.int32))
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)[:, :length]
+    return _by_cudnn(q, k, v, **lengths)[:, :length]
 
 
 cudnn.defvjp(functools.partial(jax.vjp, _cudnn_even), lambda pullback, dx: pullback(dx))
