@@ -59,6 +59,14 @@ def test_the_backward_pass_makes_the_weights_once_more_and_no_more():
     assert count(attention.xla) == 8 * product
 
 
+@pytest.mark.parametrize("length", [8, 9])
+def test_an_odd_token_more_is_masked_out(length, monkeypatch):
+    """What is done around cuDNN's kernel for gradients, with XLA's function of the same arguments in its place."""
+    monkeypatch.setattr(attention, "_by_cudnn", functools.partial(jax.nn.dot_product_attention, implementation="xla"))
+    ours, theirs = (_value_and_pullback(attend, (2, length, 3, 8)) for attend in (attention.cudnn, attention.xla))
+    _assert_equal(ours, theirs, 1e-6)
+
+
 @pytest.mark.parametrize("length", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 257))])
 def test_the_flash_kernel_is_attention(length):
     """Interpreted: values and gradients, also where the last block is filled up."""
