@@ -113,7 +113,8 @@ def test_a_cpu_transposes_for_a_kernel_s_gradient_what_already_lies_in_memory():
     """A loop that computes and transposes at once takes ten times as long as one that only transposes."""
 
     def loss(kernel, x, scale, shift):
-        return jnp.square(Dense(48).apply({"params": {"kernel": kernel, "bias": jnp.zeros(48)}}, x * scale + shift)).sum()
+        params = {"kernel": kernel, "bias": jnp.zeros(48)}
+        return jnp.square(Dense(48).apply({"params": params}, x * scale + shift)).sum()
 
     x = jnp.ones((2, 16, 64))
     text = jax.jit(jax.grad(loss)).lower(jnp.ones((64, 48)), x, x, x).compile().as_text()
