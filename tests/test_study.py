@@ -248,7 +248,8 @@ def _with(job, **changes):
 def _in_a_process(jobs):
     """pool.run in a process of its own, as the command runs it."""
     code = (
-        "import pickle, sys; from launch.study import pool\n"
+        "import pickle, signal, sys; from launch.study import pool\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # where the tests are run in the background, too
         "if __name__ == '__main__':\n"
         "    try: pool.run(pickle.load(open(sys.argv[1], 'rb')), 1)\n"
         "    except KeyboardInterrupt: sys.exit(75)\n"
