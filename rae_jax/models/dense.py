@@ -172,7 +172,7 @@ def _columns_product(x, y):
     operand that is to be read by columns, and DiT^DH-S's backward pass took 12 % more CPU time by the other.
 
     What is transposed is x as it lies there for the forward pass: told nothing, XLA computes the normed and modulated
-    tokens once more and writes them column by column, which takes ten times as long as transposing them.
+    tokens once more and writes them column by column, which takes five to ten times as long as transposing them.
     """
     rows = with_layout_constraint(x, Layout((0, 1)))
     return jax.lax.optimization_barrier(rows.T) @ y
