@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # configs/ is used from the checkout
+if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main():

@@ -151,14 +151,12 @@ def _run(argv, log, devices, before):
     _say_to(log)
     flags = "--xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
-    from absl import app
-
-    from rae_jax import command, main
+    from rae_jax import main
 
     if before is not None:
         before()
     sys.argv = argv
-    app.run(main.run, argv=argv, flags_parser=command.parser(main._CONFIG))
+    main.main()
 
 
 def _write_weights(folder):

@@ -25,12 +25,6 @@ from rae_jax.weights import store
 _ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
 FORMATS = ("rae_jax", "released", "released_pt", "diffusers")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; by default that of --workdir.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
-_PARTS = flags.DEFINE_list("parts", None, "Which parts; by default those whose stages the config has.")
-_FORMAT = flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
-
 
 def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     """Write weights as one of FORMATS; returns {path: size in bytes}.
@@ -81,16 +75,30 @@ def _write(config, trees, output, form):
             raise ValueError(f"unknown format {other!r}")
 
 
-def _main(argv):
+def main():
+    """The command."""
+    app.run(_run, flags_parser=command.parser(_define_flags()))
+
+
+def _define_flags():
+    """Define the command's flags; returns that of the config."""
+    flags.DEFINE_string("workdir", None, "Folder of a run.")
+    flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
+    flags.DEFINE_list("parts", None, "Which parts; by default those whose stages the config has.")
+    flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
+    return config_flags.DEFINE_config_file("config", None, "Config file; by default that of --workdir.")
+
+
+def _run(argv):
     logging.set_verbosity(logging.ERROR)
+    given = flags.FLAGS
     try:
-        config, workdir = _CONFIG.value, _WORKDIR.value
-        if config is None and workdir is None:
+        if given.config is None and given.workdir is None:
             raise UserError("there is nothing to convert: name a run by --workdir, or weights by --config")
-        if config is not None:
-            checks.check(config, sharding.make_mesh(_ALL_DEVICES))
-        written = export(workdir, _OUTPUT.value, config=config, parts=_PARTS.value, form=_FORMAT.value)
-        for path, size in written.items():
+        if given.config is not None:
+            checks.check(given.config, sharding.make_mesh(_ALL_DEVICES))
+        options = {"config": given.config, "parts": given.parts, "form": given["format"].value}
+        for path, size in export(given.workdir, given.output, **options).items():
             print(f"{path}  {size / 1e6:.2f} MB")
     except UserError as error:
         command.fail(str(error))
@@ -111,4 +119,4 @@ def _parts(config, named, form):
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=command.parser(_CONFIG))
+    main()

@@ -25,45 +25,60 @@ DOES_NOT_FIT = 1  # exit status of --mode=compile
 DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can mend
 INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.RESTART
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
-_MODE = flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "What to do.")
-flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
-flags.DEFINE_string(
-    "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
-)
-flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
-flags.DEFINE_integer("num_images", 80, "sample: how many.")
-flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file, one label a line.")
-flags.DEFINE_integer("label", None, "sample: a single class.")
-flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
-flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
-flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
-flags.DEFINE_list("only", list(benchmark.PROGRAMS), "benchmark: which programs; all by default.")
-flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
-flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
-flags.DEFINE_string("profile", None, "benchmark: a folder for traces of a few more steps.")
-flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
-flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
-flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
-flags.DEFINE_string("host", "127.0.0.1", "demo: the address to listen on; 0.0.0.0 lets other machines in.")
-flags.DEFINE_integer("port", 7860, "demo: the port to listen on.", lower_bound=1, upper_bound=65535)
-flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
-flags.mark_flag_as_required("config")
+
+def main():
+    """The command; its flags are defined here, so that other modules can import this one."""
+    app.run(_run, flags_parser=command.parser(_define_flags()))
 
 
-@flags.multi_flags_validator(["workdir", "mode"], message="flag --workdir=None: this mode needs a folder")
-def _has_workdir(given):
-    return given["workdir"] is not None or given["mode"] in ("compile", "benchmark")
+def _define_flags():
+    """Define the command's flags; returns that of the config."""
+    config = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
+    flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "What to do.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
+    flags.mark_flag_as_required("config")
+    without_workdir = ("compile", "benchmark")
+    flags.register_multi_flags_validator(
+        ["workdir", "mode"],
+        lambda given: given["workdir"] is not None or given["mode"] in without_workdir,
+        message="flag --workdir=None: this mode needs a folder",
+    )
+    _define_flags_of_modes()
+    return config
 
 
-def run(argv):
+def _define_flags_of_modes():
+    flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
+    flags.DEFINE_string(
+        "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
+    )
+    flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
+    flags.DEFINE_integer("num_images", 80, "sample: how many.")
+    flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file of labels.")
+    flags.DEFINE_integer("label", None, "sample: a single class.")
+    flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
+    flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
+    flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
+    flags.DEFINE_list("only", list(benchmark.PROGRAMS), "benchmark: which programs; all by default.")
+    flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
+    flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
+    flags.DEFINE_string("profile", None, "benchmark: a folder for traces of a few more steps.")
+    flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
+    flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+    flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
+    flags.DEFINE_string("host", "127.0.0.1", "demo: the address to listen on; 0.0.0.0 lets other machines in.")
+    flags.DEFINE_integer("port", 7860, "demo: the port to listen on.", lower_bound=1, upper_bound=65535)
+
+
+def _run(argv):
     """Run one mode; a user's mistake ends as one line and exit status 2."""
-    logging.set_verbosity(logging.INFO if flags.FLAGS.debug else logging.FATAL)
+    given = flags.FLAGS
+    logging.set_verbosity(logging.INFO if given.debug else logging.FATAL)
     signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
     try:
         with ending.together((DivergedRun, InterruptedRun)):
-            _run_mode()
+            _run_mode(given)
     except DivergedRun as stop:
         print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
         sys.exit(DIVERGED)
@@ -72,44 +87,44 @@ def run(argv):
         sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
 
 
-def _run_mode():
+def _run_mode(given):
     """What a person can mend ends in one line."""
     try:
-        config = _CONFIG.value
-        if _MODE.value == "compile":
-            sys.exit(0 if modes.compile_ahead(config, flags.FLAGS) else DOES_NOT_FIT)
-        workdir = epath.Path(_WORKDIR.value or ".")  # a benchmark has none
+        config = given.config
+        if given.mode == "compile":
+            sys.exit(0 if modes.compile_ahead(config, given) else DOES_NOT_FIT)
+        workdir = epath.Path(given.workdir or ".")  # a benchmark has none
         malloc.keep_freed_memory()
-        processes.start(**{name: flags.FLAGS[name].value for name in processes.SETTINGS})
+        processes.start(**{name: given[name].value for name in processes.SETTINGS})
         ending.watch()
         _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh)
-        if _WORKDIR.value is not None:
+        if given.workdir is not None:
             config_lib.check_workdir(config, workdir)
         with command.peers():
             processes.wait_for_all("checked")  # before the first one writes there
-            MODES[_MODE.value](config.lock(), workdir, mesh, flags.FLAGS)
+            MODES[given.mode](config.lock(), workdir, mesh, given)
             processes.wait_for_all("done")
     except UserError as error:
-        if flags.FLAGS.debug:
+        if given.debug:
             raise
         command.fail(str(error))
     except ImportError as error:
-        if flags.FLAGS.debug or "://" not in str(_WORKDIR.value):
+        if given.debug or "://" not in str(given.workdir):
             raise
         command.fail(
-            f"--workdir={_WORKDIR.value}: {files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
+            f"--workdir={given.workdir}: {files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
         )
     except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(command.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        if flags.FLAGS.debug or "RESOURCE_EXHAUSTED" not in str(error):
+        if given.debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         command.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
     except (OSError, MemoryError) as error:  # the machine's, not the program's
-        if flags.FLAGS.debug:
+        if given.debug:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         command.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
@@ -132,4 +147,4 @@ def _keep_compiled(folder):
 
 
 if __name__ == "__main__":
-    app.run(run, flags_parser=command.parser(_CONFIG))
+    main()

@@ -110,8 +110,12 @@ def _records(iterator, encode, numbers, batch_size, progress):
             progress.update(first + len(there))
 
 
+def main():
+    """The command."""
+    app.run(_run, flags_parser=command.parser(_define_flags()))
+
+
 def _define_flags():
-    """Not when the module is imported: other commands have flags of these names."""
     flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
     flags.DEFINE_enum("dtype", "bfloat16", latents.DTYPES, "Of the latents as they are stored.")
     flags.DEFINE_bool("mirrored", True, "Also the latents of the mirrored images, for config.dit.train.flip.")
@@ -119,7 +123,7 @@ def _define_flags():
     return config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
 
 
-def _main(argv):
+def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
@@ -135,4 +139,4 @@ def _main(argv):
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=command.parser(_define_flags()))
+    main()

@@ -187,7 +187,14 @@ def _value(values, key):
     return html.escape(json.dumps(values[key], ensure_ascii=False)) if key in values else "–"
 
 
-def _main(argv):
+def main():
+    """The command."""
+    flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: side by side.", required=True)
+    flags.DEFINE_string("output", None, "The page; by default report.html in the one workdir.")
+    app.run(_run, flags_parser=command.plain_parser)
+
+
+def _run(argv):
     given = flags.FLAGS
     workdirs, output = given.workdir, given.output
     try:
@@ -202,6 +209,4 @@ def _main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: side by side.", required=True)
-    flags.DEFINE_string("output", None, "The page; by default report.html in the one workdir.")
-    app.run(_main, flags_parser=command.plain_parser)
+    main()

@@ -166,15 +166,15 @@ def test_a_mistake_is_one_line(tmp_path):
     said = "error: --only=depth cannot work: choose from width, schedule, noise, head, vae, encoders, guidance, reuse\n"
     assert done.returncode == 2 and done.stderr == said and not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="^--data='nowhere' is not there: name a folder"):
-        command.main([], tmp_path, "fast", 1, 1, "nowhere", False)
+        command.run([], tmp_path, "fast", 1, 1, "nowhere", False)
     with pytest.raises(UserError, match="^--workdir='/dev/null/study' cannot be used"):
-        command.main([], "/dev/null/study", "fast", 1, 1, "", False)
+        command.run([], "/dev/null/study", "fast", 1, 1, "", False)
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib: pip install"):
-        command.main(["width"], tmp_path, "fast", 1, 1, "", False)
+        command.run(["width"], tmp_path, "fast", 1, 1, "", False)
 
 
 def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def _wait_for(condition, limit=300):
 @pytest.mark.parametrize("name", [name for name in plan.STUDIES if name != "width"])
 def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
     """With sizes that show nothing but that it works."""
-    assert command.main([name], tmp_path, "fast", 1, 1, "", False) == {}
+    assert command.run([name], tmp_path, "fast", 1, 1, "", False) == {}
     summary = json.loads((tmp_path / "shapes_fast" / "summary.json").read_text())["studies"][name]
     assert "not run" not in summary["verdicts"].values()
     assert all(set(plan.read(name)["columns"]) <= set(of) for of in summary["variants"].values())
@@ -284,6 +284,6 @@ def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_shows_in_every_seed_shows(name, one_device, tmp_path):
     """At full size, with one seed: minutes of a CPU core for each experiment."""
-    assert command.main([name], tmp_path, "full", 1, 2, "", False) == {}
+    assert command.run([name], tmp_path, "full", 1, 2, "", False) == {}
     verdicts = json.loads((tmp_path / "shapes" / "summary.json").read_text())["studies"][name]["verdicts"]
     assert [verdicts[says] for says in SHOWN[name]] == ["in every seed (1 of 1)"] * len(SHOWN[name])

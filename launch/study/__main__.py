@@ -21,7 +21,7 @@ from rae_jax import command, files
 from rae_jax.errors import UserError
 
 
-def main(only, workdir, size, seeds, jobs, data, report):
+def run(only, workdir, size, seeds, jobs, data, report):
     """Returns {name of a run that failed: why}. Raises UserError, and KeyboardInterrupt after a signal."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the plots need matplotlib: pip install -e '.[study]'")
@@ -63,11 +63,23 @@ def write(planned, folder):
     return page.write(folder, {name: plan.read(name) for name in found}, found, cpu)
 
 
-def _main(argv):
+def main():
+    """The command."""
+    flags.DEFINE_list("only", [], "Experiments; all by default.")
+    flags.DEFINE_string("workdir", "runs/study", "Where runs and results are.")
+    flags.DEFINE_enum("size", "full", list(base.SIZES), "fast: seconds; full: minutes of a CPU core; large: a GPU.")
+    flags.DEFINE_integer("seeds", 3, "Of each variant.", lower_bound=1)
+    flags.DEFINE_integer("jobs", 2, "Runs at once, each on its own cores.", lower_bound=1)
+    flags.DEFINE_string("data", "", "An image folder or .zip archive with a folder for each class; by default shapes.")
+    flags.DEFINE_bool("report", False, "Only write the results anew.")
+    app.run(_run_command, flags_parser=command.plain_parser)
+
+
+def _run_command(argv):
     given = flags.FLAGS
     try:
         names = ("only", "workdir", "size", "seeds", "jobs", "data", "report")
-        failed = main(**{name: given[name].value for name in names})
+        failed = run(**{name: given[name].value for name in names})
     except UserError as error:
         command.fail(str(error))
     except KeyboardInterrupt:
@@ -79,11 +91,4 @@ def _main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], "Experiments; all by default.")
-    flags.DEFINE_string("workdir", "runs/study", "Where runs and results are.")
-    flags.DEFINE_enum("size", "full", list(base.SIZES), "fast: seconds; full: minutes of a CPU core; large: a GPU.")
-    flags.DEFINE_integer("seeds", 3, "Of each variant.", lower_bound=1)
-    flags.DEFINE_integer("jobs", 2, "Runs at once, each on its own cores.", lower_bound=1)
-    flags.DEFINE_string("data", "", "An image folder or .zip archive with a folder for each class; by default shapes.")
-    flags.DEFINE_bool("report", False, "Only write the results anew.")
-    app.run(_main, flags_parser=command.plain_parser)
+    main()

@@ -10,6 +10,7 @@ leaves that conversion out, as we do. Without torch, only our own sides are meas
 object.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -25,21 +26,11 @@ from rae_jax.data import pipeline, sources
 from rae_jax.data.packed import PackedImages
 from rae_jax.errors import UserError
 
-_PATH = flags.DEFINE_string("path", None, "Originals: what config.data.path is for image folders.", required=True)
-_PACKED = flags.DEFINE_string("packed", None, "The same, as rae_jax.data.pack has packed them.")
-_SIZE = flags.DEFINE_integer("image_size", 256, "Side of the crops.", lower_bound=1)
-_NUM = flags.DEFINE_integer("num_images", 500, "Images that a round reads.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch_size", 50, "Images in a batch.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each side is measured.", lower_bound=1)
 
-
-def _ours(source, num_batches):
+def _ours(source, batch_size, num_batches):
     """Batches of our pipeline."""
-    batches = pipeline.training_batches(
-        source,
-        **{"batch_size": _BATCH.value, "seed": 0, "random_crop": False, "flip": True},
-        num_threads=0,
-    )
+    how = {"seed": 0, "random_crop": False, "flip": True, "num_threads": 0}
+    batches = pipeline.training_batches(source, batch_size=batch_size, **how)
     iterator = iter(batches)
     for _ in range(num_batches):
         yield next(iterator)["image"]
@@ -72,13 +63,13 @@ class _Photographs:
         return tensor.permute(2, 0, 1).contiguous().float().div(255) if self._as_float else tensor
 
 
-def _torch(files, num_batches, *, as_float):
+def _torch(files, image_size, batch_size, num_batches, *, as_float):
     """Batches of torch's DataLoader."""
     import torch
 
     torch.set_num_threads(1)
-    dataset = _Photographs(files, _SIZE.value, as_float=as_float)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=_BATCH.value, shuffle=True, drop_last=True)
+    dataset = _Photographs(files, image_size, as_float=as_float)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
     done = 0
     while done < num_batches:
         for batch in loader:
@@ -88,18 +79,19 @@ def _torch(files, num_batches, *, as_float):
                 break
 
 
-def _sides():
+def _sides(path, packed, image_size, batch_size):
     """{name: function(num_batches) -> batches}."""
-    options = {"path": _PATH.value, "heldout_path": _PATH.value, "image_size": _SIZE.value}
-    originals = sources.image_folder(split="train", **options, named=sources.FLAGS)
-    if len(originals) < _BATCH.value:
-        raise UserError(f"--batch_size={_BATCH.value} is more than the {len(originals)} images of --path: lower it")
-    sides = {"originals": lambda count: _ours(originals, count)}
-    if _PACKED.value:
-        packed = PackedImages(path=_PACKED.value, split="train", image_size=_SIZE.value, crop="centre")
-        if len(packed) < _BATCH.value:
-            raise UserError(f"--batch_size={_BATCH.value} is more than the {len(packed)} packed images: lower it")
-        sides["packed"] = lambda count: _ours(packed, count)
+    originals = sources.image_folder(
+        split="train", path=path, heldout_path=path, image_size=image_size, named=sources.FLAGS
+    )
+    if len(originals) < batch_size:
+        raise UserError(f"--batch_size={batch_size} is more than the {len(originals)} images of --path: lower it")
+    sides = {"originals": functools.partial(_ours, originals, batch_size)}
+    if packed:
+        images = PackedImages(path=packed, split="train", image_size=image_size, crop="centre")
+        if len(images) < batch_size:
+            raise UserError(f"--batch_size={batch_size} is more than the {len(images)} packed images: lower it")
+        sides["packed"] = functools.partial(_ours, images, batch_size)
     files = [originals.name(index) for index in range(len(originals))]
     try:
         import torch  # noqa: F401
@@ -109,14 +101,13 @@ def _sides():
     if not all(os.path.exists(file) for file in files):
         logs.say("torch's side reads files: name a folder by --path to have it measured")
         return sides
-    sides["torch"] = lambda count: _torch(files, count, as_float=True)
-    sides["torch_uint8"] = lambda count: _torch(files, count, as_float=False)
+    for name, as_float in (("torch", True), ("torch_uint8", False)):
+        sides[name] = functools.partial(_torch, files, image_size, batch_size, as_float=as_float)
     return sides
 
 
-def _measure(side, name, connection):
+def _measure(side, name, num_batches, connection):
     """CPU seconds of a round after a batch to warm up, in a process of its own."""
-    num_batches = -(-_NUM.value // _BATCH.value)
     for _ in side(1):
         pass
     began = time.process_time()
@@ -124,9 +115,9 @@ def _measure(side, name, connection):
     connection.send({"name": name, "images": count, "cpu": time.process_time() - began})
 
 
-def _in_own_process(side, name):
+def _in_own_process(side, name, num_batches):
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_measure, args=(side, name, theirs))
+    process = multiprocessing.get_context("fork").Process(target=_measure, args=(side, name, num_batches, theirs))
     process.start()
     theirs.close()
     try:
@@ -137,12 +128,25 @@ def _in_own_process(side, name):
         process.join()
 
 
-def _main(argv):
+def main():
+    """The command."""
+    flags.DEFINE_string("path", None, "Originals: what config.data.path is for image folders.", required=True)
+    flags.DEFINE_string("packed", None, "The same, as rae_jax.data.pack has packed them.")
+    flags.DEFINE_integer("image_size", 256, "Side of the crops.", lower_bound=1)
+    flags.DEFINE_integer("num_images", 500, "Images that a round reads.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 50, "Images in a batch.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "How often each side is measured.", lower_bound=1)
+    app.run(_run, flags_parser=command.plain_parser)
+
+
+def _run(argv):
     logging.set_verbosity(logging.ERROR)
+    given = flags.FLAGS
     malloc.keep_freed_memory()  # as in training, and for every side
+    num_batches = -(-given.num_images // given.batch_size)
     try:
-        sides = _sides()
-        runs = [_in_own_process(side, name) for _ in range(_ROUNDS.value) for name, side in sides.items()]
+        sides = _sides(given.path, given.packed, given.image_size, given.batch_size)
+        runs = [_in_own_process(side, name, num_batches) for _ in range(given.rounds) for name, side in sides.items()]
     except UserError as error:
         command.fail(str(error))
     rates = {name: [run["images"] / run["cpu"] for run in runs if run["name"] == name] for name in sides}
@@ -155,8 +159,8 @@ def _main(argv):
     for name, of in rates.items():
         beside = f"  {found['times_torch'][name]:.2f} of torch's" if "torch" in rates else ""
         print(f"{name:12} {statistics.median(of):8.1f} images/s and core (at most {max(of):.1f}){beside}")
-    print(json.dumps({**found, "image_size": _SIZE.value, "num_images": _NUM.value}))
+    print(json.dumps({**found, "image_size": given.image_size, "num_images": given.num_images}))
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=command.plain_parser)
+    main()

@@ -157,8 +157,13 @@ def _sources(given):
     return {split: sources.tfds(split=part, **options) for split, part in zip(SPLITS, given.tfds_splits, strict=True)}
 
 
+def main():
+    """The command."""
+    _define_flags()
+    app.run(_run_command, flags_parser=command.plain_parser)
+
+
 def _define_flags():
-    """Not when the module is imported: other commands have flags of these names."""
     flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such, or a list.")
     flags.DEFINE_string("heldout_path", "", "The same for evaluation; empty: every 20th image of --path.")
     flags.DEFINE_string("tfds", None, "Instead of --path: a TFDS data set prepared as array_record.")
@@ -174,7 +179,7 @@ def _define_flags():
     flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "skip: leave out and report what cannot be read.")
 
 
-def _main(argv):
+def _run_command(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
@@ -187,5 +192,4 @@ def _main(argv):
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(_main, flags_parser=command.plain_parser)
+    main()
