@@ -60,6 +60,33 @@ def test_epochs_become_steps_of_the_data_that_is_there():
     assert config_lib.in_steps(small_config, "dit", 96) == small_config
 
 
+def test_the_recipes_are_the_papers():
+    """Stage 1 on ImageNet, and stage 2; epochs are the unit of both (../shared/REFERENCE.md, sections 4 and 6)."""
+    both = {
+        "unit": "epoch",
+        "learning_rate": 2e-4,
+        "final_learning_rate": 2e-5,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.0,
+    }
+    decoder = {"num_steps": 16, "warmup_steps": 1, "discriminator_start": 6, "adversarial_start": 8, "batch_size": 512}
+    decoder |= {"decay": "cosine", "decay_start": 0, "clip_norm": 0.0, "ema_decay": 0.9978, "noise_tau": 0.8}
+    decoder |= {"lpips_weight": 1.0, "adversarial_weight": 0.75, "crop": "random", "flip": False, "optimizer": "adamw"}
+    dit = {"num_steps": 800, "warmup_steps": 0, "decay_start": 40, "decay": "linear", "batch_size": 1024}
+    dit |= {"clip_norm": 1.0, "ema_decay": 0.9995, "crop": "centre", "flip": True, "optimizer": "adamw"}
+    dit |= {"time": "logit_normal", "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1}
+    for name, part, recipe in (("decoder_xl", "decoder", decoder), ("dit_xl", "dit", dit)):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        wanted = both | recipe
+        assert {key: config[part].train[key] for key in wanted} == wanted
+    assert config.dit.path == "linear" and config.dit.prediction == "velocity" and config.dit.time_shift == 0.0
+    assert config.sampler.grid == "published" and config.sampler.num_steps == 50 and config.sampler.method == "euler"
+    discriminator = config.discriminator
+    assert discriminator.layers == (11, 2, 5, 8, 11) and discriminator.loss == "hinge"
+    assert discriminator.augment.to_dict() == {"prob": 1.0, "cutout": 0.0}
+
+
 def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
     tiny_config.stages = ("judge",)
     tiny_config.judge.train.update({"unit": "epoch", "num_steps": 3, "warmup_steps": 1})

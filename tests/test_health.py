@@ -126,10 +126,10 @@ def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd)
 
 def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
     def wait_for_the_disk():
-        time.sleep(0.7)
+        time.sleep(1.7)
 
     stage = types.SimpleNamespace(name="toy", num_steps=100)
-    pulse = heartbeat.Heartbeat(epath.Path(tmp_path), stage, start=0, every=0.02, stalled=5.0, shortest_stall=0.2)
+    pulse = heartbeat.Heartbeat(epath.Path(tmp_path), stage, start=0, every=0.02, stalled=5.0, shortest_stall=1.0)
     with pulse:
         for step in range(1, 8):
             time.sleep(0.01)
@@ -137,7 +137,7 @@ def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
         wait_for_the_disk()
         pulse.beat(8)
         with pulse.doing("evaluating"):
-            time.sleep(0.5)
+            time.sleep(1.2)
     said = [line for line in capfd.readouterr().err.splitlines() if "has taken" in line]
     assert 1 <= len(said) <= 2 and said[0].startswith("toy: step 8 has taken ")
     assert "wait_for_the_disk (test_health.py" in said[0]
@@ -191,9 +191,11 @@ def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypa
     """Which would go on for ten minutes."""
     monkeypatch.setattr(train, "STOPPING_PATIENCE", 1.0)
 
+    timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
+
     def no_room(state, step):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        timer.start()
         return {"x": 0.0}
 
     began = time.monotonic()
@@ -201,6 +203,7 @@ def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypa
         with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
             toy.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=4)
     finally:
+        timer.cancel()  # it would end the tests if the run failed before it
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert time.monotonic() - began < 60
 

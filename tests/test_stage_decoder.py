@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import step_oracles
 from conftest import random_like, tiny
 
 from rae_jax import build, rae, sharding, stage_decoder, stages
@@ -83,55 +84,125 @@ def game():
     )
 
 
-def _first_moments(opt_state):
-    """AdamW's average of gradients."""
-    return next(s.mu for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+def _augmented(images, key):
+    """DiffAug of images in [-1, 1]: each one shifted, by matrices of 0 and 1; then brightness, saturation, contrast."""
+    size, *colours, translation = images.shape[0], *jax.random.split(key, 4)
+    brightness, saturation, contrast = (jax.random.uniform(key, (size, 1, 1, 1)) for key in colours)
+    offsets = jax.random.randint(translation, (size, 2), 0, 2 * 4 + 1) - 4  # an eighth of 32 pixels, both ways
+    down, right = (jax.vmap(lambda n: jnp.eye(32, k=0)[(jnp.arange(32) + n) % 32])(offsets[:, i]) for i in (0, 1))
+    for axis, shift in ((0, down), (1, right)):  # what comes in from the other side is wiped out
+        inside = jnp.arange(32) + offsets[:, axis, None]
+        shift = shift * ((inside >= 0) & (inside < 32))[:, :, None]
+        images = jnp.einsum("bij,bjwc->biwc" if axis == 0 else "bij,bhjc->bhic", shift, images)
+    images = images + brightness - 0.5
+    grey = images.mean(-1, keepdims=True)
+    images = grey + 2 * saturation * (images - grey)
+    mean = images.mean((1, 2, 3), keepdims=True)
+    return mean + (0.5 + contrast) * (images - mean)
 
 
-def _losses(game, state, key):
-    """(L1 + perceptual, adversarial) as functions of the decoder's parameters, written out."""
-    autoencoder, disc, train = (
-        build.autoencoder(game.config),
-        build.discriminator(game.config),
-        game.config.decoder.train,
-    )
-    noise_key, fool_key, _ = jax.random.split(key, 3)
-    images = rae.to_float(jnp.asarray(_batch()["image"]))
-    encode = jax.jit(lambda x: rae.add_noise(autoencoder.encode(game.frozen["encoder"], x), noise_key, train.noise_tau))
-    latents = encode(images)
-    variables = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
+def _iterated(variables):
+    """Singular vectors after one power iteration: of {'params', 'spectral'}, a tree {head: {conv: {'u', 'v'}}}."""
 
-    def reconstruction(params):
-        decoded = autoencoder.decode(params, latents)
-        distances = _perceptual(game.frozen["lpips"], decoded, images)
-        return jnp.abs(decoded - images).mean() + train.lpips_weight * distances.mean()
+    def moved(kernel, u):
+        matrix = np.float64(kernel).reshape(-1, kernel.shape[-1])
+        v = matrix @ np.float64(u)
+        v /= np.linalg.norm(v)
+        u = matrix.T @ v
+        return {"u": np.float32(u / np.linalg.norm(u)), "v": np.float32(v)}
 
-    def adversarial(params):
-        augmented = diff_augment(2.0 * autoencoder.decode(params, latents) - 1.0, fool_key)
-        return -disc.heads.apply(variables, disc.backbone(game.frozen["backbone"], (augmented + 1.0) / 2.0)).mean()
-
-    return reconstruction, adversarial
+    return {
+        head: {conv: moved(variables["params"][head][conv]["kernel"], of["u"]) for conv, of in convolutions.items()}
+        for head, convolutions in variables["spectral"].items()
+    }
 
 
-def test_the_decoder_s_gradient_is_that_of_the_loss_as_it_is_defined(game):
-    state, new, metrics = game.states[3], game.states[4], game.metrics[3]
-    reconstruction, adversarial = _losses(game, state, jax.random.key(3))
+def _rate(train, count):
+    """Of an update with `count` before it: half a cosine from the highest rate down to the last one."""
+    low = train.final_learning_rate
+    return low + (train.learning_rate - low) * 0.5 * (1 + np.cos(np.pi * count / train.num_steps))
 
-    @jax.jit
-    def both(params):
-        return [jax.value_and_grad(loss)(params) for loss in (reconstruction, adversarial)]
 
-    (one_loss, one), (other_loss, other) = both(state["params"])
+class _Oracle:
+    """The equations of a step of both players, from the state `before` with the draws of `key`."""
+
+    def __init__(self, game, before, key):
+        self.train, self.frozen, self.before = game.config.decoder.train, game.frozen, before
+        self.autoencoder, self.disc = build.autoencoder(game.config), build.discriminator(game.config)
+        noise_key, self.fool_key, self.disc_key = jax.random.split(key, 3)
+        self.images = _batch()["image"] / np.float32(255)
+        self.latents = step_oracles.latents(game.config, self.autoencoder, game.frozen["encoder"], _batch()["image"])
+        sigma_key, noise_key = jax.random.split(noise_key)
+        sigma = self.train.noise_tau * jax.random.uniform(sigma_key, (BATCH, 1, 1, 1))
+        self.noisy = self.latents + sigma * jax.random.normal(noise_key, self.latents.shape)
+
+    def decode(self, params, latents):
+        module, std, mean = self.autoencoder.decoder, *map(jnp.asarray, (self.autoencoder.std, self.autoencoder.mean))
+        return module.apply({"params": params}, latents) * std + mean
+
+    def logits(self, params, spectral, images, key):
+        tokens = self.disc.backbone(self.frozen["backbone"], (_augmented(2 * images - 1, key) + 1) / 2)
+        return self.disc.heads.apply({"params": params, "spectral": spectral}, tokens)
+
+    def decoder(self):
+        """(reconstruction loss, its gradient, the adversarial loss, its gradient), each by a pass of its own."""
+
+        def reconstruction(params):
+            decoded = self.decode(params, self.noisy)
+            distances = _perceptual(self.frozen["lpips"], decoded, self.images)
+            return jnp.abs(decoded - self.images).mean() + self.train.lpips_weight * distances.mean()
+
+        def adversarial(params):
+            decoded, heads = self.decode(params, self.noisy), self.before
+            return -self.logits(heads["disc_params"], heads["disc_spectral"], decoded, self.fool_key).mean()
+
+        passes = jax.jit(
+            lambda params: [*jax.value_and_grad(reconstruction)(params), *jax.value_and_grad(adversarial)(params)]
+        )
+        return passes(self.before["params"])
+
+    def discriminator(self, new_params, spectral):
+        """((loss, (logits of real images, of fake ones)), gradient) with the updated decoder's images, in 8 bits."""
+        fake = np.clip(np.asarray(jax.jit(self.decode)(new_params, self.latents)), 0, 1)
+        fake = np.round(fake * 255) / np.float32(255)
+        # Each fake one after its real one: that is how augmentations are drawn for them.
+        both = jnp.asarray(np.stack([self.images, fake], 1).reshape(-1, 32, 32, 3))
+
+        def hinge(params):
+            logits = self.logits(params, spectral, both, self.disc_key)
+            real, fake = logits[0::2], logits[1::2]
+            return 0.5 * (jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()), (real, fake)
+
+        return jax.jit(jax.value_and_grad(hinge, has_aux=True))(self.before["disc_params"])
+
+
+def test_a_whole_step_is_the_equations(game):
+    """Of both players: losses, gradients, norms, weights, optimisers, parameters, average, singular vectors."""
+    state, new, metrics, train = game.states[3], game.states[4], game.metrics[3], game.config.decoder.train
+    oracle = _Oracle(game, state, jax.random.key(3))
+
     # Two gradients at the last layer, each of a backward pass of its own (VQGAN's definition).
-    norms = [np.linalg.norm(np.asarray(grads["pred"]["kernel"], np.float64)) for grads in (one, other)]
+    loss, grads, fooled, fooled_grads = oracle.decoder()
+    norms = [step_oracles.norm(g["pred"]["kernel"]) for g in (grads, fooled_grads)]
     weight = 0.75 * min(norms[0] / (norms[1] + 1e-6), 1e4)
-    assert float(metrics["adversarial_weight"]) == pytest.approx(weight, rel=1e-4)
-    assert float(metrics["loss"]) == pytest.approx(float(one_loss + weight * other_loss), rel=1e-4)
-    expected = jax.tree.map(lambda a, b: np.asarray(a + weight * b), one, other)
-    before, after = (_first_moments(s["opt_state"]) for s in (state, new))
-    found = jax.tree.map(lambda a, b: np.asarray((b - 0.9 * a) / 0.1), before, after)
-    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found, expected)
+    whole = jax.tree.map(lambda a, b: np.float64(a) + weight * np.float64(b), grads, fooled_grads)
+    found = [float(metrics[name]) for name in ("adversarial", "adversarial_weight", "loss", "grad_norm")]
+    assert found == pytest.approx(
+        [float(fooled), weight, float(loss + weight * fooled), step_oracles.norm(whole)], rel=1e-4
+    )
+    before, after = ((s["params"], s["opt_state"]) for s in (state, new))
+    step_oracles.check_adamw(before, after, whole, step=4, rate=_rate(train, 3), train=train)
+    step_oracles.check_average(state["ema_params"], new["params"], new["ema_params"], train.ema_decay)
+
+    spectral = _iterated({"params": state["disc_params"], "spectral": state["disc_spectral"]})
+    step_oracles.close(new["disc_spectral"], spectral, atol=1e-5)
+    (loss, (real, fake)), grads = oracle.discriminator(new["params"], spectral)
+    found = [float(metrics[name]) for name in stage_decoder._DISC_METRICS]
+    expected = [float(loss), step_oracles.norm(grads), float(real.mean()), float(fake.mean())]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    before, after = ((s["disc_params"], s["disc_opt_state"]) for s in (state, new))
+    step_oracles.check_adamw(before, after, grads, step=2, rate=_rate(train, 1), train=train)  # its second update
+    assert int(new["step"]) == 4
 
 
 def test_before_they_start_the_adversarial_parts_are_not_there(game):

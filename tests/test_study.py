@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import COMPILE_FAST
 
 from configs.study import base
 from launch.study import __main__ as command
@@ -67,7 +68,7 @@ SHOWN = {
 @pytest.fixture
 def one_device(monkeypatch):
     """For the processes that a test starts: this one's simulated devices are not theirs."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    monkeypatch.setenv("XLA_FLAGS", COMPILE_FAST)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
@@ -248,8 +249,7 @@ def _with(job, **changes):
 def _in_a_process(jobs):
     """pool.run in a process of its own, as the command runs it."""
     code = (
-        "import pickle, signal, sys; from launch.study import pool\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # where the tests are run in the background, too
+        "import pickle, sys; from launch.study import pool\n"
         "if __name__ == '__main__':\n"
         "    try: pool.run(pickle.load(open(sys.argv[1], 'rb')), 1)\n"
         "    except KeyboardInterrupt: sys.exit(75)\n"

@@ -55,7 +55,7 @@ def enlarge(image, size):
 def random_square(image, size, rng):
     """The second half of `random_crop`."""
     left, top = (int(rng.integers(side - size + 1)) for side in image.size)
-    return _pixels(image.crop((left, top, left + size, top + size)))
+    return pixels(image.crop((left, top, left + size, top + size)))
 
 
 def _sides(image, short):
@@ -69,7 +69,7 @@ def _sides(image, short):
 
 
 def _part_of_resized(image, sides, left, top, size):
-    """A square of an RGB image resized to `sides` (bicubic)."""
+    """A square of an RGB or RGBX image resized to `sides` (bicubic)."""
     across = _window(image.width, sides[0], left, size)
     down = _window(image.height, sides[1], top, size)
     # Enlarging by a simple ratio puts many points just between two pixels, where the least move changes the rounding.
@@ -83,7 +83,7 @@ def _part_of_resized(image, sides, left, top, size):
         resized = image.resize(part, Image.Resampling.BICUBIC, box)
     if resized.size != (size, size):
         resized = resized.crop((left, top, left + size, top + size))
-    return _pixels(resized)
+    return pixels(resized)
 
 
 class _Window(NamedTuple):
@@ -112,9 +112,9 @@ def _window(side, resized, first, size):
     return _Window(int(firsts[row, 0]), int(ends[column]), start, stop, float(moved[row, column]))
 
 
-def _pixels(image):
-    """uint8 [H, W, 3] of an RGB image, as np.asarray has it, which takes twice as long to ask what it is."""
-    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+def pixels(image):
+    """uint8 [H, W, 3] of an RGB or RGBX image. np.asarray takes twice as long to ask what an image is."""
+    return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(image.height, image.width, 3)
 
 
 def read_image(path, size, crop=centre_crop):
@@ -125,7 +125,7 @@ def read_image(path, size, crop=centre_crop):
 
 
 def decode(data, name, crop):
-    """What `crop` makes of an encoded image as an RGB PIL image. Raises UserError naming one that is not usable.
+    """What `crop` makes of an encoded image as an RGB or RGBX PIL image. Raises UserError for one that is not usable.
 
     What it is, is read from its content, not from its name. Grey, palette and CMYK become RGB; 16 bits become 8; what
     is transparent lies on white; of an animation the first picture counts. Small images are enlarged.
@@ -146,20 +146,15 @@ def _fast_jpeg(data):
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours != "YCbCr" or width * height > Image.MAX_IMAGE_PIXELS:
             return None
-        return _rgb(simplejpeg.decode_jpeg(data, "RGBX"))
+        return _rgbx(simplejpeg.decode_jpeg(data, "RGBX"))
     except ValueError:
         return None
 
 
-def _rgb(pixels):
-    """An RGB image of uint8 [H, W, 4], four bytes a pixel as Pillow holds them: the same memory, not a copy."""
-    height, width, _ = pixels.shape
-    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
-    if hasattr(image.im, "setmode"):  # which Pillow uses itself, but does not document
-        image.im.setmode("RGB")
-        image._mode = "RGB"
-    else:
-        image = image.convert("RGB")
+def _rgbx(decoded):
+    """An RGBX image of uint8 [H, W, 4], four bytes a pixel as Pillow holds them: the same memory, not a copy."""
+    height, width, _ = decoded.shape
+    image = Image.frombuffer("RGBX", (width, height), decoded, "raw", "RGBX", 0, 1)
     image.info[_FAST] = True
     return image
 

@@ -20,7 +20,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
@@ -110,7 +109,9 @@ class _Form:
 
     def crop(self, image):
         """Pixels from a PIL image."""
-        return np.asarray(images.enlarge(image, self._size)) if self._enlarge else images.centre_crop(image, self._size)
+        if self._enlarge:
+            return images.pixels(images.enlarge(image, self._size))
+        return images.centre_crop(image, self._size)
 
     def encode(self, pixels):
         """Bytes of pixels."""
@@ -140,7 +141,7 @@ def _pack_shard(source, rows, file, form):
                 continue
             yield packed.record(int(example["label"]), source.name(row), form.encode(example["image"]))
 
-    count = shards.write(file, records(), lambda data: images.decode(packed.parse(data)[2], file, np.asarray))
+    count = shards.write(file, records(), lambda data: images.decode(packed.parse(data)[2], file, images.pixels))
     return shards.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
 
 

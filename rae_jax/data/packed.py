@@ -71,7 +71,7 @@ class PackedImages:
         return len(self._records)
 
     def __getitem__(self, index):
-        return self._example(index, np.asarray, (self._size, self._size))
+        return self._example(index, images.pixels, (self._size, self._size))
 
     def random_crop(self, index, rng):
         """Like self[index], but a random crop of an image packed for that."""
