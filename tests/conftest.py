@@ -3,14 +3,11 @@
 import os
 import signal
 import tempfile
-from importlib import metadata
+
+from xla_flags import FAST_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of what the tests do: leave out what only makes programs faster.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if metadata.version("jaxlib").startswith("0.10."):  # later versions know only the way that takes longer
-    COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {COMPILE_FAST}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 
 # pytest-xdist's workers inherit it, and compile nothing that another one has.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rae_jax_cache_"))

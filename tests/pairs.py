@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import COMPILE_FAST
+from xla_flags import FAST_COMPILE
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +24,7 @@ def start(command, count=2, *, devices=1, places=None):
     They find each other by processes.start(). One alone is told of no others. `places`: the folder each is in.
     """
     address = f"localhost:{free_port()}"
-    flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_FAST}"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
     together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
     started = []
     for index in range(count):

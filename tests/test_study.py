@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import COMPILE_FAST
+from xla_flags import FAST_COMPILE
 
 from configs.study import base
 from launch.study import __main__ as command
@@ -68,7 +68,7 @@ SHOWN = {
 @pytest.fixture
 def one_device(monkeypatch):
     """For the processes that a test starts: this one's simulated devices are not theirs."""
-    monkeypatch.setenv("XLA_FLAGS", COMPILE_FAST)
+    monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
