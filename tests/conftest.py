@@ -1,13 +1,14 @@
 """Eight simulated CPU devices, exact matrix products, and one compilation cache for the whole run."""
 
+import contextlib
 import os
 import signal
 import tempfile
 
-from xla_flags import FAST_COMPILE
+from xla_flags import EIGHT_DEVICES, FAST_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {FAST_COMPILE}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {FAST_COMPILE}"
 
 # pytest-xdist's workers inherit it, and compile nothing that another one has.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rae_jax_cache_"))
@@ -15,6 +16,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rae_
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import small
 from rae_jax import malloc, sharding
@@ -67,6 +69,20 @@ def random_like(shapes, *, seed, scale):
 def one_device():
     """A mesh on which eight simulated devices do not all compute the same."""
     return sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+@contextlib.contextmanager
+def uncached():
+    """Compile here, without the cache, what gathers kernels on a mesh: on CPU, what XLA loads of such programs has lost
+    the order between collectives in a loop or branch and those behind it (tests/stress/collectives.py).
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from conftest import tiny
 from PIL import Image
 
 from configs import small
-from rae_jax import command, ending, logs, processes
+from rae_jax import command, ending, logs, main, processes
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 
@@ -204,6 +204,17 @@ def test_one_process_is_left_alone(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # a shell beside the job's steps
     processes.start()
     processes.start("localhost:1", 1, 0)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_programs_of_several_cpu_devices_are_not_kept(monkeypatch, devices):
+    updates = {}
+    monkeypatch.setattr("jax.config.update", updates.__setitem__)
+    monkeypatch.setattr("jax.device_count", lambda: devices)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    main._keep_compiled("somewhere")
+    kept, not_kept = {"jax_compilation_cache_dir": "somewhere"}, {"jax_enable_compilation_cache": False}
+    assert updates == (kept if devices == 1 else not_kept)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ exit status is 1 where more than `MOST` survive, or one that nobody has explaine
 
 import argparse
 import itertools
+import multiprocessing
 import os
 import queue
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_suffix(".toml")
 FOLDERS = ("rae_jax", "configs", "launch", "tests")
 MOST = 2  # that may survive
 LIMIT = 600  # seconds of the tests of one fault: one that makes a loop endless is killed
+PROCESSES = multiprocessing.get_context("forkserver")
 
 
 class Mutant(NamedTuple):
@@ -53,36 +56,39 @@ def planted(mutant, root=ROOT):
     return text.replace(mutant.old, mutant.new)
 
 
-def _passes(copy, tests, cache):
+def _passes(copy, tests):
     """Whether all tests pass there. Raises RuntimeError where pytest itself fails: a fault has to compile."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *(f"tests/{test}" for test in tests),
-    ]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(copy)}
-    try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
+    said = copy.parent / "said.txt"
+    process = PROCESSES.Process(target=_run, args=(copy, tests, said))
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
         return False
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest ended with status {done.returncode}: {done.stdout[-2000:]}{done.stderr[-1000:]}")
-    return done.returncode == 0
+    if process.exitcode not in (0, 1):
+        raise RuntimeError(f"pytest ended with status {process.exitcode}: {said.read_text()[-3000:]}")
+    return process.exitcode == 0
 
 
-def _try(mutant, copies, cache):
+def _run(copy, tests, said):
+    """In a process of its own, which has imported what others have written, and nothing of ours."""
+    os.chdir(copy)
+    sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+
+
+def _try(mutant, copies):
     """(Whether it survives, seconds)."""
     copy, began = copies.get(), time.monotonic()
     path = copy / mutant.file
     whole = path.read_text()
     try:
         path.write_text(planted(mutant, copy))
-        return _passes(copy, mutant.tests, cache), time.monotonic() - began
+        return _passes(copy, mutant.tests), time.monotonic() - began
     finally:
         path.write_text(whole)
         copies.put(copy)
@@ -92,16 +98,20 @@ def main(mutants, jobs):
     """Prints what became of each; returns whether it is as it should be."""
     began, copies = time.monotonic(), queue.Queue()
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder, ThreadPoolExecutor(jobs) as pool:
-        cache = f"{folder}/cache"
-        for number in range(jobs):
-            copies.put(_copy(Path(folder) / str(number) / ROOT.name))
+        # Of the server that all tests are forked from, which imports JAX. A fault may be as long as the line was, and
+        # come within the same second: no bytecode is kept.
+        os.environ.update({"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"})
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        PROCESSES.set_forkserver_preload(["jax", "flax.linen", "optax.contrib", "orbax.checkpoint", "grain"])
+        folders = [_copy(Path(folder) / str(number) / ROOT.name) for number in range(jobs)]
         files = sorted({test for mutant in mutants for test in mutant.tests})
-        shares = [files[number::jobs] for number in range(jobs) if files[number::jobs]]
-        if not all(pool.map(lambda tests: _passes(ROOT, tests, cache), shares)):
+        if not all(pool.map(_passes, folders, [files[number::jobs] for number in range(jobs)])):
             raise SystemExit("the tests fail without a fault: see `bash launch/test.sh`")
+        for copy in folders:
+            copies.put(copy)
         survivors = []
         for number, mutant, (survives, seconds) in zip(
-            itertools.count(1), mutants, pool.map(lambda m: _try(m, copies, cache), mutants)
+            itertools.count(1), mutants, pool.map(lambda m: _try(m, copies), mutants)
         ):
             word = "SURVIVES" if survives else "killed"
             print(
