@@ -36,7 +36,7 @@ def _check(config, lines, found, names):
 
 
 def test_a_table_and_one_line_of_json(capsys):
-    names = ("train_dit_latents", "decode")
+    names = ("encode", "decode")
     config = tiny()
     _check(config, *_report(capsys, config, names), names)
 

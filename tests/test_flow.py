@@ -60,6 +60,7 @@ def test_velocity_is_the_paths_derivative_and_predictions_agree(name):
     v = flow.velocity(x, noise, t, path)
     np.testing.assert_allclose(v, derivative, atol=1e-5)
     np.testing.assert_allclose(flow.noise_of(v, x_t, t, path), noise, atol=2e-5)
+    np.testing.assert_allclose(flow.data_of(v, x_t, t, path), x, atol=2e-5)
     np.testing.assert_allclose(flow.velocity_from_noise(noise, x_t, t, path), v, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(flow.velocity_from_data(x, x_t, t, path), v, rtol=1e-4, atol=1e-4)
 

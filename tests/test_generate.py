@@ -107,6 +107,22 @@ def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
     _close(out, x)
 
 
+def test_latents_are_denormalised_before_decoding(case):
+    """By mean and var of each element, of which some are as small as the epsilon."""
+    config, latent, parts = case
+    rng = np.random.default_rng(4)
+    mean, var = rng.normal(size=latent), np.exp(rng.uniform(np.log(1e-6), np.log(4.0), latent))
+
+    @jax.jit
+    def draw(mean, var):
+        given = {**parts, "statistics": {"mean": mean, "var": var}}
+        return generate.draw(config, given, jax.random.key(0), jnp.arange(3), LABELS)
+
+    plain = np.float64(draw(np.zeros(latent, np.float32), np.full(latent, 1 - 1e-5, np.float32)))
+    found = draw(np.float32(mean), np.float32(var))
+    np.testing.assert_allclose(found, plain * np.sqrt(var + 1e-5) + mean, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("keys", [{"reuse": 2}, {"method": "heun"}, {"method": "sde"}])
 def test_all_of_it_is_traced_as_one_program(case, keys):
     config, latent, parts = case

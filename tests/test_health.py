@@ -1,5 +1,6 @@
 """Steps that are not finite, that leap or stall: reported, with what they were made of; and the heartbeat."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -24,6 +25,25 @@ BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoc
 
 def _incidents(workdir):
     return [json.loads(line) for line in (workdir / "incidents.jsonl").read_text().splitlines()]
+
+
+def test_each_step_has_a_key_of_its_own(tmp_path):
+    """That of the run with the number of steps that are done folded into it, also after an interruption."""
+
+    def step(state, frozen, batch, key):
+        return {**state, "step": state["step"] + 1}, {"loss": jax.random.uniform(key)}
+
+    stage, how = dataclasses.replace(toy.stage(4), step=step), {"log_every": 1, "checkpoint_every": 2, "keep": 1}
+    for num_steps in (2, 4):  # the second time it goes on
+        train.fit(
+            dataclasses.replace(stage, num_steps=num_steps),
+            workdir=epath.Path(tmp_path),
+            mesh=toy.mesh(),
+            key=jax.random.key(5),
+            **how,
+        )
+    expected = [float(jax.random.uniform(jax.random.fold_in(jax.random.key(5), n))) for n in range(4)]
+    assert [row["loss"] for row in toy.rows(epath.Path(tmp_path))] == expected
 
 
 def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):

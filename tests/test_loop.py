@@ -134,6 +134,7 @@ def test_the_library_and_the_report_read_a_run(run):
     assert "8 x" in (run / "report.html").read_text() and (run / "environment.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_evaluation_in_training_is_the_one_at_the_end(run, tmp_path):
     """The same metrics by the same code, of the averaged weights; and training does not notice it."""
     config = tiny()

@@ -28,14 +28,8 @@ def test_what_is_in_git_has_no_outputs_and_is_plain_python(path):
     assert code[0]["source"] == first["source"]  # the same installation everywhere
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "1_reconstruct",
-        pytest.param("2_sample", marks=pytest.mark.slow),
-        pytest.param("3_train_and_look", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
 def test_it_runs_from_top_to_bottom(name, tmp_path):
     """RAE_JAX_SHOTS names a folder for its figures, for people."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -112,7 +112,7 @@ def test_guidance_acts_inside_its_interval_only():
         lambda x, t: jnp.full_like(x, 3.0), lambda x, t: jnp.full_like(x, 1.0), scale=2.0, t_min=0.2, t_max=0.6
     )
     x = jnp.zeros((2, 3))
-    for t, expected in ((0.1, 3.0), (0.2, 5.0), (0.4, 5.0), (0.7, 3.0)):
+    for t, expected in ((0.1, 3.0), (0.2, 5.0), (0.4, 5.0), (0.6, 5.0), (0.7, 3.0)):
         np.testing.assert_allclose(velocity_fn(x, jnp.full(2, t)), expected)
 
 

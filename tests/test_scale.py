@@ -18,6 +18,7 @@ from launch import compile_table
 from rae_jax import aot, hlo, sharding, topology
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
+STAGES = ("dit", pytest.param("decoder", marks=pytest.mark.slow))
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra 'tpu' is not installed")
 
 
@@ -66,7 +67,7 @@ def _step(stage, sizes):
     return {name: state[name] for name in state if name.endswith("params")}, metrics
 
 
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "sizes", [*(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]), MESHES[2]], ids=str
 )
@@ -86,7 +87,7 @@ def _whole(program, mesh, compiled):
     return {(dtype, shape) for dtype, shape in made if shape in stacks or (size in shape and len(shape) > 1)}
 
 
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_no_device_holds_all_parameters_or_all_of_the_batch(stage):
     mesh, program, compiled = _compiled(stage, (2, 2, 2))
     assert not _whole(program, mesh, compiled)
@@ -95,6 +96,7 @@ def test_no_device_holds_all_parameters_or_all_of_the_batch(stage):
         assert not (whole and leaf.ndim >= 2 and leaf.size > 1024), leaf
 
 
+@pytest.mark.slow
 def test_kernels_travel_in_the_compute_dtype_once_each_way():
     """Under FSDP, of a step from latents: gathered twice, gradients scattered once; only times are in float32."""
     config = _config()

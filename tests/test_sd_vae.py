@@ -197,6 +197,7 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
     assert results["num_images"] == 1 and 5 < results["psnr"] < 20  # with made-up weights
 
 
+@pytest.mark.slow
 def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     """Shapes alone: nothing is compiled."""
     config = _dit_job(checkpoint)

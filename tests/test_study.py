@@ -195,6 +195,7 @@ def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tm
         work.claim(second)
 
 
+@pytest.mark.slow
 def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     """Runs in processes: one is interrupted and goes on; what is done is not begun; one that fails is named, what is
     built on it left out. The loss falls only where the DiT is as wide as a token."""

@@ -28,7 +28,8 @@ def _start(workdir):
     return pairs.start([__file__, workdir])
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     said = [process.communicate(timeout=600)[0] for process in _start(whole)]

@@ -8,8 +8,8 @@ when it has finished. A loop returns as soon as its body waits for work on the t
 the loop then meet those inside it, in an order of their own on each device. All collectives of a shard_map have the
 same channel, so that nothing tells the ones from the others: `Check failed: id < num_threads`, `Check failed:
 state.use_count() == num_threads`, or a time-out. A program that comes from the compilation cache has lost this order
-between loops (or branches) and what is around them altogether. Seen on jax 0.10.2 and 0.12.0.1, on CPU alone: TPUs and
-GPUs run a program's collectives in the order in which they are compiled.
+between loops (or branches) and what is around them altogether. Seen on jax 0.10.2 and 0.12.0.1; the executor that does
+it is XLA:CPU's own.
 
 Hence: tests of steps on meshes unroll their blocks, and compile outside of the cache (conftest.uncached); the command
 keeps no compiled programs of several CPU devices (main._keep_compiled). A step that is right prints a line; the process
