@@ -3,7 +3,7 @@
     python -m pytest -m slow tests/test_study.py -k beginning_to_end    # every experiment at size 'fast'
     python -m pytest -m slow tests/test_study.py -k every_seed          # at full size, what has shown: many minutes
 
-One of them, at size 'fast', is among the usual tests.
+One of them, at size 'fast', is among the slow tests that .ci/run runs.
 """
 
 import dataclasses
@@ -271,6 +271,7 @@ def _wait_for(condition, limit=300):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", [name for name in plan.STUDIES if name != "width"])
 def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
     """With sizes that show nothing but that it works."""
@@ -282,6 +283,7 @@ def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_shows_in_every_seed_shows(name, one_device, tmp_path):
     """At full size, with one seed: minutes of a CPU core for each experiment."""
