@@ -28,8 +28,10 @@ def moments(opt_state):
     return adam.mu, adam.nu
 
 
-def check_adamw(before, after, gradient, *, step, rate, train):
+def check_adamw(before, after, gradient, *, step, rate, train, tolerance=2e-5):
     """AdamW's step number `step`, from 1, on `gradient`, from (parameters, its state) to the same.
+
+    `tolerance`: of the gradient, relative to its largest number.
 
     New parameters are compared with the formula of the moments that were found: it divides by the root of the second,
     which for a gradient of rounding alone is anything.
@@ -40,7 +42,7 @@ def check_adamw(before, after, gradient, *, step, rate, train):
         wanted = jax.tree.map(
             lambda m, g, d=decay, n=power: d * np.float64(m) + (1 - d) * np.float64(g) ** n, then, gradient
         )
-        close(now, wanted, atol=2e-5 * scale**power)
+        close(now, wanted, atol=tolerance * scale**power)
 
     def moved(path, p, first, second):
         first, second = np.float64(first) / (1 - train.b1**step), np.float64(second) / (1 - train.b2**step)

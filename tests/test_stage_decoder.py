@@ -202,7 +202,8 @@ def test_a_whole_step_is_the_equations(game):
     expected = [float(loss), step_oracles.norm(grads), float(real.mean()), float(fake.mean())]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     before, after = ((s["disc_params"], s["disc_opt_state"]) for s in (state, new))
-    step_oracles.check_adamw(before, after, grads, step=2, rate=_rate(train, 1), train=train)  # its second update
+    # Its second update. A pixel that lies between two levels may be rounded the other way, which is seen in gradients.
+    step_oracles.check_adamw(before, after, grads, step=2, rate=_rate(train, 1), train=train, tolerance=5e-3)
     assert int(new["step"]) == 4
 
 
@@ -214,7 +215,8 @@ def test_before_they_start_the_adversarial_parts_are_not_there(game):
     state, metrics = jax.jit(step)(start, game.frozen, _batch(), jax.random.key(0))
     assert not set(DISC) & set(state) and "adversarial" not in metrics
     assert float(game.metrics[0]["adversarial_weight"]) == float(game.metrics[0]["adversarial"]) == 0.0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["params"], game.states[1]["params"])
+    found, expected = (_without_rounding({"params": s["params"]}) for s in (state, game.states[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
 def test_fooling_leaves_the_discriminator_as_it_is(game):
