@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests, on CPU: bash launch/test.sh [pytest arguments], for instance `-k sampling`, or `-m slow -n 0`: those that take
-# minutes and much memory, one after the other.
+# The tests, on CPU: bash launch/test.sh [pytest arguments], for instance `-k sampling`; or `-m "slow and not by_hand"`: those
+# that take longer, as .ci/run does; or `-m by_hand -n 0`: those that take minutes and much memory, one after the other.
 # Makes .venv and installs on the first run.
 set -euo pipefail
 

@@ -20,6 +20,7 @@ from autoencoder_cases import (
     outcome,
     write,
 )
+from conftest import random_like
 from safetensors.numpy import load_file
 
 from configs import dit_b
@@ -126,3 +127,16 @@ def test_a_decoder_with_its_own_grid_resizes_the_latents(tmp_path):
     ours = jax.jit(own.apply)({"params": params}, latents)
     assert ours.shape == (1, 8, 8, 3)
     np.testing.assert_allclose(ours, jax.jit(Decoder(**DECODER).apply)({"params": params}, resized), atol=1e-5)
+
+
+def test_the_decoder_s_norms_have_hardly_an_epsilon():
+    """1e-12: however small the class token is, patches see the same in it. They see it in the first block's norm alone,
+    where there is one block."""
+    decoder = Decoder(**{**DECODER, "depth": 1})
+    latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 64))
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), latents)["params"]
+    params = random_like(shapes, seed=0, scale=0.3)
+    draw = jax.jit(lambda params: decoder.apply({"params": params}, latents))
+    small, none = ({**params, "cls_token": params["cls_token"] * scale} for scale in (1e-3, -1.0))
+    np.testing.assert_allclose(draw(small), draw(params), rtol=1e-4, atol=1e-4)
+    assert np.abs(draw(none) - draw(params)).max() > 1e-2

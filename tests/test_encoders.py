@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import random_like, tiny
 
 from configs import encoders
 from rae_jax import build, checks, sharding, stages
@@ -36,6 +36,19 @@ def _ours(expected, folder, **changes):
 def test_tokens_are_the_goldens(tmp_path, expected):
     cases.write(tmp_path, cases.shapes_of(expected.split("/")[0]))
     assert cases.difference(_ours(expected, tmp_path), cases.goldens()[expected]) <= cases.TOLERANCE
+
+
+@pytest.mark.parametrize("name, eps", [("dinov2", 1e-6), ("siglip2", 1e-6), ("mae", 1e-12), ("dinov3", 1e-5)])
+def test_the_final_norm_has_the_family_s_epsilon(name, eps):
+    """Seen in tokens whose variance is as small as that: all weights are."""
+    config = cases.config_of(cases.TINY[name], "")
+    autoencoder = build.autoencoder(config)
+    params = random_like(stages.part_shapes(config, "encoder"), seed=0, scale=3e-4)
+    pixels = autoencoder.encoder_input(cases.images(24, 24))
+    tokens = np.float64(jax.jit(lambda p, x: autoencoder.encoder.apply({"params": p}, x))(params, pixels))[-1]
+    assert tokens.var(-1).max() < 1e-4
+    expected = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + eps)
+    np.testing.assert_allclose(cases.tokens_of(config, params, cases.images(24, 24)), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("expected", [name for name in EXPECTED if "16x28" in name])

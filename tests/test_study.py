@@ -1,7 +1,7 @@
 """The experiments of configs/study/: plans that hold together, verdicts, runs that are taken up again.
 
-    python -m pytest -m slow tests/test_study.py -k beginning_to_end    # every experiment at size 'fast'
-    python -m pytest -m slow tests/test_study.py -k every_seed          # at full size, what has shown: many minutes
+    python -m pytest -m by_hand tests/test_study.py -k beginning_to_end    # every experiment at size 'fast'
+    python -m pytest -m by_hand tests/test_study.py -k every_seed          # at full size, what has shown: many minutes
 
 One of them, at size 'fast', is among the slow tests that .ci/run runs.
 """
