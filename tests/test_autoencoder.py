@@ -69,6 +69,7 @@ def _torch(arrays):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("size, grid, patch", [("b", 16, 16), ("l", 16, 32), ("xl", 16, 16), ("xl", 32, 16)])
 def test_full_size_decoders_are_diffusers_own(size, grid, patch):
     pytest.importorskip("diffusers")

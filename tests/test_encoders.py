@@ -113,6 +113,7 @@ FULL = {
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_tokens_are_transformers_own(tmp_path, name):
     pytest.importorskip("transformers")

@@ -61,6 +61,7 @@ def test_latents_and_images_are_diffusers_own(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_full_size_is_diffusers_own(tmp_path):
     pytest.importorskip("diffusers")
     values = encoders.sd_vae()
