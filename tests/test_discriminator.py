@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from configs import encoders
 from rae_jax import augment, build, checks, losses, sharding, stages
 from rae_jax.errors import UserError
-from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv
+from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv, TokenNorm
 
 
 def test_spectral_convolution_divides_by_the_largest_singular_value():
@@ -28,6 +28,15 @@ def test_spectral_convolution_divides_by_the_largest_singular_value():
     windows = np.stack([padded[:, i : i + 16] for i in range(9)], 2)  # [B, N, 9, C]
     expected = np.einsum("bnkc,kcf->bnf", windows, kernel / sigma) + np.asarray(variables["params"]["bias"])
     np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_tokens_are_normed_by_channel_and_image_with_an_epsilon_of_a_millionth():
+    """Seen where the variance is as small."""
+    rng = np.random.default_rng(0)
+    x, (scale, bias) = 0.3 + 1e-3 * rng.normal(size=(2, 16, 4)), rng.normal(size=(2, 4))
+    found = TokenNorm().apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x, jnp.float32))
+    expected = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6) * scale + bias
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_evaluation_leaves_the_singular_vectors_alone():
