@@ -239,6 +239,17 @@ def test_colour_keeps_grey_grey_and_means_but_for_brightness():
     assert 0.5 <= contrast.min() < 0.7 and 1.3 < contrast.max() <= 1.5
 
 
+def test_colour_is_its_formula():
+    x, keys = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 3)), jax.random.split(jax.random.key(1), 3)
+    brightness, saturation, contrast = (np.float64(jax.random.uniform(key, (6, 1, 1, 1))) for key in keys)
+    y = x + brightness - 0.5
+    grey = y.mean(-1, keepdims=True)
+    y = grey + 2 * saturation * (y - grey)
+    mean = y.mean((1, 2, 3), keepdims=True)
+    expected = mean + (contrast + 0.5) * (y - mean)
+    np.testing.assert_allclose(augment.colour(jnp.asarray(x, jnp.float32), keys), expected, atol=1e-5)
+
+
 def test_translation_comes_before_colour():
     """So that what moves in is as bright as the rest became."""
     x = jnp.ones((64, 16, 16, 3))

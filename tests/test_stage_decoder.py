@@ -181,9 +181,8 @@ def test_a_whole_step_is_the_equations(game):
     """Of both players: losses, gradients, norms, weights, optimisers, parameters, average, singular vectors."""
     state, train = dict(game.states[3]), game.config.decoder.train
     # Far from the singular vectors that they are to become, which after a few steps they hardly are.
-    state["disc_spectral"] = jax.tree.map(
-        lambda v: v / np.linalg.norm(v), random_like(state["disc_spectral"], seed=9, scale=1.0)
-    )
+    vectors = random_like(state["disc_spectral"], seed=9, scale=1.0)
+    state["disc_spectral"] = jax.tree.map(lambda v: v / np.linalg.norm(v), vectors)
     new, metrics = game.run(state, game.frozen, _batch(), jax.random.key(3))
     oracle = _Oracle(game, state, jax.random.key(3))
 
