@@ -208,6 +208,19 @@ def test_training_and_sampling_shift_times_by_the_same_factor(given, factor, tin
     assert float(metrics["loss"]) == pytest.approx(float(expected[3]) ** 2, rel=1e-5)  # of the time 0.25
 
 
+@pytest.mark.parametrize("time", ["logit_normal", "uniform"])
+def test_training_times_stay_where_the_published_ones_are(tiny_config, time):
+    """Up to 0.999, of a distribution that lies beyond; from 0.001 where the prediction is not defined at zero."""
+    train = tiny_config.dit.train
+    for prediction, mean, lowest in (("velocity", 8.0, 0.0), ("velocity", -20.0, 0.0), ("noise", -20.0, 0.001)):
+        tiny_config.dit.prediction = prediction
+        train.update({"time": time, "time_mean": mean, "time_std": 1.0})
+        t = np.asarray(build_flow.time_fn(tiny_config)(jax.random.key(0), 20_000))
+        assert lowest <= t.min() and t.max() <= 0.999
+        ends = (t.min() - lowest, 0.999 - t.max())
+        assert min(ends) < 1e-4 if time == "logit_normal" else max(ends) < 1e-3
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data"])
 def test_the_loss_is_the_mean_square_of_what_is_predicted(case, prediction):
     config, latent, parts = case
