@@ -50,6 +50,16 @@ def test_heun_does_so_with_second_order(factor, path):
     assert errors[1] / errors[2] > 0.85 * 4.0  # more than the order: leading terms of opposite signs, on uneven grids
 
 
+def test_a_step_asks_for_the_velocity_at_its_start_and_heun_s_at_its_end_as_well():
+    x, times = jnp.ones((1, 1)), jnp.array([1.0, 0.5])
+
+    def velocity_fn(x, t):
+        return x * t[:, None]
+
+    assert sampling.euler(velocity_fn, x, times).item() == 1 - 0.5 * 1
+    assert sampling.heun(velocity_fn, x, times).item() == 1 - 0.5 * (1 + 0.5 * 0.5) / 2
+
+
 def test_the_adaptive_solver_keeps_its_tolerance():
     pytest.importorskip("diffrax", reason="the extra 'adaptive' is not installed")
     x = jax.random.normal(jax.random.key(0), (1000, 1))
