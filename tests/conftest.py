@@ -35,8 +35,9 @@ _FIRST = ("test_loop.py", "test_scale.py", "test_stage_decoder.py")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first; for the rest, and within a file, the order stays."""
-    items.sort(key=lambda item: item.path.name not in _FIRST)
+    """For several workers the longest first; for the rest, within a file, and for one process, the order stays."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 def tiny():

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_suffix(".toml")
 FOLDERS = ("rae_jax", "configs", "launch", "tests")
 MOST = 2  # that may survive
-LIMIT = 600  # seconds of the tests of one fault: one that makes a loop endless is killed
+LIMIT = 300  # seconds of the tests of one fault: one that makes a loop endless is killed
 PROCESSES = multiprocessing.get_context("forkserver")
 
 
