@@ -112,6 +112,25 @@ def test_flips_and_crops_depend_on_seed_epoch_and_index_alone():
     assert any((ours[0][label] != ours[1][label]).any() for label in range(24))
 
 
+def test_half_of_the_images_are_mirrored_left_to_right():
+    """The first half of the rows is dark, the left column too: no other turn makes the same."""
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[2:] = np.arange(18).reshape(6, 3)
+
+    class Same:
+        def __len__(self):
+            return 400
+
+        def __getitem__(self, index):
+            return {"image": image, "label": np.int32(index)}
+
+    how = {"batch_size": 400, "seed": 0, "random_crop": False, "flip": True, "num_threads": 0}
+    (batch,) = _take(pipeline.training_batches(Same(), **how), 1)
+    mirrored = (batch["image"] == image[:, ::-1]).all((1, 2, 3))
+    assert (mirrored | (batch["image"] == image).all((1, 2, 3))).all()
+    assert 160 < mirrored.sum() < 240  # four deviations
+
+
 def test_interrupted_anywhere_it_goes_on_with_the_next_batch():
     whole = _take(_training(batch_size=4), 16)  # more than two epochs
     rng = np.random.default_rng(0)
