@@ -201,7 +201,7 @@ def test_meshes_agree(run, tmp_path, stage):
             keep=1,
         )
         losses[name] = _rows(workdir, stage)
-    # Where an activation of the discriminator lies within rounding of LeakyReLU's kink, or a pixel between two of its 8-bit
+    # Where an activation of the discriminator lies within rounding of LeakyReLU's kink, or a pixel between two 8-bit
     # levels, its gradient jumps: on one device, too, when weights moved by 2e-7.
     tolerance = {"decoder": 5e-3, "dit": 1e-4}[stage]
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
