@@ -26,6 +26,7 @@ def test_a_shape_depends_on_seed_split_and_index_alone():
     assert small[7]["image"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_raw_pixels_do_not_give_the_class_away():
     def arrays(source):
         examples = [source[i] for i in range(len(source))]

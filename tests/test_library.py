@@ -85,6 +85,7 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
     np.testing.assert_allclose(rae_jax.decode(auto, rae.denormalise(x, parts["statistics"])), ours, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_works_inside_jit_and_grad(folder):
     auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
 

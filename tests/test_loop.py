@@ -286,6 +286,7 @@ def test_sample_and_reconstruct(run, tmp_path):
         modes.sample(config, run, mesh, flags)
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
     convert.export(run, tmp_path / "weights")
     config = tiny()

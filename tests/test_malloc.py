@@ -23,7 +23,7 @@ def _faults(size, rounds):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-@pytest.mark.parametrize("size, rounds", [(2**26, 20), (3 * 2**29, 3)])
+@pytest.mark.parametrize("size, rounds", [(2**26, 20), pytest.param(3 * 2**29, 3, marks=pytest.mark.slow)])
 def test_freed_memory_is_kept(size, rounds):
     setups = {"as it is": "", "kept": "malloc.keep_freed_memory(); "}
     found = {}

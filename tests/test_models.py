@@ -77,6 +77,7 @@ def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
             assert jnp.abs(a - b).max() <= 1e-6 * jnp.abs(a).max(), (choice, jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_keep_less():
     """What a backward pass keeps of the forward pass: hardly anything inside the blocks."""
 
