@@ -76,7 +76,7 @@ def _write(config, trees, output, form):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     app.run(_run, flags_parser=command.parser(_define_flags()))
 
 

@@ -27,7 +27,7 @@ INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.R
 
 
 def main():
-    """The command; its flags are defined here, so that other modules can import this one."""
+    """Define the flags and run the command."""
     app.run(_run, flags_parser=command.parser(_define_flags()))
 
 
@@ -141,8 +141,8 @@ def _terminate(number, frame):
 def _keep_compiled(folder):
     """Have JAX keep what it compiles for the next start; where JAX_COMPILATION_CACHE_DIR says, if that is set.
 
-    But not of several CPU devices, simulated ones: what XLA loads again of their programs has lost the order between
-    collectives inside of loops and behind them (tests/stress/collectives.py).
+    Programs of several simulated CPU devices are not kept: when XLA loads such a program, the order between collectives
+    inside a loop and after the loop is lost (tests/stress/collectives.py).
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)

@@ -111,7 +111,7 @@ def _records(iterator, encode, numbers, batch_size, progress):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     app.run(_run, flags_parser=command.parser(_define_flags()))
 
 

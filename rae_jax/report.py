@@ -188,7 +188,7 @@ def _value(values, key):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: side by side.", required=True)
     flags.DEFINE_string("output", None, "The page; by default report.html in the one workdir.")
     app.run(_run, flags_parser=command.plain_parser)

@@ -74,8 +74,10 @@ def one_device():
 
 @contextlib.contextmanager
 def uncached():
-    """Compile here, without the cache, what gathers kernels on a mesh: on CPU, what XLA loads of such programs has lost
-    the order between collectives in a loop or branch and those behind it (tests/stress/collectives.py).
+    """Compile without the cache: for programs that gather kernels on a mesh.
+
+    When XLA loads such a program on CPU, the order between collectives inside a loop or branch and after it is lost
+    (tests/stress/collectives.py).
     """
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks once

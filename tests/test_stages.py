@@ -1,4 +1,4 @@
-"""What stages are made of: their randomness, and weights that are changed when they are loaded."""
+"""The random streams of the stages, and weights that are changed when they are loaded."""
 
 import encoder_cases
 import jax

@@ -64,7 +64,7 @@ def write(planned, folder):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     flags.DEFINE_list("only", [], "Experiments; all by default.")
     flags.DEFINE_string("workdir", "runs/study", "Where runs and results are.")
     flags.DEFINE_enum("size", "full", list(base.SIZES), "fast: seconds; full: minutes of a CPU core; large: a GPU.")

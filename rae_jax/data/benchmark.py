@@ -129,7 +129,7 @@ def _in_own_process(side, name, num_batches):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     flags.DEFINE_string("path", None, "Originals: what config.data.path is for image folders.", required=True)
     flags.DEFINE_string("packed", None, "The same, as rae_jax.data.pack has packed them.")
     flags.DEFINE_integer("image_size", 256, "Side of the crops.", lower_bound=1)

@@ -159,7 +159,7 @@ def _sources(given):
 
 
 def main():
-    """The command."""
+    """Define the flags and run the command."""
     _define_flags()
     app.run(_run_command, flags_parser=command.plain_parser)
 

@@ -3,17 +3,17 @@
     python -m tests.stress.collectives            # freshly compiled, a loop before the gathers
     python -m tests.stress.collectives --cached   # the second time, with JAX_COMPILATION_CACHE_DIR in the environment
 
-XLA:CPU keeps the collectives of a program in order by letting the next one start when the one before has returned, not
-when it has finished. A loop returns as soon as its body waits for work on the thread pool: gathers that need nothing of
-the loop then meet those inside it, in an order of their own on each device. All collectives of a shard_map have the
-same channel, so that nothing tells the ones from the others: `Check failed: id < num_threads`, `Check failed:
-state.use_count() == num_threads`, or a time-out. A program that comes from the compilation cache has lost this order
-between loops (or branches) and what is around them altogether. Seen on jax 0.10.2 and 0.12.0.1; the executor that does
-it is XLA:CPU's own.
+Fault 1. XLA:CPU starts the next collective of a program when the operation before it has returned, which may be before
+that operation has finished: a loop returns as soon as its body waits for the thread pool. A gather after the loop that
+needs no result of the loop then runs at the same time as a gather inside the loop, and each device may start with
+another one. All collectives of a shard_map have the same channel, so that XLA cannot tell the two gathers apart. The
+program ends with `Check failed: id < num_threads`, with `Check failed: state.use_count() == num_threads`, or with a
+time-out. Fault 2. A program that is loaded from the compilation cache has lost the order between a loop (or a branch)
+and the collectives around it. Both were seen on jax 0.10.2 and 0.12.0.1. The executor is that of XLA:CPU alone.
 
-Hence: tests of steps on meshes unroll their blocks, and compile outside of the cache (conftest.uncached); the command
-keeps no compiled programs of several CPU devices (main._keep_compiled). A step that is right prints a line; the process
-is aborted in the first that goes wrong.
+Consequences: tests of steps on meshes unroll their blocks and compile without the cache (conftest.uncached), and the
+command keeps no compiled programs of several CPU devices (main._keep_compiled). The program prints a line for each
+correct step; the first step that fails aborts the process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ STEPS = 30
 
 
 def main(cached):
-    """Run the program. `cached`: as many gathers in the loop as go to other threads without large products."""
+    """Run the program. `cached`: with many gathers in the loop instead of large products."""
     flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_collective_call_terminate_timeout_seconds=20"]
     if not cached:  # the loop first, then the gathers
         flags.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")

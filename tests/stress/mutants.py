@@ -32,7 +32,7 @@ PROCESSES = multiprocessing.get_context("forkserver")
 
 
 class Mutant(NamedTuple):
-    """A fault: in `file`, the text `old`, which is there once, becomes `new`. `why`: what lets it survive."""
+    """A fault: in `file`, the text `old`, which must occur once, becomes `new`. `why` explains a known survivor."""
 
     fact: str
     tests: tuple
@@ -146,4 +146,8 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
     chosen = [mutant for mutant in read() if given.only in f"{mutant.fact} {mutant.file}"]
+    if not chosen:
+        parser.error(f"--only={given.only} is in no fact and no file of {TABLE.name}: choose a word that is")
+    if given.jobs < 1:
+        parser.error(f"--jobs={given.jobs} cannot work: choose 1 or more")
     sys.exit(0 if main(chosen, given.jobs) else 1)
