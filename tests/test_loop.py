@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import random_like, tiny, uncached
 from etils import epath
 from PIL import Image
 
@@ -184,6 +184,11 @@ def test_meshes_agree(run, tmp_path, stage):
         config = tiny()
         config.stages = (stage,)
         config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
+        # The discriminator sees 8-bit images, and its LeakyReLU has a kink: rounding of 1e-7 may move a pixel by a whole
+        # level. After two updates of it the trajectories are as far apart as 8e-3 (2e-3 without the 8 bits); until then
+        # they were within 5e-6 with each of 12 keys.
+        config.decoder.train.num_steps = 4
+        config.unroll = True  # as in test_scale
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         for part in ("encoder", "statistics"):
             config[part].weights = str(tmp_path / "weights")
@@ -191,17 +196,16 @@ def test_meshes_agree(run, tmp_path, stage):
             convert.export(run, tmp_path / "weights")
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
         workdir = epath.Path(tmp_path) / name
-        fit(
-            stages.stage(config, stage, workdir, mesh),
-            workdir=workdir,
-            mesh=mesh,
-            # Not any key: where an activation of the discriminator lies within rounding of LeakyReLU's kink, its
-            # gradient jumps. Seen with keys 0 to 3, 5 and 6; with 0 on one device, too, when weights moved by 2e-7.
-            key=jax.random.key(4),
-            log_every=1,
-            checkpoint_every=100,
-            keep=1,
-        )
+        with uncached():
+            fit(
+                stages.stage(config, stage, workdir, mesh),
+                workdir=workdir,
+                mesh=mesh,
+                key=jax.random.key(0),
+                log_every=1,
+                checkpoint_every=100,
+                keep=1,
+            )
         losses[name] = _rows(workdir, stage)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
