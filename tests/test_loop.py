@@ -184,9 +184,9 @@ def test_meshes_agree(run, tmp_path, stage):
         config = tiny()
         config.stages = (stage,)
         config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
-        # The discriminator sees 8-bit images, and its LeakyReLU has a kink: rounding of 1e-7 may move a pixel by a whole
-        # level. After two updates of it the trajectories are as far apart as 8e-3 (2e-3 without the 8 bits); until then
-        # they were within 5e-6 with each of 12 keys.
+        # The discriminator sees 8-bit images, and its LeakyReLU has a kink: a difference of 1e-7 may move a pixel by a
+        # whole level. After two updates of it the trajectories are up to 8e-3 apart (2e-3 without the 8 bits); until
+        # then they were within 5e-6 of each other with each of 12 keys.
         config.decoder.train.num_steps = 4
         config.unroll = True  # as in test_scale
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
