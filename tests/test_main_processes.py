@@ -29,6 +29,7 @@ def _command(workdir, mode, count, **changes):
     config.decoder.train.update({"num_steps": 4, "discriminator_start": 1, "adversarial_start": 2})
     config.dit.train.num_steps = 4
     config.mesh.update({"data": 1, "fsdp": count})
+    config.unroll = True  # as in test_scale
     config.update(changes)
     wanted, plain = (config_lib.flatten(c.to_dict()) for c in (config, plain))
     options = [f"--config.{key}={value}" for key, value in wanted.items() if plain[key] != value]
@@ -52,8 +53,7 @@ def _assert_rows_close(one, two):
         for a, b in zip(*rows, strict=True):
             assert a.keys() == b.keys()
             for key in a:
-                close = 1e-5 if key == "loss" else 1e-4  # a few steps against a discriminator magnify rounding
-                assert a[key] == pytest.approx(b[key], rel=close, abs=close), (stage, key, a, b)
+                assert a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-7), (stage, key, a, b)
 
 
 @pytest.mark.parametrize(
@@ -100,20 +100,25 @@ def test_what_one_cannot_go_on_with_ends_both_with_its_status(tmp_path, lacking)
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    """Training in three stages, evaluation and samples: numbers, files, and who writes them."""
+    """Training in three stages, evaluation and samples: numbers, files, and who writes them.
+
+    The one process has as many devices as the two: the program is the same, and a sum of two is the same in any order.
+    So no bound must allow for what rounding becomes against a discriminator (test_loop.test_meshes_agree).
+    """
     one, two = tmp_path / "one", tmp_path / "two"
-    said = pairs.run(_command(one, "train", 1), 1)[0]
+    said = pairs.run(_command(one, "train", 2), 1, devices=2)[0]
     first, second = pairs.run(_command(two, "train", 2), 2)
     assert "report:" in said and "report:" in first and "report:" not in second and "psnr" not in second
     _assert_rows_close(one, two)
     results = [_results(one), _results(two)]
     (two / "eval" / "tiny.json").unlink()
     pairs.run(_command(two, "evaluate", 2), 2)
-    assert results[0] == pytest.approx(results[1], rel=1e-4) and _results(two) == pytest.approx(results[1], rel=1e-6)
+    assert results[0] == pytest.approx(results[1], rel=1e-6) and _results(two) == pytest.approx(results[1], rel=1e-6)
     for workdir, count in ((one, 1), (two, 2)):
-        pairs.run([*_command(workdir, "sample", count), "--num_images=20"], count)
-    images = [np.load(workdir / "samples" / "samples.npz")["arr_0"].astype(int) for workdir in (one, two)]
-    assert images[0].shape == (20, 32, 32, 3) and np.abs(images[0] - images[1]).max() <= 1
+        pairs.run([*_command(workdir, "sample", 2), "--num_images=20"], count, devices=2 // count)
+    images = [np.load(workdir / "samples" / "samples.npz")["arr_0"] for workdir in (one, two)]
+    assert images[0].shape == (20, 32, 32, 3)
+    np.testing.assert_array_equal(*images)
     assert sorted(p.name for p in one.rglob("*.png")) == sorted(p.name for p in two.rglob("*.png"))
 
 

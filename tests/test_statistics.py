@@ -82,6 +82,7 @@ def test_statistics_are_exact_whatever_the_batch_and_the_devices(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_statistics_of_2000_images_are_exact(tmp_path):
     _compare(tmp_path, 2000, RUNS)
 
