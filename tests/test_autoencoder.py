@@ -122,7 +122,8 @@ def test_a_decoder_with_its_own_grid_resizes_the_latents(tmp_path):
     write("mae", tmp_path)
     params = load(config, "decoder")[0]
     latents = jax.random.normal(jax.random.key(0), (1, 2, 2, 64))
-    own = Decoder(**DECODER, grid_size=4)
+    config.decoder.grid_size = 4
+    own = build.autoencoder(config).decoder
     line = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     resized = jnp.einsum("ih,jw,bhwc->bijc", line, line, latents)
     ours = jax.jit(own.apply)({"params": params}, latents)

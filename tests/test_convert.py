@@ -12,9 +12,11 @@ from huggingface_hub import constants
 from published_cases import KINDS, convert_kind, kind, read, write
 from safetensors.numpy import load_file, save_file
 
-from configs import dit_b
-from rae_jax import convert
+from configs import dit_b, encoders
+from rae_jax import convert, descriptions
 from rae_jax.errors import UserError
+
+RELEASED_STATISTICS = Path(__file__).parents[2] / "shared/data/reference/dinov2_wreg_base_stat.pt"
 
 
 @pytest.mark.parametrize("suffix, form", [(".safetensors", "released"), (".pt", "released_pt")])
@@ -47,6 +49,39 @@ def test_an_autoencoder_of_diffusers_there_and_back(tmp_path):
     for key in arrays:
         if key != "encoder.embeddings.mask_token":  # nobody uses it
             np.testing.assert_array_equal(found[key], arrays[key], err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "encoder, decoder", [(encoders.dinov2("base"), "xl"), (encoders.siglip2("base"), "b"), (encoders.mae("large"), "l")]
+)
+def test_a_description_of_diffusers_is_the_published_encoder_and_decoder(tmp_path, encoder, decoder):
+    """As AutoencoderRAE saves it. Of the encoder it names sizes alone, and no mean and std where they are ImageNet's:
+    (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)."""
+    sizes, own = dit_b.DECODERS[decoder], encoder["family"] == "siglip2"
+    description = {
+        "_class_name": "AutoencoderRAE",
+        "encoder_type": encoder["family"],
+        "encoder_hidden_size": encoder["width"],
+        "encoder_patch_size": encoder["patch_size"],
+        "encoder_num_hidden_layers": encoder["depth"],
+        "encoder_input_size": encoder["input_size"],
+        "encoder_norm_mean": [0.5, 0.5, 0.5] if own else None,
+        "encoder_norm_std": [0.5, 0.5, 0.5] if own else None,
+        "decoder_hidden_size": sizes["width"],
+        "decoder_num_hidden_layers": sizes["depth"],
+        "decoder_num_attention_heads": sizes["num_heads"],
+        "decoder_intermediate_size": sizes["hidden"],
+        "patch_size": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    found = descriptions.read(tmp_path)
+    wanted = encoder
+    if encoder["family"] == "mae":  # of any width it has 3072 hidden channels there
+        wanted = {**encoder, "mlp_ratio": 3072 / encoder["width"]}
+    for section, values in (("encoder", wanted), ("decoder", {**sizes, "patch_size": 32})):
+        for key in values.keys() - {"weights"}:
+            assert found[section][key] == values[key], key
+    assert found.data.image_size == 512
 
 
 @pytest.mark.parametrize("change, key", [({"layers": (0,)}, "layers"), ({"num_heads": 2}, "num_heads")])
@@ -135,8 +170,22 @@ def test_of_a_training_checkpoint_the_average_is_taken(tmp_path):
     assert len(set(written)) == 1
 
 
+def test_a_file_of_statistics_names_a_mean_as_the_released_one_does(tmp_path):
+    """None, where they do not shift (../../shared/REFERENCE.md)."""
+    torch = pytest.importorskip("torch")
+    write(tmp_path / "theirs.safetensors", kind("statistics_without_mean")[2])
+    written = torch.load(
+        convert_kind("statistics_without_mean", tmp_path / "theirs.safetensors", tmp_path / "ours", "released_pt"),
+        weights_only=True,
+    )
+    assert written.keys() == {"mean", "var"} and written["mean"] is None and written["var"].shape == (24, 4, 4)
+    if RELEASED_STATISTICS.exists():
+        released = torch.load(RELEASED_STATISTICS, weights_only=True)
+        assert released.keys() == written.keys() and released["mean"] is None
+
+
 def test_the_released_statistics():
-    path = Path(__file__).parents[2] / "shared/data/reference/dinov2_wreg_base_stat.pt"
+    path = RELEASED_STATISTICS
     if not path.exists():
         pytest.skip("../shared/data/reference is not here")
     torch = pytest.importorskip("torch")

@@ -11,7 +11,7 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax import build, checks, sharding, stages
+from rae_jax import build, checks, rae, sharding, stages
 
 EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
 
@@ -34,8 +34,14 @@ def _ours(expected, folder, **changes):
 
 @pytest.mark.parametrize("expected", EXPECTED)
 def test_tokens_are_the_goldens(tmp_path, expected):
+    """Row by row, with as many rows as the image has patches in its height."""
     cases.write(tmp_path, cases.shapes_of(expected.split("/")[0]))
-    assert cases.difference(_ours(expected, tmp_path), cases.goldens()[expected]) <= cases.TOLERANCE
+    config, golden = cases.config_of(cases.TINY[expected.split("/")[0]], tmp_path), cases.goldens()[expected]
+    pixels, config.encoder.layers = _inputs(expected)
+    latents = np.asarray(jax.jit(build.autoencoder(config).encode)(cases.load(config), pixels))
+    height, width = (side // 4 for side in pixels.shape[1:3])
+    assert latents.shape == (2, height, width, 16)
+    assert cases.difference(latents, golden.reshape(latents.shape)) <= cases.TOLERANCE
 
 
 @pytest.mark.parametrize("name, eps", [("dinov2", 1e-6), ("siglip2", 1e-6), ("mae", 1e-12), ("dinov3", 1e-5)])
@@ -133,13 +139,41 @@ def test_full_size_tokens_are_transformers_own(tmp_path, name):
             assert apart <= cases.TOLERANCE
 
 
-def test_images_are_resized_to_the_encoder_s_input(tmp_path):
-    cases.write(tmp_path, cases.shapes_of("dinov2"))
-    config = cases.config_of(cases.TINY["dinov2"], tmp_path)
-    params = cases.load(config)
+def _bicubic(old, new):
+    """[new, old]: the cubic kernel (a = -0.75) at half-pixel centres; beyond the edge, the edge's pixel again."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - tap)
+            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[i, np.clip(tap, 0, old - 1)] += near if x <= 1 else far
+    return matrix
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 32), (32, 24)])
+def test_images_are_resized_to_the_encoder_s_input(height, width):
+    """Also where one of their sides has that size already."""
+    config = cases.config_of(cases.TINY["dinov2"], "")
     config.encoder.input_size = 24
-    latents = jax.jit(build.autoencoder(config).encode)(params, cases.images(32, 32))
+    autoencoder, pixels = build.autoencoder(config), cases.images(height, width)
+    resized = np.einsum("ih,jw,bhwc->bijc", _bicubic(height, 24), _bicubic(width, 24), pixels)
+    expected = (resized - config.encoder.mean) / config.encoder.std
+    np.testing.assert_allclose(autoencoder.encoder_input(jnp.asarray(pixels)), expected, atol=1e-5)
+    latents = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), pixels)
     assert latents.shape == (2, *build.latent_shape(config)) == (2, 6, 6, 16)
+
+
+@pytest.mark.parametrize("add_mean", [False, True])
+def test_tokens_in_bfloat16_are_normed_in_float32(add_mean):
+    """To a latent: the mean of the normed layers, and the mean token of the last one where that is added."""
+    tokens = jnp.asarray(np.random.default_rng(0).normal(3.0, 2.0, (3, 2, 5, 16)), jnp.bfloat16)
+    exact = np.float64(tokens)
+    normed = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-2)
+    expected = normed.mean(0) + add_mean * normed[2].mean(1, keepdims=True)
+    latents = rae.to_latent(tokens, eps=1e-2, add_mean=add_mean)
+    assert latents.dtype == jnp.float32
+    np.testing.assert_allclose(latents, expected, atol=1e-5)
 
 
 def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
@@ -157,20 +191,61 @@ def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
     assert cases.difference(np.asarray(latents).reshape(single.shape), single) <= 1e-5
 
 
-def test_published_configs_are_right():
-    for values in (
-        *(encoders.dinov2(size, registers=r) for size in ("small", "base", "large", "giant") for r in (True, False)),
-        *(encoders.siglip2(size) for size in ("base", "so400m")),
-        *(encoders.mae(size) for size in ("base", "large")),
-        *(encoders.dinov3(size) for size in ("small", "base", "large")),
-    ):
-        config = tiny()
-        config.stages = ()
-        config.data.image_size = 256
-        config.encoder.update(values)
-        config.decoder.patch_size = 16
-        config.discriminator.layers = (2, 5, 8, 11)
-        checks.check(config, sharding.make_mesh(config.mesh))
-        blank = build.autoencoder(config).encoder_input(jnp.zeros((1, 256, 256, 3)))
-        jax.eval_shape(build.encoder(config, config.encoder).init, jax.random.key(0), blank)
-        assert build.latent_shape(config) == (16, 16, config.encoder.width)
+# Width, depth, heads and hidden channels of the models on the hub, by their config.json.
+_SIZES = {
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "giant": (1536, 40, 24, 4096),
+    "so400m": (1152, 27, 16, 4304),
+}
+_IMAGENET, _HALVES = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+# Hub id: our values, size, (patch, input, size that the positions are for, registers), MLP, mean and std.
+PUBLISHED = {
+    **{
+        f"facebook/dinov2-{'with-registers-' * r}{s}": (
+            *(encoders.dinov2(s, registers=r), s, (14, 224, 518, 4 * r)),
+            *("swiglu" if s == "giant" else "gelu", _IMAGENET),
+        )
+        for s in ("small", "base", "large", "giant")
+        for r in (True, False)
+    },
+    "google/siglip2-base-patch16-256": (encoders.siglip2("base"), "base", (16, 256, 256, 0), "gelu_tanh", _HALVES),
+    "google/siglip2-so400m-patch14-224": (
+        *(encoders.siglip2("so400m"), "so400m", (14, 224, 224, 0)),
+        *("gelu_tanh", _HALVES),
+    ),
+    **{f"facebook/vit-mae-{s}": (encoders.mae(s), s, (16, 256, 224, 0), "gelu", _IMAGENET) for s in ("base", "large")},
+    **{
+        f"facebook/dinov3-vit{s[0]}16-pretrain-lvd1689m": (encoders.dinov3(s), s, (16, 256, 0, 4), "gelu", _IMAGENET)
+        for s in ("small", "base", "large")
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_right(name):
+    values, size, sides, mlp, normalisation = PUBLISHED[name]
+    width, depth, num_heads, hidden = _SIZES[size]
+    config = tiny()
+    config.stages = ()
+    config.data.image_size = 256
+    config.encoder.update(values)
+    config.decoder.patch_size = 16
+    config.discriminator.layers = (2, 5, 8, 11)
+    checks.check(config, sharding.make_mesh(config.mesh))
+    e = config.encoder
+    assert (e.weights, e.mlp, (e.mean, e.std)) == (name, mlp, normalisation)
+    assert (e.patch_size, e.input_size, e.position_size, e.num_registers) == sides
+    module, blocks = build.encoder(config, e), stages.part_shapes(config, "encoder")["blocks"]
+    assert (module.width, module.depth, module.num_heads) == (width, depth, num_heads)
+    last = blocks["mlp"]["w3" if mlp == "swiglu" else "fc2"]["kernel"]
+    assert last.shape == (depth, hidden, width)
+    assert build.latent_shape(config) == (16, 16, width)
+
+
+def test_the_discriminator_s_dino_is_vit_s_8():
+    values = encoders.dino()
+    found = [values[key] for key in ("width", "depth", "num_heads", "mlp_ratio", "patch_size", "input_size")]
+    assert found == [384, 12, 6, 4.0, 8, 224] and (values["position_size"], values["num_registers"]) == (224, 0)
+    assert (values["mean"], values["std"]) == _IMAGENET

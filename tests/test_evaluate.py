@@ -1,8 +1,9 @@
 """Evaluation of weights, of an npz and of a folder: one code, so one result; and what is said of files that are wrong.
 
-A small network stands in for Inception, which test_inception.py has.
+Small networks stand in for Inception and LPIPS, which test_inception.py and test_lpips.py have.
 """
 
+import types
 import zipfile
 
 import jax
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import tiny
 from jax import monitoring
+from PIL import Image
 
 from rae_jax import build, generate, metrics, perception, pictures, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.evaluate import Evaluator
+from rae_jax.samples import labels_of
 
 SIZES = {"pool": 12, "spatial": 9, "logits": 10}
 INCEPTION = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -31,16 +34,18 @@ def inception():
         x = images[:, : 4 * height, : 4 * width].reshape(-1, 4, height, 4, width, 3).mean((2, 4)).reshape(-1, 48)
         return {name: jnp.tanh(x @ params[name]) for name in SIZES}
 
+    lpips = types.SimpleNamespace(apply=lambda variables, a, b: variables["params"] * jnp.abs(a - b).mean((1, 2, 3)))
     rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(perception, "features", features)
+        patch.setattr(perception, "Lpips", lambda: lpips)
         patch.setattr(perception, "MOMENTS_OF", {name: SIZES[name] for name in ("pool", "spatial")})
         yield {name: jnp.asarray(rng.normal(size=(48, size)), jnp.float32) for name, size in SIZES.items()}
 
 
 def _config(**evaluate):
     config = tiny()
-    config.data.num_heldout = 40
+    config.seed, config.data.num_heldout = 3, 40
     config.evaluate.update({"num_images": NUM_IMAGES, "inception": "its weights are not read here", **evaluate})
     return config
 
@@ -58,7 +63,8 @@ def parts(inception):
     latent = build.latent_shape(config)
     made["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
     mesh = sharding.make_mesh(config.mesh)
-    return jax.device_put({**made, "inception": inception}, sharding.replicated(mesh))
+    made |= {"inception": inception, "lpips": jnp.asarray(0.7)}
+    return jax.device_put(made, sharding.replicated(mesh))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,27 @@ def evaluated(parts):
     """(The evaluator of the tiny config, what it says of the weights)."""
     evaluator = _evaluator(_config())
     return evaluator, evaluator.weights(parts)
+
+
+@pytest.fixture(scope="module")
+def view():
+    """(parts, images in [0, 1]) -> {'features' of the encoder, 'judged', 'decoded' [N, ...]}, ten images at a time."""
+    config = _config()
+    autoencoder, judge = build.autoencoder(config), build.judge(config)
+
+    @jax.jit
+    def ten(parts, images):
+        latents = autoencoder.encode(parts["encoder"], images)
+        judged = judge.apply({"params": parts["judge"]}, images).argmax(-1)
+        decoded = autoencoder.decode(parts["decoder"], latents)
+        return {"features": latents.mean((1, 2)), "judged": judged, "decoded": decoded}
+
+    def all_of(parts, images):
+        parts = jax.device_get({name: parts[name] for name in ("encoder", "judge", "decoder")})
+        found = [ten(parts, np.float32(images[start : start + 10])) for start in range(0, len(images), 10)]
+        return {name: np.concatenate([np.asarray(of[name]) for of in found]) for name in found[0]}
+
+    return all_of
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +123,14 @@ def _features(params, images):
     return {name: np.float64(values) for name, values in found.items()}
 
 
+def _distance(a, b):
+    """Fréchet distance of features [N, D]."""
+    a, b = np.float64(a), np.float64(b)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
+
+
 def _same(found, expected, names):
     for name in names:
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
@@ -106,7 +141,7 @@ def test_the_weights_images_are_judged_alike_from_an_npz_and_from_a_folder(evalu
     images, labels = drawn
     found = evaluator.images(parts, _npz(tmp_path, arr_0=images, arr_1=labels))
     assert found.keys() == {"fd", "fd_real", "agreement", *INCEPTION}
-    assert results.keys() == found.keys() | {"psnr", "ssim", "rfid", "judge_accuracy"}
+    assert results.keys() == found.keys() | {"psnr", "ssim", "lpips", "rfid", "judge_accuracy"}
     _same(found, results, found)
     compressed = evaluator.images(parts, _npz(tmp_path, save=np.savez_compressed, arr_0=images, arr_1=labels))
     assert compressed == found
@@ -123,10 +158,7 @@ def test_metrics_are_those_of_the_features(evaluated, parts, drawn, held_out):
     results = evaluated[1][0]
     a, b = (_features(parts["inception"], images) for images in (drawn[0], held_out))
     for name, kind in (("fid", "pool"), ("sfid", "spatial")):
-        cov_a, cov_b = np.cov(a[kind], rowvar=False), np.cov(b[kind], rowvar=False)
-        difference = a[kind].mean(0) - b[kind].mean(0)
-        root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
-        assert results[name] == pytest.approx(difference @ difference + np.trace(cov_a + cov_b) - 2 * root, rel=1e-4)
+        assert results[name] == pytest.approx(_distance(a[kind], b[kind]), rel=1e-4)
     p = np.exp(a["logits"]) / np.exp(a["logits"]).sum(1, keepdims=True)
     score = np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
     assert results["inception_score"] == pytest.approx(score, rel=1e-4)
@@ -139,33 +171,47 @@ def test_metrics_are_those_of_the_features(evaluated, parts, drawn, held_out):
     assert results["recall"] == pytest.approx(covered(b["pool"], a["pool"]))
 
 
-def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts, drawn, held_out):
+def test_reconstructions_of_all_held_out_images_are_compared_with_them(evaluated, parts, held_out, view):
+    """Rounded to 8 bits, by the definitions of the metrics: means over forty pairs, and the distance of two sets."""
+    results, given = evaluated[1][0], held_out / 255
+    decoded = np.rint(255 * np.clip(np.float64(view(parts, given)["decoded"]), 0, 1))
+    a, b = (_features(parts["inception"], images)["pool"] for images in (held_out, decoded))
+    decoded = decoded / 255
+    expected = {
+        "psnr": -10 * np.log10(np.square(given - decoded).mean((1, 2, 3))).mean(),
+        "ssim": float(metrics.ssim(np.float32(given), np.float32(decoded)).mean()),
+        "lpips": 0.7 * np.abs(given - decoded).mean(),
+        "rfid": _distance(a, b),
+    }
+    _same(results, expected, expected)
+
+
+def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts, drawn, held_out, view):
     """Thirty generated ones beside halves of twenty, chosen once more; and what the judge says, once more."""
     config, results = _config(), evaluated[1][0]
-
-    def seen(images):
-        floats = jnp.asarray(images / np.float32(255))
-        latents = build.autoencoder(config).encode(jax.device_get(parts["encoder"]), floats)
-        judged = build.judge(config).apply({"params": jax.device_get(parts["judge"])}, floats).argmax(-1)
-        return np.float64(latents.mean((1, 2))), np.asarray(judged)
-
-    (found, judged), (real, judged_real) = seen(drawn[0]), seen(held_out)
+    found, real = (view(parts, images / 255) for images in (drawn[0], held_out))
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(40)
     chosen = rng.permutation(NUM_IMAGES)[:20]
     assert not set(order[:20]) & set(order[20:]) and len(set(chosen)) == 20
-
-    def distance(a, b):
-        cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-        root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
-        return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
-
-    assert results["fd"] == pytest.approx(distance(found[chosen], real[order[:20]]), rel=1e-3)
-    assert results["fd_real"] == pytest.approx(distance(real[order[20:]], real[order[:20]]), rel=1e-3)
-    assert results["agreement"] == pytest.approx((judged == drawn[1]).mean())
+    one, other = real["features"][order[:20]], real["features"][order[20:]]
+    assert results["fd"] == pytest.approx(_distance(found["features"][chosen], one), rel=1e-3)
+    assert results["fd_real"] == pytest.approx(_distance(other, one), rel=1e-3)
+    assert results["agreement"] == pytest.approx((found["judged"] == drawn[1]).mean())
     source = build.source(config, "heldout")
     labels = np.array([source[i]["label"] for i in range(len(source))])
-    assert results["judge_accuracy"] == pytest.approx((judged_real == labels).mean())
+    assert results["judge_accuracy"] == pytest.approx((real["judged"] == labels).mean())
+
+
+def test_every_encoder_sees_the_reference_itself(parts, drawn, held_out, view, tmp_path):
+    """Two encoders in turn in one evaluator: both sets of images, all of each, are seen by the same one."""
+    samples = _npz(tmp_path, "samples.npz", arr_0=drawn[0])
+    evaluator = _evaluator(_config(reference=_npz(tmp_path, "reference.npz", arr_0=held_out), inception=""))
+    other = jax.tree.map(lambda x: 1.5 * x, parts["encoder"])
+    for encoder in (parts["encoder"], other, parts["encoder"]):
+        found = evaluator.images({"encoder": encoder}, samples)
+        seen = [view({**parts, "encoder": encoder}, images / 255)["features"] for images in (drawn[0], held_out)]
+        assert found == {"fd": pytest.approx(_distance(*seen), rel=1e-3)}
 
 
 def test_batches_and_devices_make_no_difference(evaluated, parts, drawn, tmp_path):
@@ -220,17 +266,31 @@ def test_references(evaluated, parts, drawn, held_out, tmp_path):
     _same(shifted, of_images, ["fd"])
 
 
-def test_images_of_another_size(evaluated, parts, tmp_path, capsys):
-    """Inception sees an npz's as they are; the encoder sees them resized. And few images are said to be few."""
-    images = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), np.uint8)
+def _resized_by_pillow(images):
+    """[N, H, W, 3] in [0, 1] -> [N, 32, 32, 3], bicubic, each channel in floats, clipped."""
+    channels = np.float32(images).transpose(0, 3, 1, 2).reshape(-1, *images.shape[1:3])
+    resized = [np.asarray(Image.fromarray(channel).resize((32, 32), Image.Resampling.BICUBIC)) for channel in channels]
+    assert np.min(resized) < -0.01 and np.max(resized) > 1.01, "a case that tests nothing"
+    return np.clip(resized, 0, 1).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def test_images_of_another_size(evaluated, parts, view, tmp_path, capsys):
+    """Inception sees an npz's as they are; the encoder and the judge see them resized as Pillow does it, which does
+    antialiasing, and clipped. And few images are said to be few."""
+    rng = np.random.default_rng(0)
+    images = np.where(rng.random((10, 16, 64, 3)) < 0.5, 20, 255).astype(np.uint8).repeat(3, axis=1)
     seen = metrics.moments(_features(parts["inception"], images)["pool"])
     config = _config(reference=_npz(tmp_path, arr_0=images))
-    found = _evaluator(config).images(parts, _npz(tmp_path, "samples.npz", arr_0=255 - images))
+    labels = np.arange(10) % 2
+    found = _evaluator(config).images(parts, _npz(tmp_path, "samples.npz", arr_0=255 - images, arr_1=labels))
     other = metrics.moments(_features(parts["inception"], 255 - images)["pool"])
     assert found["fid"] == pytest.approx(metrics.frechet_distance(seen, other), rel=1e-4)
+    views = [view(parts, _resized_by_pillow(pixels / 255)) for pixels in (255 - images, images)]
+    assert found["fd"] == pytest.approx(_distance(*(of["features"] for of in views)), rel=1e-3)
+    assert found["agreement"] == (views[0]["judged"] == labels).mean()
     said = capsys.readouterr().err
     assert "samples.npz: 48x64 px, which the encoder and the judge see resized to 32x32" in said
-    assert "fid: 8 images leave the covariance of 12 features without full rank" in said
+    assert "fid: 10 images leave the covariance of 12 features without full rank" in said
     three = evaluated[0].images(parts, _npz(tmp_path, arr_0=images[:3]))
     assert "precision" not in three and "no precision and recall" in capsys.readouterr().err
 
@@ -324,6 +384,16 @@ def test_files_that_are_none_are_named(evaluated, parts, tmp_path):
     moments = _npz(tmp_path, mu=MU, sigma=SIGMA)
     with pytest.raises(UserError, match="its moments take config.evaluate.inception"):
         _evaluator(_config(reference=moments, inception=""))
+
+
+def test_random_labels_are_of_the_seed_and_balanced_ones_are_as_many_of_each_class():
+    """The numbers of 3,000 draws in ten classes have a chi-square of nine degrees of freedom."""
+    random = {seed: labels_of("random", 3000, 10, seed) for seed in (0, 1)}
+    for labels in random.values():
+        chi_square = np.square(np.bincount(labels, minlength=10) - 300).sum() / 300
+        assert 1.15 < chi_square < 27.9  # each is left with a probability of 0.001
+    assert abs((random[0] == random[1]).mean() - 0.1) < 0.02  # 3.6 standard deviations
+    assert (np.bincount(labels_of("balanced", 3000, 10, 0)) == 300).all()
 
 
 def test_without_inception_there_is_the_distance_in_the_encoders_space(evaluated, parts, drawn, tmp_path):

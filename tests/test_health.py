@@ -10,6 +10,7 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -77,6 +78,30 @@ def test_skipped_updates_leave_the_state_alone(tmp_path, capfd):
     assert {incident["step"] for incident in _incidents(whole)} == {
         step for step in range(1, 13) if BAD in PLACES(step)[1]
     }
+
+
+@pytest.mark.parametrize("bad", ["loss", "grad_norm", "parts"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_enough(tmp_path, bad, value):
+    """The update is left out, and the step is reported, whichever of the metrics it is in."""
+    good = {"loss": jnp.float32(0.5), "grad_norm": jnp.float32(2.0), "parts": jnp.array([1.0, 3.0])}
+    state = {"step": jnp.int32(4), "params": jnp.array([3.0, -1.0])}
+    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    watch = health.Watch(stage, health.OFF, health.Incidents(epath.Path(tmp_path), "toy"), str)
+
+    def step(state, frozen, batch, key):
+        return {"step": state["step"] + 1, "params": 2.0 * state["params"]}, batch
+
+    guarded = health.guarded(step, 1)
+    wrong = {**good, bad: good[bad].at[..., -1:].set(value) if bad == "parts" else jnp.float32(value)}
+    for metrics, expected in ((good, [6.0, -2.0]), (wrong, [3.0, -1.0])):
+        found, _ = guarded(state, None, metrics, None)
+        assert int(found["step"]) == 5
+        np.testing.assert_array_equal(found["params"], expected)
+    for number, metrics in enumerate((good, wrong), 5):
+        watch.began(number, {name: metrics[name][..., -1] if name == "parts" else metrics[name] for name in good})
+    with pytest.raises(DivergedRun, match="stopped at step 6"):
+        watch.ended()
 
 
 def test_no_more_are_skipped_than_may_be(tmp_path):

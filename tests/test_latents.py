@@ -4,6 +4,7 @@ import functools
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import random_like, tiny
@@ -11,6 +12,7 @@ from etils import epath
 from flax import linen as nn
 
 from rae_jax import build, build_flow, checks, logs, pack_latents, sharding, stage_dit, stages
+from rae_jax.data.latents import records
 from rae_jax.errors import UserError
 from rae_jax.train import fit
 from rae_jax.weights import store
@@ -124,6 +126,20 @@ def test_packing_goes_on_where_it_was(config, packed, tmp_path):
     assert {file.name: file.read_bytes() for file in packed.iterdir()} == before
     with pytest.raises(UserError, match="in another form"):
         pack_latents.pack(config, packed, _mesh(), **{**FORM, "dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("dtype, largest", [(np.float16, 65504.0), (ml_dtypes.bfloat16, 3e38)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, "too large"])
+def test_one_number_that_is_not_finite_is_not_packed(dtype, largest, value):
+    """Nor what is not finite in the stored dtype alone; its largest numbers are."""
+    numbers = np.random.default_rng(0).normal(size=(3, 2, 2, 2, 3)).astype(np.float32)
+    numbers[1, 1, 0, 1, 2] = largest
+    assert len(list(records(numbers.astype(dtype), [0, 1, 2], [7, 8, 9]))) == 6
+    with np.errstate(over="ignore"):
+        numbers[1, 1, 0, 1, 2] = np.float32(2.0 * largest) if value == "too large" else value
+        wrong = numbers.astype(dtype)
+    with pytest.raises(UserError, match=f"the latent of image 8 is not finite in {np.dtype(dtype)}.*--dtype"):
+        list(records(wrong, [0, 1, 2], [7, 8, 9]))
 
 
 @pytest.mark.parametrize(

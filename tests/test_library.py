@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import rae_jax
 from configs import small
 from rae_jax import build, convert, descriptions, generate, library, rae, stages
+from rae_jax import config as config_lib
 from rae_jax.weights import store
 
 LABELS = [0, 3, 9]
@@ -66,6 +67,32 @@ def test_the_shipped_weights_are_described_by_small():
     assert there == json.loads(small.get_config().to_json())
 
 
+def _changed(value):
+    """Another value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case str():
+            return f"{value} and more"
+        case _:
+            return (*value, 7)
+
+
+def test_a_description_keeps_all_that_encodes_decodes_and_samples(tmp_path):
+    config, before = tiny(), config_lib.flatten(json.loads(small.get_config().to_json()))
+    kept = ("encoder.", "decoder.", "statistics.", "dit.", "sampler.", "guidance.")
+    keys = [key for key in before if key.startswith(kept) and ".train." not in key]
+    keys += ["name", "dtype", "unroll", "data.image_size", "data.num_classes"]
+    config.update_from_flattened_dict({key: _changed(before[key]) for key in keys})
+    descriptions.write(config, tmp_path, ("encoder", "judge", "decoder", "statistics", "dit"))
+    found = config_lib.flatten(json.loads(descriptions.read(tmp_path).to_json()))
+    wanted = config_lib.flatten(json.loads(config.to_json()))
+    assert {key: found[key] for key in keys} == {key: wanted[key] for key in keys}
+    assert all(found[key] != before[key] for key in keys)
+
+
 def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
     auto, dit, config = rae_jax.load_rae(folder), rae_jax.load_dit(str(folder)), tiny()
     config.sampler.num_steps, config.guidance.scale = 2, 1.5
@@ -74,7 +101,6 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
     key, indices, labels = jax.random.key(5), jnp.arange(3, dtype=jnp.uint32), jnp.array(LABELS)
     wanted = generate.make_sampler(config, one_device())(parts, key, indices, labels)
     assert np.abs(np.int32(rae.to_uint8(ours)) - np.int32(wanted)).max() <= 1
-
     x, times = generate.first_noise(config, key, indices), generate.times(config)
     step = jax.jit(lambda x, t, t_next, scale: generate.euler_step(config, parts, x, t, t_next, labels, scale))
     for t, t_next in zip(times, times[1:], strict=False):
@@ -82,7 +108,28 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
         x, seen = step(x, t, t_next, 1.5)
     straight_on = before - t * (x - before) / (t_next - t)  # to t = 0
     np.testing.assert_allclose(seen, rae.denormalise(straight_on, parts["statistics"]), atol=1e-4)
-    np.testing.assert_allclose(rae_jax.decode(auto, rae.denormalise(x, parts["statistics"])), ours, atol=1e-4)
+    stepped = rae_jax.decode(auto, rae.denormalise(x, parts["statistics"]))
+    np.testing.assert_allclose(stepped, ours, atol=1e-4)
+
+    unguided = ConfigDict(dit.config.to_dict())
+    unguided.guidance.method = "none"  # with a scale it is guided all the same
+    plain = dataclasses.replace(dit, config=FrozenConfigDict(unguided))
+    found = rae_jax.sample(auto, plain, LABELS, seed=5, num_steps=2, guidance_scale=1.5)
+    np.testing.assert_allclose(found, stepped, atol=1e-4)
+
+
+def test_encode_takes_bytes_and_decode_stays_between_0_and_1(folder):
+    auto = rae_jax.load_rae(folder)
+    model = build.autoencoder(tiny())
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), np.uint8)
+    latents = jax.jit(model.encode)(auto.params["encoder"], images / np.float32(255))
+    for given in (images, images / np.float32(255)):
+        np.testing.assert_allclose(rae_jax.encode(auto, given), latents, atol=1e-5)
+    strong = {"decoder": jax.tree.map(lambda leaf: 5.0 * leaf, auto.params["decoder"])}
+    decoded = jax.jit(model.decode)(strong["decoder"], latents)
+    assert decoded.min() < -0.1 and decoded.max() > 1.1
+    found = rae_jax.decode(dataclasses.replace(auto, params=strong), latents)
+    np.testing.assert_allclose(found, np.clip(decoded, 0.0, 1.0), atol=1e-4)
 
 
 @pytest.mark.slow

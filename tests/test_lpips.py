@@ -43,10 +43,10 @@ def _distances(params, a, b, dtype=jnp.float32):
 
 @jax.jit
 def _with_gradient(params, a, b):
-    """Distances, and the gradient of their sum by the first images."""
+    """Distances as the metrics have them, and the gradient of their sum by the first images."""
 
     def distances(a):
-        found = Lpips().apply({"params": params}, a, b)
+        found = perception.compare({"lpips": params}, a, b)["lpips"]
         return found.sum(), found
 
     (_, found), gradient = jax.value_and_grad(distances, has_aux=True)(a)

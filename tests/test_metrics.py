@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.ndimage
+import scipy.optimize
+import scipy.special
 
 from rae_jax import metrics
 
@@ -47,7 +49,9 @@ def _few(num, width, seed):
     return (np.maximum(rng.normal(size=(num, width)) @ mix + shift, 0.0) for shift in (0.3, 0.4))
 
 
-@pytest.mark.parametrize("num, width", [(60, 160), pytest.param(500, 2048, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num, width", [(60, 160), pytest.param(500, 2048, marks=[pytest.mark.slow, pytest.mark.by_hand])]
+)
 def test_frechet_distance_where_sqrtm_is_complex(num, width):
     """tr sqrt(C_a C_b) is the sum of the singular values of the product of the centred features themselves."""
     a, b = _few(num, width, 0)
@@ -183,6 +187,39 @@ def test_psnr_and_ssim_are_their_definitions():
     np.testing.assert_allclose(metrics.ssim(a, b), expected, atol=1e-5)
     expected = -10 * np.log10(np.square(np.float64(a) - np.float64(b)).mean((1, 2, 3)))
     np.testing.assert_allclose(metrics.psnr(a, b), expected, atol=1e-4)
+
+
+def _probed(train, labels, test, num_classes, weight_decay):
+    """Classes of the test features by scipy, in float64: the mean and std of the training features standardise both."""
+    mean, std = train.mean(0), train.std(0)
+    train, test, one_hot = (train - mean) / std, (test - mean) / std, np.eye(num_classes)[labels]
+
+    def split(params):
+        return params[num_classes:].reshape(-1, num_classes), params[:num_classes]
+
+    def loss(params):
+        kernel, bias = split(params)
+        log_p = scipy.special.log_softmax(train @ kernel + bias, axis=1)
+        error = (np.exp(log_p) - one_hot) / len(train)
+        gradient = train.T @ error + 2 * weight_decay * kernel
+        value = weight_decay * np.square(kernel).sum() - (one_hot * log_p).sum(1).mean()
+        return value, np.concatenate([error.sum(0), gradient.ravel()])
+
+    start, options = np.zeros((1 + train.shape[1]) * num_classes), {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9}
+    fitted = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+    kernel, bias = split(fitted.x)
+    return (test @ kernel + bias).argmax(1)
+
+
+def test_linear_probe_is_a_regression_on_features_standardised_by_the_training_set():
+    """Few training features of different scales; of one class there is no test feature, so its statistics differ."""
+    rng = np.random.default_rng(0)
+    labels, scales = rng.integers(0, 3, 1060), np.exp(2 * rng.normal(size=20))
+    features = (0.35 * rng.normal(size=(3, 20))[labels] + rng.normal(size=(1060, 20)) + 1) * scales
+    train, test = (features[:60], labels[:60]), (features[60:][labels[60:] > 0], labels[60:][labels[60:] > 0])
+    expected = (_probed(*train, test[0], 3, weight_decay=1e-4) == test[1]).mean()
+    found = metrics.linear_probe(np.float32(train[0]), train[1], np.float32(test[0]), test[1], num_classes=3)
+    assert found == pytest.approx(expected, abs=1.5 / len(test[1]))
 
 
 def test_linear_probe_separates_what_is_separable_and_nothing_else():

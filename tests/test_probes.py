@@ -1,12 +1,49 @@
-"""Linear probes: the training images that they read themselves."""
+"""Linear probes: what they are fitted to, and the training images that they read themselves."""
 
+import jax
 import numpy as np
 import pytest
-from conftest import random_like
+from conftest import one_device, random_like
 from PIL import Image
 
-from rae_jax import probes, sharding, stages
+from rae_jax import build, metrics, probes, sharding, stages
 from rae_jax.errors import UserError
+
+
+def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, monkeypatch):
+    """Twelve of twenty training images, in any order, and twelve held-out ones; the order is read from the pixels."""
+    given = {}
+
+    def linear_probe(*arrays, num_classes):
+        given[name := ("probe", "probe_random", "probe_pixels")[len(given)]] = arrays
+        assert num_classes == 10
+        return name
+
+    monkeypatch.setattr(metrics, "linear_probe", linear_probe)
+    monkeypatch.setattr(probes, "TRAIN_IMAGES", 12)
+    tiny_config.data.update({"num_train": 20, "num_heldout": 12})
+    parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
+    sources = [build.source(tiny_config, split) for split in ("train", "heldout")]
+    examples = [[source[i] for i in range(len(source))] for source in sources]
+    images, labels = ([np.stack([one[key] for one in of]) for of in examples] for key in ("image", "label"))
+    found = probes.probes(tiny_config, parts, images[1], labels[1], one_device())
+    assert found == {name: name for name in ("probe", "probe_random", "probe_pixels")}
+
+    pixels = [np.float32(of).reshape(len(of), -1) / 255 for of in images]
+    chosen, _, others, _ = given["probe_pixels"]
+    order = np.abs(chosen[:, None] - pixels[0]).max(-1).argmin(1)
+    assert len(set(order)) == 12
+    np.testing.assert_allclose(chosen, pixels[0][order], atol=1e-6)
+    np.testing.assert_allclose(others, pixels[1], atol=1e-6)
+    for _, train_labels, _, test_labels in given.values():
+        np.testing.assert_array_equal(train_labels, labels[0][order])
+        np.testing.assert_array_equal(test_labels, labels[1])
+
+    encode = jax.jit(build.autoencoder(tiny_config).encode)
+    for seen, of in ((0, images[0][order]), (2, images[1])):
+        pooled = np.asarray(encode(parts["encoder"], np.float32(of) / 255)).mean((1, 2))
+        np.testing.assert_allclose(given["probe"][seen], pooled, atol=1e-4)
+        assert np.abs(given["probe_random"][seen] - pooled).max() > 0.1
 
 
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("skip", marks=pytest.mark.slow)])

@@ -4,14 +4,16 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import perception_cases as cases
 import pytest
+from conftest import random_like
 from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import build, evaluate, metrics, modes, perception, pictures, sharding, stages
+from rae_jax import build, evaluate, metrics, modes, perception, pictures, reconstruct, sharding, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -81,6 +83,52 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     assert Image.open(tmp_path / "samples" / "reconstructed.png").width > 10 * 32 * 3
 
 
+def test_metrics_are_those_of_the_rounded_images(tiny_config, monkeypatch):
+    """Pixels are rounded to the nearest of 256 levels, and all networks and metrics see the rounded ones.
+
+    Means of squares of 8x8 pixels stand in for Inception's features, a mean of squared differences for LPIPS.
+    """
+
+    def features(params, images):
+        return dict.fromkeys(("pool", "spatial"), images.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)).reshape(-1, 48))
+
+    lpips = types.SimpleNamespace(apply=lambda _, a, b: jnp.square(a - b).mean((1, 2, 3)))
+    monkeypatch.setattr(perception, "features", features)
+    monkeypatch.setattr(perception, "Lpips", lambda: lpips)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    parts = {part: stages.part_shapes(tiny_config, part) for part in ("encoder", "decoder")}
+    parts = random_like(parts, seed=0, scale=0.4)
+    autoencoder, redraw = build.autoencoder(tiny_config), reconstruct.make(tiny_config)
+
+    @jax.jit
+    def redrawn(parts, pixels):
+        latents = autoencoder.encode(parts["encoder"], pixels.astype(jnp.float32) / 255)
+        _, found = redraw({**parts, "inception": {}, "lpips": {}}, pixels)
+        return found, autoencoder.decode(parts["decoder"], latents)
+
+    found, decoded = jax.tree.map(np.asarray, redrawn(parts, pixels))
+    assert 0.2 < ((decoded > 0) & (decoded < 1)).mean() < 1
+    apart = found["decoded"] != np.rint(255 * np.clip(np.float64(decoded), 0, 1))
+    assert apart.mean() < 1e-3  # in the middle between two levels
+
+    given, decoded = (np.float64(images) / 255 for images in (pixels, found["decoded"]))
+    error = np.square(given - decoded).mean((1, 2, 3))
+    np.testing.assert_allclose(found["psnr"], -10 * np.log10(error), rtol=1e-6)
+    np.testing.assert_allclose(found["lpips"], error, rtol=1e-5)
+    np.testing.assert_allclose(found["ssim"], metrics.ssim(np.float32(decoded), np.float32(given)), rtol=1e-5)
+    np.testing.assert_allclose(found["seen"]["pool"], features(None, given)["pool"], rtol=1e-5)
+    np.testing.assert_allclose(found["seen_decoded"]["pool"], features(None, decoded)["pool"], rtol=1e-5)
+
+    # rFID of all batches. Of fewer images than features the root's trace is a sum of singular values.
+    moments = reconstruct.PairMoments()
+    for rows in (slice(0, 4), slice(4, 6)):
+        moments.add(jax.tree.map(lambda x, rows=rows: x[rows], found))
+    a, b = (features(None, images)["pool"] for images in (given, decoded))
+    cross = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T, compute_uv=False).sum() / 5
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum() - 2 * cross
+    assert moments.rfid()["rfid"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_one_file_without_networks(folder, tmp_path):
     found = _reconstruct(_shipped(), folder / "star" / "1.png", tmp_path)
     assert found.keys() == {"psnr", "ssim", "num_images"} and found["num_images"] == 1 and found["psnr"] > 20
@@ -88,12 +136,18 @@ def test_one_file_without_networks(folder, tmp_path):
 
 
 def test_a_broken_file_and_an_empty_folder_are_named(folder, tmp_path):
+    """And where the broken file is left out, the metrics are means over all the others, of two batches."""
     (folder / "star" / "2.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend it, or leave it out"):
         _reconstruct(_shipped(), folder, tmp_path)
     config = _shipped()
-    config.data.on_error = "skip"
-    assert _reconstruct(config, folder, tmp_path)["num_images"] == 10
+    config.data.on_error, config.evaluate.batch_size = "skip", 8
+    found = _reconstruct(config, folder, tmp_path)
+    names = [f"{file.relative_to(folder)}.png" for file in folder.glob("*/1.png")]
+    written = tmp_path / "samples" / "reconstructed"
+    pairs = [[np.asarray(Image.open(written / kind / name)) / 255 for kind in ("given", "decoded")] for name in names]
+    expected = np.mean([-10 * np.log10(np.square(one - other).mean()) for one, other in pairs])
+    assert found["num_images"] == len(pairs) == 10 and found["psnr"] == pytest.approx(expected, rel=1e-5)
     (tmp_path / "nothing").mkdir()
     for name in ("nothing", "nowhere"):
         with pytest.raises(UserError, match=f"{name} holds no image: name a .*.png"):

@@ -25,8 +25,8 @@ def draw():
     latent = build.latent_shape(config)
     parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
 
-    def run(folder, labels, request=REQUEST, devices=8, batch_size=8):
-        labels, config.evaluate.batch_size = np.asarray(labels), batch_size
+    def run(folder, labels, request=REQUEST, devices=8, batch_size=8, seed=0):
+        labels, config.evaluate.batch_size, config.seed = np.asarray(labels), batch_size, seed
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         samples.draw(config, parts, labels, mesh, folder, request=request, class_names=NAMES)
         found = {file.name: file.read_bytes() for file in (folder / "images").glob("*.png")}
@@ -77,6 +77,8 @@ def test_other_labels_and_other_requests_replace_what_they_must(draw, tmp_path):
     (folder / "images" / "000000.png").write_bytes(b"")
     again = draw(folder, [0] * 16)
     assert again.pop("mine.png") and again == first
+    others = draw(folder, [0] * 16, request={**REQUEST, "seed": 1}, seed=1)
+    assert others.pop("mine.png") and not set(others.values()) & set(first.values())
 
 
 def test_labels(tmp_path):

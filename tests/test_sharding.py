@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import tiny, uncached
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_xl
 from rae_jax import checks, sharding, stages
 from rae_jax.errors import UserError
+from rae_jax.models import dense
 
 
 def _mesh(data, fsdp, tensor, devices=None):
@@ -73,6 +74,66 @@ def test_pairs_of_products_are_split_as_in_megatron():
     assert found["label_embed/table"] == P(None, "fsdp")
     assert sharding.place("mlp/fc1/kernel", (16, 64), {"fsdp": 2, "tensor": 2}) == (-2, "column")
     assert sharding.place("mlp/w12/kernel", (16, 10), {"fsdp": 2, "tensor": 2}) == (-2, None)  # parts of five
+
+
+class _Device:
+    """A stand-in for a device of process `process`, seen by process `here`."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, process, here):
+        self.process_index = process
+        self.client = types.SimpleNamespace(process_index=lambda: here)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("owners", [(0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 2, 2, 3, 3), (1, 0, 2, 0, 2, 1, 0, 1)])
+def test_a_process_reads_the_rows_of_its_own_devices(sizes, owners):
+    """Device (d, f, t) of the mesh has the part d * fsdp + f of the batch."""
+    rows = np.arange(24).reshape(sizes[0] * sizes[1], 1, -1).repeat(sizes[2], 1).reshape(8, -1)
+    seen = []
+    for here in set(owners):
+        mesh = _mesh(*sizes, [_Device(process, here) for process in owners])
+        found = list(sharding.local_rows(24, mesh))
+        assert found == np.unique(rows[[process == here for process in owners]]).tolist()
+        seen += found
+    assert set(seen) == set(range(24))
+
+
+@pytest.mark.parametrize(
+    "sizes, name, shape, parts, placed",
+    [
+        ((2, 4, 1), "linear/kernel", (6, 10), 1, (None, None)),
+        ((2, 4, 1), "linear/kernel", (8, 10), 1, (-2, None)),
+        ((2, 4, 1), "linear/kernel", (6, 12), 1, (-1, None)),
+        ((8, 1, 1), "linear/kernel", (6, 10), 1, (None, None)),
+        ((2, 2, 2), "mlp/fc1/kernel", (5, 6), 1, (None, "column")),
+        ((2, 2, 2), "mlp/w12/kernel", (5, 16), 2, (-1, "column")),
+        ((2, 2, 2), "attention/qkv/kernel", (5, 6), 3, (None, "column")),
+        ((2, 2, 2), "attention/proj/kernel", (6, 5), 1, (None, "row")),
+        ((2, 2, 2), "mlp/w3/kernel", (8, 5), 1, (-2, "row")),
+    ],
+)
+def test_a_product_and_its_gradients_are_the_same_on_a_mesh(sizes, name, shape, parts, placed):
+    """Of x, and of a kernel that all of the mesh's axes divide, some of them, or none."""
+    mesh, rng = _mesh(*sizes), np.random.default_rng(0)
+    assert sharding.place(name, shape, mesh.shape) == placed
+    x, dy = (rng.normal(size=(16, 3, features)).astype(np.float32) for features in shape)
+    kernel = rng.normal(size=shape).astype(np.float32)
+
+    def product(x, kernel):
+        return jnp.concatenate(dense._parts(*dense.product(x, kernel, name, parts), parts), -1)
+
+    def run(x, kernel, dy):
+        y, pullback = jax.vjp(product, x, kernel)
+        return y, *pullback(dy)
+
+    leaf = jax.device_put({name: kernel}, sharding.shardings({name: kernel}, mesh))[name]
+    with uncached():
+        found = sharding.jit(run, mesh)(sharding.put_batch(x, mesh), leaf, sharding.put_batch(dy, mesh))
+    wanted = x @ kernel, dy @ kernel.T, np.einsum("bnd,bnf->df", x, dy)
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_what_no_rule_knows_is_an_error():

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
-from rae_jax import logs
+from rae_jax import build, logs
+from rae_jax.data import sources
 from rae_jax.data.packed import PackedImages
-
-pytest.importorskip("tensorflow_datasets", reason="needs the tfds extra")
 
 SCRIPT = """
 import importlib.machinery, io, pickle, sys
@@ -72,6 +72,7 @@ print("all read")
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Folder of the data set, and what its reader said."""
+    pytest.importorskip("tensorflow_datasets", reason="needs the tfds extra")
     folder = tmp_path_factory.mktemp("tfds")
     return folder, subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
 
@@ -79,6 +80,21 @@ def prepared(tmp_path_factory):
 def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
     done = prepared[1]
     assert done.stdout.strip().endswith("all read"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("split, part", [("train", "train[:90%]"), ("heldout", "validation")])
+def test_the_config_names_the_data_set_and_its_splits(tiny_config, monkeypatch, split, part):
+    asked = []
+
+    def read(**options):
+        asked.append(options)
+        return types.SimpleNamespace(class_names=range(10))
+
+    monkeypatch.setattr(sources, "tfds", read)
+    tiny_config.data.update({"source": "tfds", "path": "a folder"})
+    tiny_config.data.tfds.update({"name": "some_data", "split": "train[:90%]", "heldout_split": "validation"})
+    build.source(tiny_config, split)
+    assert asked == [{"name": "some_data", "data_dir": "a folder", "split": part, "image_size": 32}]
 
 
 def _command(module, *arguments):
