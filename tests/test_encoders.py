@@ -159,7 +159,8 @@ def test_images_are_resized_to_the_encoder_s_input(height, width):
     autoencoder, pixels = build.autoencoder(config), cases.images(height, width)
     resized = np.einsum("ih,jw,bhwc->bijc", _bicubic(height, 24), _bicubic(width, 24), pixels)
     expected = (resized - config.encoder.mean) / config.encoder.std
-    np.testing.assert_allclose(autoencoder.encoder_input(jnp.asarray(pixels)), expected, atol=1e-5)
+    # Positions are in float32, to 1e-6 of a pixel; the std of 0.22 magnifies what comes of that.
+    np.testing.assert_allclose(autoencoder.encoder_input(jnp.asarray(pixels)), expected, atol=3e-5)
     latents = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), pixels)
     assert latents.shape == (2, *build.latent_shape(config)) == (2, 6, 6, 16)
 
