@@ -1,0 +1,110 @@
+"""The full-size configs are the papers' recipes, sizes and files."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+from flax import traverse_util
+
+from configs import small
+from rae_jax import build, stages
+from rae_jax import config as config_lib
+from rae_jax.models.dit import DiT
+
+CONFIGS = sorted(path.stem for path in Path(small.__file__).parent.glob("*.py") if path.stem != "encoders")
+
+# Width, layers, heads and MLP of the decoders, and their GFLOPs at 256 px; width, depth and heads of the DiTs
+# (../shared/REFERENCE.md, sections 3 and 5).
+DECODERS = {"b": (768, 12, 12, 3072, 22.2), "l": (1024, 24, 16, 4096, 78.1), "xl": (1152, 28, 16, 4096, 106.7)}
+DITS = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+FULL_SIZE = {
+    **{f"decoder_{size}": (size, "b") for size in ("b", "l", "xl")},
+    **{f"dit_{size}": ("xl", size) for size in DITS},
+    **{name: ("xl", "xl") for name in ("dit_xl_512", "plain_dit_xl", "sdvae_dit_xl")},
+}
+
+
+def test_every_full_size_config_is_compared_with_the_paper():
+    assert set(CONFIGS) == {"small", "quickstart", "own_data", *FULL_SIZE}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_recipes_are_the_papers(name):
+    """Stage 1 on ImageNet, and stage 2; epochs are the unit of both (../shared/REFERENCE.md, sections 4 and 6)."""
+    both = {
+        "unit": "epoch",
+        "learning_rate": 2e-4,
+        "final_learning_rate": 2e-5,
+        "b1": 0.9,
+        "b2": 0.95,
+        "weight_decay": 0.0,
+    }
+    decoder = {"num_steps": 16, "warmup_steps": 1, "discriminator_start": 6, "adversarial_start": 8, "batch_size": 512}
+    decoder |= {"decay": "cosine", "decay_start": 0, "clip_norm": 0.0, "ema_decay": 0.9978, "noise_tau": 0.8}
+    decoder |= {"lpips_weight": 1.0, "adversarial_weight": 0.75, "crop": "random", "flip": False, "optimizer": "adamw"}
+    dit = {"num_steps": 800, "warmup_steps": 0, "decay_start": 40, "decay": "linear", "batch_size": 1024}
+    dit |= {"clip_norm": 1.0, "ema_decay": 0.9995, "crop": "centre", "flip": True, "optimizer": "adamw"}
+    dit |= {"time": "logit_normal", "time_mean": 0.0, "time_std": 1.0, "label_dropout": 0.1}
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for part, recipe in (("decoder", decoder), ("dit", dit)):
+        wanted = both | recipe
+        assert {key: config[part].train[key] for key in wanted} == wanted
+    assert config.dit.path == "linear" and config.dit.prediction == "velocity" and config.dit.time_shift == 0.0
+    assert config.sampler.grid == "published" and config.sampler.num_steps == 50 and config.sampler.method == "euler"
+    assert config.guidance.method == "none" and config.dit.class_conditional and config.dit.average == 0
+    discriminator = config.discriminator
+    assert discriminator.layers == (11, 2, 5, 8, 11) and discriminator.loss == "hinge"
+    assert discriminator.augment.to_dict() == {"prob": 1.0, "cutout": 0.0}
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_the_models_are_the_papers(name):
+    """In their sizes, as they are built, and in what goes in and comes out; the same 50,000 images judge them all."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    decoder_size, dit_size = FULL_SIZE[name]
+    e = config.encoder
+    assert (config.evaluate.num_images, config.data.num_classes, config.dtype) == (50_000, 1000, "float32")
+    assert config.data.image_size == (512 if name == "dit_xl_512" else 256)
+    dit = build.dit(config)
+    assert (dit.width, dit.depth, dit.num_heads) == DITS[dit_size]
+    assert (dit.num_classes, dit.patch_size, dit.qk_norm) == (1000, 2 if name == "sdvae_dit_xl" else 1, False)
+    if name in ("plain_dit_xl", "sdvae_dit_xl"):
+        assert isinstance(dit, DiT)
+    else:
+        assert (dit.head_width, dit.head_depth, dit.head_num_heads) == (2048, 2, 16)
+    if name == "sdvae_dit_xl":
+        assert (e.weights.split(":")[0], build.latent_shape(config)) == ("stabilityai/sd-vae-ft-ema", (32, 32, 4))
+        assert (e.widths, e.depth) == ((128, 256, 512, 512), 2)
+        assert config.decoder.weights == e.weights and config.statistics.weights == "none"
+        return
+    assert e.weights == "facebook/dinov2-with-registers-base"
+    assert (e.input_size, e.layers) == (448 if name == "dit_xl_512" else 224, ())
+    decoder = build.autoencoder(config).decoder
+    *sizes, giga_products = DECODERS[decoder_size]
+    assert [decoder.width, decoder.depth, decoder.num_heads, decoder.hidden] == sizes
+    assert (decoder.patch_size, decoder.grid_size) == (16, None)
+    if name.startswith("decoder"):  # the products with kernels for 256 tokens and the class token
+        shapes = traverse_util.flatten_dict(stages.part_shapes(config, "decoder"))
+        products = 257 * sum(leaf.size for path, leaf in shapes.items() if path[-1] == "kernel")
+        assert products / 1e9 == pytest.approx(giga_products, rel=5e-3)
+
+
+_IMAGENET256 = "DiTs/Dinov2/wReg_base/ImageNet256"
+RELEASED = {  # of DiTs
+    "dit_xl": f"{_IMAGENET256}/DiTDH-XL/stage2_model.pt",
+    "dit_s": f"{_IMAGENET256}/DiTDH-S_ep14/stage2_model.pt",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FULL_SIZE if name not in ("dit_xl_512", "sdvae_dit_xl")])
+def test_the_released_files_are_named(name):
+    """Those of ../shared/REFERENCE.md, section 8; none for parts of other sizes, which are yet to be trained."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    files = {
+        "decoder": "decoders/dinov2/wReg_base/ViTXL_n08/model.pt" if FULL_SIZE[name][0] == "xl" else "",
+        "statistics": "stats/dinov2/wReg_base/imagenet1k/stat.pt",
+        "dit": RELEASED.get(name, ""),
+        "backbone": "discs/dino_vit_small_patch8_224.pth",
+    }
+    expected = {part: file and f"nyu-visionx/RAE-collections:{file}" for part, file in files.items()}
+    assert {part: config_lib.section(config, part).weights for part in files} == expected
