@@ -46,7 +46,7 @@ def test_the_config_s_path_and_prediction_are_their_equations(path, prediction, 
 
 
 class _Truth(nn.Module):
-    """A DiT that knows that all data are 0.7, and says the target of the loss. It has a parameter."""
+    """A DiT that predicts the exact target of the loss, for data that are 0.7 everywhere. It has one parameter."""
 
     along: str
     prediction: str
@@ -61,7 +61,7 @@ class _Truth(nn.Module):
 
 
 @pytest.mark.parametrize("path, prediction", [("linear", "data"), ("cosine", "velocity"), ("vp", "noise")])
-def test_a_model_that_says_the_target_has_no_loss(path, prediction, tiny_config, monkeypatch):
+def test_a_model_that_predicts_the_target_has_no_loss(path, prediction, tiny_config, monkeypatch):
     tiny_config.dit.update({"path": path, "prediction": prediction})
     tiny_config.dit.train.time = "uniform"
     monkeypatch.setattr(build, "dit", lambda config: _Truth(path, prediction))

@@ -391,7 +391,7 @@ def test_random_labels_are_of_the_seed_and_balanced_ones_are_as_many_of_each_cla
     random = {seed: labels_of("random", 3000, 10, seed) for seed in (0, 1)}
     for labels in random.values():
         chi_square = np.square(np.bincount(labels, minlength=10) - 300).sum() / 300
-        assert 1.15 < chi_square < 27.9  # each is left with a probability of 0.001
+        assert 1.15 < chi_square < 27.9  # outside on either side: a probability of 0.001
     assert abs((random[0] == random[1]).mean() - 0.1) < 0.02  # 3.6 standard deviations
     assert (np.bincount(labels_of("balanced", 3000, 10, 0)) == 300).all()
 
