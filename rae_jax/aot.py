@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import build, flops, generate, hlo, perception, sharding, stages, train
+from rae_jax import build, flops, generate, hlo, perceptual_networks, sharding, stages, train
 from rae_jax.config import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.topology import GIB
@@ -195,7 +195,7 @@ def _frozen(config, name):
     """Shapes of what a stage's step takes besides its state, as `stages.stage` loads it."""
     shapes = {part: _part(config, part) for part in stages.frozen_parts(config, name)}
     if name == "decoder" and config.decoder.train.lpips_weight:
-        shapes["lpips"] = perception.part_shapes("lpips")
+        shapes["lpips"] = perceptual_networks.part_shapes("lpips")
     if name == "decoder" and config.decoder.train.adversarial_weight:
         own = config.discriminator.backbone.family != "encoder"
         shapes["backbone"] = stages.part_shapes(config, "backbone" if own else "encoder")

@@ -21,7 +21,7 @@ from rae_jax import (
     logs,
     manifest,
     needed,
-    perception,
+    perceptual_networks,
     pictures,
     probes,
     processes,
@@ -56,7 +56,7 @@ def run(config, workdir, mesh, do):
         build.source(config, split)  # a mistake in the data shows before anything is written
     if config.data.latents:
         stages.packed_latents(config, mesh)
-    perception.find(config)  # and so does a network that would be missed when all is trained
+    perceptual_networks.find(config)  # and so does a network that would be missed when all is trained
     probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     with lock.hold(workdir):
@@ -155,7 +155,7 @@ def reconstruct(config, workdir, mesh, flags):
     """Encode and decode images from files: pairs as PNG, some of them side by side, and metrics."""
     if flags.images is None:
         raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
-    names = ("encoder", "decoder", *perception.named(config))
+    names = ("encoder", "decoder", *perceptual_networks.named(config))
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     folder = workdir / "samples" / "reconstructed"
     results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
@@ -248,7 +248,9 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     @functools.cache
     def others():
-        names = [name for name in _EVALUATED[stage.name] if needed.there(config, name)] + list(perception.named(config))
+        names = [name for name in _EVALUATED[stage.name] if needed.there(config, name)] + list(
+            perceptual_networks.named(config)
+        )
         loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
         return {**loaded, **(needed.guide(config, mesh) if stage.name == "dit" else {})}
 

@@ -2,13 +2,13 @@
 
 import contextlib
 
-from rae_jax import perception, stages
+from rae_jax import perceptual_networks, stages
 from rae_jax.errors import UserError
 
 
 def load(config, workdir, mesh, step=None):
     """{name: weights} of all that an evaluation takes. Raises UserError where some are not there."""
-    names = (*_evaluated(config), *perception.named(config))
+    names = (*_evaluated(config), *perceptual_networks.named(config))
     found = {name: stages.load(config, name, workdir, mesh, step=step) for name in names}
     return {**found, **guide(config, mesh)}
 
@@ -44,8 +44,8 @@ def guide(config, mesh):
 
 def there(config, name):
     """Whether the run has, or will have, this part."""
-    if name in perception.PARTS:
-        return name in perception.named(config)
+    if name in perceptual_networks.PARTS:
+        return name in perceptual_networks.named(config)
     return name in config.stages or bool(config[name].weights)
 
 

@@ -1,66 +1,14 @@
-"""The published networks that judge images, LPIPS' and Inception: their weights as a config names them, and what they
-say of pairs of images and of sets of them."""
+"""LPIPS of pairs of images, and what Inception's features say of sets of images."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from rae_jax import logs, metrics, sharding
-from rae_jax.errors import UserError
 from rae_jax.models.inception import POOL, SPATIAL, Inception
 from rae_jax.models.lpips import Lpips
-from rae_jax.weights import engine, hub, perceptual
 
-# The config's keys of each part's files.
-_KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
-PARTS = tuple(_KEYS)
 AT_A_TIME = 32  # images that Inception sees on a device: on a CPU each one takes some 90 MB
 MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # features of Inception whose moments count, and their sizes
-
-
-def named(config):
-    """Those of PARTS that the config names weights of."""
-    return tuple(part for part in PARTS if all(_source(config, key) for key in _KEYS[part]))
-
-
-def load(config, part, mesh):
-    """The part's parameters on the devices; None where the config names no weights.
-
-    lpips: as `Lpips` takes them, from config.lpips.vgg and config.lpips.linear; inception: as `Inception` does, from
-    config.evaluate.inception. Raises UserError for weights that are not there or not right, and names the key.
-    """
-    if part not in named(config):
-        return None
-    shapes = part_shapes(part)
-    match part:
-        case "lpips":
-            tables = {"vgg": perceptual.VGG16, "linear": perceptual.LPIPS}
-            return {name: _read(config, f"lpips.{name}", tables[name], shapes[name], mesh) for name in tables}
-        case "inception":
-            table = perceptual.inception(traverse_util.flatten_dict(shapes, sep="/"))
-            return _read(config, "evaluate.inception", table, shapes, mesh)
-        case other:
-            raise ValueError(f"unknown network {other!r}")
-
-
-def part_shapes(part):
-    """Shapes of a part's parameters."""
-    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
-    match part:
-        case "lpips":
-            return jax.eval_shape(Lpips().init, key, image, image)["params"]
-        case "inception":
-            return jax.eval_shape(Inception().init, key, image)["params"]
-        case other:
-            raise ValueError(f"unknown network {other!r}")
-
-
-def find(config):
-    """Raise UserError where weights that the config names cannot be had; what the hub has is fetched to its cache."""
-    for part in named(config):
-        for key in _KEYS[part]:
-            _open(config, key)
 
 
 def compare(parts, images, others):
@@ -149,21 +97,3 @@ def frechet(name, a, b):
             f"compare it with other numbers on the same images alone"
         )
     return {name: metrics.frechet_distance(a, b)}
-
-
-def _source(config, key):
-    section, name = key.split(".")
-    return config[section][name]
-
-
-def _open(config, key):
-    try:
-        return hub.open_checkpoint(_source(config, key))
-    except UserError as error:
-        off = " ".join(f"--config.{k}=''" for keys in _KEYS.values() if key in keys for k in keys)
-        raise UserError(f"config.{key}: {error}; or do without: {off}") from error
-
-
-def _read(config, key, table, shapes, mesh):
-    source = f"config.{key}={_source(config, key)}"
-    return engine.load(source, _open(config, key), (table,), shapes, sharding.shardings(shapes, mesh))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rae_jax import build, checkpoint, perception, published, sharding, stage_statistics
+from rae_jax import build, checkpoint, perceptual_networks, published, sharding, stage_statistics
 from rae_jax.config import flatten, in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
@@ -73,7 +73,7 @@ def _opponents(config, encoder_params, workdir, mesh):
     train, backbone = config.decoder.train, config.discriminator.backbone
     found = {}
     if train.lpips_weight:
-        found["lpips"] = perception.load(config, "lpips", mesh)
+        found["lpips"] = perceptual_networks.load(config, "lpips", mesh)
         if found["lpips"] is None:
             raise UserError(
                 f"config.decoder.train.lpips_weight={train.lpips_weight} needs config.lpips.vgg and .linear: "
@@ -119,10 +119,10 @@ def load(config, name, workdir, mesh, step=None):
 
     Config names ours ('small' or a folder that holds PART.safetensors) or published ones (see published.load). `step`
     picks a checkpoint of the last stage of the run. Raises UserError where there are none. The networks that judge
-    images (perception.PARTS) are always the published ones.
+    images (perceptual_networks.PARTS) are always the published ones.
     """
-    if name in perception.PARTS:
-        return perception.load(config, name, mesh)
+    if name in perceptual_networks.PARTS:
+        return perceptual_networks.load(config, name, mesh)
     folder = epath.Path(workdir) / "checkpoints" / name
     if name in config.stages and _has_checkpoints(config, workdir):
         found = checkpoint.latest_step(folder) if step is None or name != config.stages[-1] else step

@@ -27,7 +27,7 @@ ROOMS = {  # modules that are not in a folder of their room yet
     "inference": (
         *("generate", "samples", "reconstruct", "evaluate", "metrics", "perception", "probes", "looks", "pictures"),
     ),
-    "build": ("build", "build_flow", "stages", "needed", "descriptions", "published"),
+    "build": ("perceptual_networks", "build", "build_flow", "stages", "needed", "descriptions", "published"),
     "training": (
         *("train", "optim", "losses", "augment"),
         *("stage_encoder", "stage_judge", "stage_decoder", "stage_statistics", "stage_dit"),
@@ -40,7 +40,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
         *("ending", "command", "files", "lock", "malloc"),
     ),
 }
-UPWARD = {("needed.py", "perception.py"), ("stages.py", "perception.py")}  # perception is to be split
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}
 _FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -69,4 +68,4 @@ def test_imports_go_down():
         for arrow in arrows
         if _FLOOR[_room(arrow[0])] >= _FLOOR[_room(arrow[1])]
     }
-    assert len(arrows) > 100 and upward == UPWARD
+    assert len(arrows) > 100 and not upward

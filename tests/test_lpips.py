@@ -13,7 +13,7 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import checks, modes, perception, sharding, stages
+from rae_jax import checks, modes, perception, perceptual_networks, sharding, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
@@ -121,7 +121,7 @@ def test_wrong_files_are_refused(paths, tmp_path):
 
 
 def test_without_files_it_is_off_and_half_of_it_is_a_mistake(paths, tiny_config):
-    assert perception.named(tiny_config) == () and _load(tiny_config) is None
+    assert perceptual_networks.named(tiny_config) == () and _load(tiny_config) is None
     mesh = sharding.make_mesh(tiny_config.mesh)
     for key in ("vgg", "linear"):
         with pytest.raises(UserError, match="config.lpips.linear=.* or neither"):
@@ -136,7 +136,10 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
     config = cases.config_of(paths)
     config.update_from_flattened_dict({key: "some/place:weights.pth"})
     part = "inception" if key == "evaluate.inception" else "lpips"
-    for attempt in (perception.find, lambda config: stages.load(config, part, "", sharding.make_mesh(config.mesh))):
+    for attempt in (
+        perceptual_networks.find,
+        lambda config: stages.load(config, part, "", sharding.make_mesh(config.mesh)),
+    ):
         with pytest.raises(UserError) as refusal:
             attempt(config)
         text = str(refusal.value)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import extend
 
-from rae_jax import perception
+from rae_jax import perception, perceptual_networks
 
 IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 
@@ -22,7 +22,7 @@ def _precisions(jaxpr):
 @pytest.mark.parametrize("part, products", [("lpips", 26), ("inception", 95)])
 def test_metrics_take_no_short_cuts_in_float32(part, products):
     """A TPU would round float32 to bfloat16, a GPU to TF32; on a CPU there is no difference to be seen."""
-    params = perception.part_shapes(part)
+    params = perceptual_networks.part_shapes(part)
     programs = {
         "lpips": lambda params: perception.compare({"lpips": params}, IMAGES, IMAGES)["lpips"],
         "inception": lambda params: perception.features(params, IMAGES),

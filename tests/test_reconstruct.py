@@ -13,7 +13,18 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import build, evaluate, metrics, modes, perception, pictures, reconstruct, sharding, stages
+from rae_jax import (
+    build,
+    evaluate,
+    metrics,
+    modes,
+    perception,
+    perceptual_networks,
+    pictures,
+    reconstruct,
+    sharding,
+    stages,
+)
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 
@@ -60,7 +71,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
 
     config.evaluate.batch_size, config.sampler.num_steps = 4, 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    names = ("encoder", "decoder", "statistics", "dit", *perception.named(config))
+    names = ("encoder", "decoder", "statistics", "dit", *perceptual_networks.named(config))
     parts = {name: stages.load(config, name, "", mesh) for name in names}
     results, _ = evaluate.Evaluator(config, mesh).weights(parts)
     for name in METRICS:
