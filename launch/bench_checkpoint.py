@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from rae_jax import checkpoint, malloc
+from rae_jax.runtime import checkpoint, host_allocator
 
 LIMIT = 0.1  # of the write, that the loop may stand still
 
@@ -36,7 +36,7 @@ def _timed(function, *arguments):
 
 def main(megabytes, saves, folder):
     """Returns {'stall', 'write', 'ratio'}: medians in seconds, and the median of their ratios."""
-    malloc.keep_freed_memory()
+    host_allocator.keep_freed_memory()
     parts = max(1, megabytes // 10)
     # Random, as trained weights nearly are: numbers that are all the same are written in no time, compressed.
     state = {f"kernel{i}": jax.random.normal(jax.random.key(i), (1000, 2500)) for i in range(parts)}

@@ -95,9 +95,10 @@ def _measure(args):
 def _ours(args):
     import jax
 
-    from rae_jax import build, malloc, sharding, stages
+    from rae_jax import build, stages
+    from rae_jax.runtime import host_allocator, sharding
 
-    malloc.keep_freed_memory()
+    host_allocator.keep_freed_memory()
     config = small.get_config()
     config.stages, config.unroll, config.data.image_size = (), False, SIDE
     config.encoder.update({**encoders.dinov2(args.size), "weights": args.folder})

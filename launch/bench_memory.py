@@ -51,10 +51,11 @@ def _measure(args):
     import jax
 
     from configs import dit_b
-    from rae_jax import build, checkpoint, malloc, sharding
+    from rae_jax import build
     from rae_jax.config import in_steps
+    from rae_jax.runtime import checkpoint, host_allocator, sharding
 
-    malloc.keep_freed_memory()
+    host_allocator.keep_freed_memory()
     config = dit_b.get_config()
     config.dit.update(dit_b.DITS[args.size])
     config.mesh.update({"data": 1, "fsdp": len(jax.devices())})

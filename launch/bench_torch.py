@@ -33,8 +33,9 @@ import torch
 from torch_dit import DiTDH
 
 from configs import dit_b, encoders
-from rae_jax import build, malloc, published, stages
+from rae_jax import build, published, stages
 from rae_jax.config import latent_shape
+from rae_jax.runtime import host_allocator
 from rae_jax.weights import engine, tables
 
 
@@ -85,7 +86,7 @@ def _start(name, output):
 def _serve(args):
     """For each line of the input, 'forward' or 'backward', run it and print what it took: seconds, CPU seconds."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print
-    malloc.keep_freed_memory()
+    host_allocator.keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     side = {"dit": _dits, "decoder": _decoders}[args.model](args)[args.side]()
     np.save(args.output, side.forward())

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from launch import trials
-from rae_jax import checkpoint
+from rae_jax.runtime import checkpoint
 
 STEPS, STAGE = 24, "judge"
 FLAGS = ["--config.stages=('judge',)", "--config.judge.widths=(8,)", f"--config.judge.train.num_steps={STEPS}"]
@@ -215,7 +215,7 @@ class _Both:
 
 def _slowly():
     """Five steps a second, so that there is time to do harm."""
-    from rae_jax import logs
+    from rae_jax.runtime import logs
 
     write = logs.Metrics.write
 

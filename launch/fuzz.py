@@ -25,10 +25,11 @@ from ml_collections import config_flags
 from PIL import Image
 
 from launch import tiny
-from rae_jax import build, checks, command, sharding, stages
+from rae_jax import build, checks, stages
 from rae_jax import config as config_lib
 from rae_jax.data import archive, pipeline, sources
 from rae_jax.errors import UserError
+from rae_jax.runtime import command_line, sharding
 from rae_jax.weights import hub, store
 
 LIMIT = 20  # seconds of one core
@@ -228,7 +229,7 @@ def _start_up(arguments, folder, deep):
     path = str(Path(tiny.__file__))
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     sys.argv = ["main", f"--config={path}", *arguments]  # where ml_collections looks for overrides
-    command.parser(holder, values)(sys.argv)
+    command_line.parser(holder, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from launch import trials
-from rae_jax import checkpoint, manifest
+from rae_jax.runtime import checkpoint, checkpoint_manifest
 
 MOMENTS = ("start", "step", "step", "writing", "writing")
 RESTART = 75
@@ -97,7 +97,7 @@ def _check(workdir, newest, status, number):
     for stage in newest:
         folder = workdir / "checkpoints" / stage
         found = checkpoint.steps(folder)
-        wrong += [f"{folder / str(s)}: {why}" for s in found if (why := manifest.damage(folder / str(s)))]
+        wrong += [f"{folder / str(s)}: {why}" for s in found if (why := checkpoint_manifest.damage(folder / str(s)))]
         if max(found, default=0) < newest[stage]:
             wrong.append(f"the checkpoint of step {newest[stage]} of {stage} is lost")
         newest[stage] = max(found, default=0)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rae_jax import logs, optim, sharding
+from rae_jax import optim
 from rae_jax.data import pipeline
+from rae_jax.runtime import logs, sharding
 from rae_jax.train import Stage, fit
 
 OPTIMISER = optax.adam(0.1)

@@ -89,7 +89,7 @@ def differences(ours, theirs, stages):
 
     What depends on the clock (perf/) is left out.
     """
-    from rae_jax import checkpoint, logs
+    from rae_jax.runtime import checkpoint, logs
 
     found = []
     for stage in stages:
@@ -134,16 +134,16 @@ def _run_toy(workdir, stages, num_steps, log):
     from etils import epath
 
     from launch import toy
-    from rae_jax import command, health, lock
+    from rae_jax.runtime import command_line, health, workdir_lock
     from rae_jax.train import InterruptedRun
 
     try:
-        with lock.hold(workdir):
+        with workdir_lock.hold(workdir):
             for name in stages:
                 care = health.Settings(heartbeat=0.05)
                 toy.run(epath.Path(workdir), num_steps, name=name, keep=2, care=care, on_error="continue")
     except InterruptedRun:
-        sys.exit(command.RESTART)
+        sys.exit(command_line.RESTART)
 
 
 def _run(argv, log, devices, before):

@@ -14,9 +14,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import build, flops, generate, hlo, perceptual_networks, sharding, stages, train
+from rae_jax import build, flops, generate, hlo, perceptual_networks, stages, train
 from rae_jax.config import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 from rae_jax.topology import GIB
 
 _SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many

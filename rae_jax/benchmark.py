@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import aot, build, flops, processes, rae, sharding, stages
+from rae_jax import aot, build, flops, rae, stages
 from rae_jax.config import latent_shape
 from rae_jax.errors import UserError
+from rae_jax.runtime import processes, sharding
 
 GIB = 2**30
 TRACED_STEPS = 3

@@ -5,8 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from rae_jax import flow, guidance, sampling, sde
 from rae_jax.config import latent_shape
+from rae_jax.diffusion import flow, guidance, ode, sde
 
 
 def path(config):
@@ -78,9 +78,9 @@ def times(config, factor):
         last = last if c.last_step == "none" else c.last_step_size
     match c.grid:
         case "plain":
-            return sampling.time_grid(c.num_steps, factor, first=first, last=last)
+            return ode.time_grid(c.num_steps, factor, first=first, last=last)
         case "published":
-            return sampling.published_grid(c.num_steps, factor)
+            return ode.published_grid(c.num_steps, factor)
         case other:
             raise ValueError(f"unknown grid {other!r}")
 
@@ -114,12 +114,12 @@ def solve(config, halves, x, times, noise_fn):
     match c.method:
         case "euler":
             if c.reuse == 1 and not c.refresh:
-                return sampling.euler(velocity_fn, x, times)
-            return sampling.euler_reusing(condition_fn, rest, x, times, refreshed(config, times))
+                return ode.euler(velocity_fn, x, times)
+            return ode.euler_reusing(condition_fn, rest, x, times, refreshed(config, times))
         case "heun":
-            return sampling.heun(velocity_fn, x, times)
+            return ode.heun(velocity_fn, x, times)
         case "adaptive":
-            return sampling.adaptive(velocity_fn, x, times, rtol=c.rtol, atol=c.atol)
+            return ode.adaptive(velocity_fn, x, times, rtol=c.rtol, atol=c.atol)
         case "sde":
             return _sde(config, velocity_fn, x, times, noise_fn)
         case other:

@@ -8,10 +8,10 @@ import math
 
 from etils import epath
 
-from rae_jax import sharding
 from rae_jax.config import STAGES, TRAINED, input_size
 from rae_jax.errors import UserError
 from rae_jax.meanings import RESULTS
+from rae_jax.runtime import sharding
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")

@@ -4,8 +4,8 @@ import json
 
 from etils import epath
 
-from rae_jax import files, processes
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, processes
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 TRAINED = ("encoder", "judge", "decoder", "dit")
@@ -57,10 +57,10 @@ def save(config, workdir):
     folder = epath.Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        atomic_files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to --workdir={workdir} ({files.reason(error)}): choose a folder you may write to"
+            f"cannot write to --workdir={workdir} ({atomic_files.reason(error)}): choose a folder you may write to"
         ) from error
 
 

@@ -17,9 +17,10 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import checkpoint, checks, command, descriptions, files, logs, published, sharding, stages
+from rae_jax import checks, descriptions, published, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, checkpoint, command_line, logs, sharding
 from rae_jax.weights import store
 
 _ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
@@ -49,7 +50,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
         return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:
         raise UserError(
-            f"cannot write to --output={output} ({files.reason(error)}): choose a folder you may write to"
+            f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder you may write to"
         ) from error
 
 
@@ -77,7 +78,7 @@ def _write(config, trees, output, form):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command.parser(_define_flags()))
+    app.run(_run, flags_parser=command_line.parser(_define_flags()))
 
 
 def _define_flags():
@@ -101,7 +102,7 @@ def _run(argv):
         for path, size in export(given.workdir, given.output, **options).items():
             print(f"{path}  {size / 1e6:.2f} MB")
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
 
 
 def _parts(config, named, form):

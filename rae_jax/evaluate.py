@@ -6,23 +6,10 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import (
-    build,
-    generate,
-    logs,
-    looks,
-    metrics,
-    perception,
-    pictures,
-    probes,
-    rae,
-    reconstruct,
-    resize,
-    samples,
-    sharding,
-)
+from rae_jax import build, generate, looks, metrics, perception, pictures, probes, rae, reconstruct, resize, samples
 from rae_jax.data import archive
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs, sharding
 
 SHOWN = 10  # reconstructions in the picture, each of another class
 

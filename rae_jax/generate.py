@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, build_flow, flow, logs, rae, sharding
+from rae_jax import build, build_flow, rae
+from rae_jax.diffusion import flow
 from rae_jax.models.dit import in_dtype
+from rae_jax.runtime import logs, sharding
 
 
 def make_sampler(config, mesh):

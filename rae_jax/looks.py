@@ -2,8 +2,8 @@
 
 import jax
 
-from rae_jax import logs, sharding
 from rae_jax.data import pipeline
+from rae_jax.runtime import logs, sharding
 
 
 def compiled(function, mesh):

@@ -12,9 +12,10 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, checks, command, ending, files, malloc, modes, processes, sharding
+from rae_jax import benchmark, checks, modes
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
 from rae_jax.train import DivergedRun, InterruptedRun
 
 MODES = {
@@ -28,7 +29,7 @@ INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.R
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command.parser(_define_flags()))
+    app.run(_run, flags_parser=command_line.parser(_define_flags()))
 
 
 def _define_flags():
@@ -77,14 +78,14 @@ def _run(argv):
     logging.set_verbosity(logging.INFO if given.debug else logging.FATAL)
     signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
     try:
-        with ending.together((DivergedRun, InterruptedRun)):
+        with shutdown.together((DivergedRun, InterruptedRun)):
             _run_mode(given)
     except DivergedRun as stop:
         print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
-        sys.exit(command.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
+        sys.exit(command_line.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
 
 
 def _run_mode(given):
@@ -94,40 +95,40 @@ def _run_mode(given):
         if given.mode == "compile":
             sys.exit(0 if modes.compile_ahead(config, given) else DOES_NOT_FIT)
         workdir = epath.Path(given.workdir or ".")  # a benchmark has none
-        malloc.keep_freed_memory()
+        host_allocator.keep_freed_memory()
         processes.start(**{name: given[name].value for name in processes.SETTINGS})
-        ending.watch()
+        shutdown.watch()
         _keep_compiled(config.compilation_cache)
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh)
         if given.workdir is not None:
             config_lib.check_workdir(config, workdir)
-        with command.peers():
+        with command_line.peers():
             processes.wait_for_all("checked")  # before the first one writes there
             MODES[given.mode](config.lock(), workdir, mesh, given)
             processes.wait_for_all("done")
     except UserError as error:
         if given.debug:
             raise
-        command.fail(str(error))
+        command_line.fail(str(error))
     except ImportError as error:
         if given.debug or "://" not in str(given.workdir):
             raise
-        command.fail(
-            f"--workdir={given.workdir}: {files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
+        command_line.fail(
+            f"--workdir={given.workdir}: {atomic_files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
         )
     except KeyboardInterrupt as stop:  # where no stage is at its steps
         print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(command.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
+        sys.exit(command_line.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if given.debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        command.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
+        command_line.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
     except (OSError, MemoryError) as error:  # the machine's, not the program's
         if given.debug:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        command.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
+        command_line.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
 
 
 class _Terminated(KeyboardInterrupt):

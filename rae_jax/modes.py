@@ -13,21 +13,13 @@ from rae_jax import (
     aot,
     build,
     checks,
-    environment,
     exhibits,
-    files,
-    health,
-    lock,
-    logs,
-    manifest,
     needed,
     perceptual_networks,
     pictures,
     probes,
-    processes,
     report,
     samples,
-    sharding,
     stages,
     topology,
 )
@@ -35,8 +27,18 @@ from rae_jax import benchmark as timing
 from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
-from rae_jax.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.errors import UserError
+from rae_jax.runtime import (
+    atomic_files,
+    checkpoint_manifest,
+    environment,
+    health,
+    logs,
+    processes,
+    sharding,
+    workdir_lock,
+)
+from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.train import fit
 from rae_jax.weights import store
 
@@ -59,7 +61,7 @@ def run(config, workdir, mesh, do):
     perceptual_networks.find(config)  # and so does a network that would be missed when all is trained
     probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
-    with lock.hold(workdir):
+    with workdir_lock.hold(workdir):
         config_lib.save(config, workdir)
         environment.record(workdir)
         while True:
@@ -67,7 +69,7 @@ def run(config, workdir, mesh, do):
                 return do(config, workdir, mesh, evaluator)
             except DamagedCheckpoint as error:  # of a stage that was done: it is made again from the one before
                 if processes.is_first():
-                    aside = manifest.set_aside(error.path)
+                    aside = checkpoint_manifest.set_aside(error.path)
                     logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
                 processes.wait_for_all("set aside")
 
@@ -264,7 +266,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
             try:
                 pictures.save(path, picture)
             except Exception as error:  # training goes on, whatever becomes of a picture; a bucket's are of many kinds
-                logs.say(f"cannot write the picture {path} ({files.reason(error)})")
+                logs.say(f"cannot write the picture {path} ({atomic_files.reason(error)})")
         return {**results, **_score(config.checkpoint, results, must=last)}
 
     return evaluate
@@ -313,7 +315,7 @@ def _write_results(workdir, name, results):
         return
     path = workdir / "eval" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(results, indent=2) + "\n")
+    atomic_files.write_text(path, json.dumps(results, indent=2) + "\n")
     width = max(map(len, results))
     for key, value in results.items():
         print(f"{key:{width}}  {value:.4f}")

@@ -20,10 +20,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, checks, command, files, logs, malloc, rae, sharding, stages
+from rae_jax import build, checks, rae, stages
 from rae_jax import config as config_lib
 from rae_jax.data import latents, packed, pipeline, shards
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, command_line, host_allocator, logs, sharding
 
 IMAGES_PER_SHARD = 1024
 
@@ -52,7 +53,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     shards.claim(output, {**index, "data": data, **sizes})
     encode = _encoder(config, params, mesh, dtype, mirrored)
     index["shards"] = _write_shards(config, source, output, encode, mirrored, images_per_shard)
-    files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    atomic_files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
     return index
 
 
@@ -112,7 +113,7 @@ def _records(iterator, encode, numbers, batch_size, progress):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command.parser(_define_flags()))
+    app.run(_run, flags_parser=command_line.parser(_define_flags()))
 
 
 def _define_flags():
@@ -127,14 +128,14 @@ def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
-        malloc.keep_freed_memory()
+        host_allocator.keep_freed_memory()
         config = ConfigDict({**given.config, "stages": ()})  # nothing is trained here
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh)
         options = {name: given[name].value for name in ("dtype", "mirrored", "images_per_shard")}
         index = pack(config.lock(), given.output, mesh, **options)
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
     print(f"{sum(s['num_images'] for s in index['shards'])} images in {len(index['shards'])} shards: {given.output}")
 
 

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from rae_jax import logs, metrics, sharding
+from rae_jax import metrics
 from rae_jax.models.inception import POOL, SPATIAL, Inception
 from rae_jax.models.lpips import Lpips
+from rae_jax.runtime import logs, sharding
 
 AT_A_TIME = 32  # images that Inception sees on a device: on a CPU each one takes some 90 MB
 MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # features of Inception whose moments count, and their sizes

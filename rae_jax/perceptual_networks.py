@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from rae_jax import sharding
 from rae_jax.errors import UserError
 from rae_jax.models.inception import Inception
 from rae_jax.models.lpips import Lpips
+from rae_jax.runtime import sharding
 from rae_jax.weights import engine, hub, perceptual
 
 # The config's keys of each part's files.

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, logs, metrics, rae, sharding
+from rae_jax import build, metrics, rae
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs, sharding
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
 PIXELS_UP_TO = 64  # pixels a side: a probe of larger images themselves would take tens of gigabytes

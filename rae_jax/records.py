@@ -7,7 +7,7 @@ import re
 
 from etils import epath
 
-from rae_jax import environment, logs
+from rae_jax.runtime import environment, logs
 
 
 @dataclasses.dataclass(frozen=True)

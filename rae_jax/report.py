@@ -16,10 +16,11 @@ import statistics
 from absl import app, flags
 from etils import epath
 
-from rae_jax import command, records, report_figures
+from rae_jax import records, report_figures
 from rae_jax.errors import UserError
 from rae_jax.meanings import RESULTS
 from rae_jax.report_figures import words
+from rae_jax.runtime import command_line
 
 
 def write_report(workdir):
@@ -191,7 +192,7 @@ def main():
     """Define the flags and run the command."""
     flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: side by side.", required=True)
     flags.DEFINE_string("output", None, "The page; by default report.html in the one workdir.")
-    app.run(_run, flags_parser=command.plain_parser)
+    app.run(_run, flags_parser=command_line.plain_parser)
 
 
 def _run(argv):
@@ -205,7 +206,7 @@ def _run(argv):
             raise UserError("several runs take --output=FILE.html for their page")
         print(write_comparison(workdirs, output) if output else write_report(workdirs[0]))
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
 
 
 if __name__ == "__main__":

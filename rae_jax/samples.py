@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rae_jax import files, generate, logs, pictures, processes
+from rae_jax import generate, pictures
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, logs, processes
 
 
 def labels_of(kind, num_images, num_classes, seed):
@@ -84,7 +85,7 @@ def _present(folder, request, labels):
         found[i].unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = wanted if then == request else labels.tolist()
-    files.write_text(path, json.dumps({"request": request, "labels": kept}) + "\n")
+    atomic_files.write_text(path, json.dumps({"request": request, "labels": kept}) + "\n")
     return frozenset(same)
 
 

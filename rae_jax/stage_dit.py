@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from rae_jax import flow, optim, rae
+from rae_jax import optim, rae
+from rae_jax.diffusion import flow
 
 
 def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, shift_factor, train):

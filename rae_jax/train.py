@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from rae_jax import checkpoint, health, heartbeat, logs, processes, sharding
-from rae_jax.health import DivergedRun  # noqa: F401  what the loop raises is found here
+from rae_jax.runtime import checkpoint, health, heartbeat, logs, processes, sharding
+from rae_jax.runtime.health import DivergedRun  # noqa: F401  what the loop raises is found here
 
 # Seconds for which a checkpoint that cannot be written is tried again where nothing else is left to do; after a signal,
 # it has to be there before the machine goes.

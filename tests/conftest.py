@@ -19,13 +19,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import small
-from rae_jax import malloc, sharding
+from rae_jax.runtime import host_allocator, sharding
 
 # Started in the background of a shell, or below a `trap "" INT`, a process ignores it, and so do those that it starts:
 # tests that send it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-malloc.keep_freed_memory()
+host_allocator.keep_freed_memory()
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

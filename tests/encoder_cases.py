@@ -17,7 +17,8 @@ from conftest import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, sharding, stages
+from rae_jax import build, stages
+from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parent / "encoders.npz"
 TOLERANCE = 5e-5  # of tokens whose scale is one

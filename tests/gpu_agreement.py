@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import tiny
 
-from rae_jax import benchmark, sharding
+from rae_jax import benchmark
 from rae_jax.models import attention, dense
+from rae_jax.runtime import sharding
 
 jax.config.update("jax_platforms", "cuda,cpu")  # conftest, imported for the tiny config, has set it to cpu
 

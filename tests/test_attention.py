@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, checks, flops, sharding
+from rae_jax import build, checks, flops
 from rae_jax.errors import UserError
 from rae_jax.models import attention
 from rae_jax.models.dense import PRODUCT
+from rae_jax.runtime import sharding
 
 
 def _value_and_pullback(attend, shape, dtype="float32"):

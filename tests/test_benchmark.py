@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import benchmark, flops, generate, sharding, stages
+from rae_jax import benchmark, flops, generate, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 
 def _report(capsys, config, names):

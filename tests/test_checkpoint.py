@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, manifest, sharding
 from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint, checkpoint_manifest, sharding
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ DAMAGE = {
     "a bit of an array": (lambda path: _flip(_largest(path)), "is not what was written"),
     "metadata": (lambda path: (path / "state" / "_METADATA").write_text("{]"), "_METADATA has 2 bytes"),
     "data position": (lambda path: _flip(path / "data" / "metadata"), "data/metadata is not what was written"),
-    "manifest": (lambda path: (path / manifest.NAME).write_text("{]"), "manifest.json is garbled"),
+    "manifest": (lambda path: (path / checkpoint_manifest.NAME).write_text("{]"), "manifest.json is garbled"),
 }
 
 
@@ -117,12 +117,12 @@ def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
 
 def test_a_score_is_noted_and_the_checkpoint_stays_whole(begun):
     path = _folder(begun) / "6"
-    assert manifest.score(path) is None
-    manifest.note_score(path, 0.5)
-    assert manifest.score(path) == 0.5 and manifest.damage(path) is None
-    (path / manifest.NAME).unlink()
-    manifest.note_score(path, 0.7)
-    assert manifest.score(path) is None and not (path / manifest.NAME).exists()
+    assert checkpoint_manifest.score(path) is None
+    checkpoint_manifest.note_score(path, 0.5)
+    assert checkpoint_manifest.score(path) == 0.5 and checkpoint_manifest.damage(path) is None
+    (path / checkpoint_manifest.NAME).unlink()
+    checkpoint_manifest.note_score(path, 0.7)
+    assert checkpoint_manifest.score(path) is None and not (path / checkpoint_manifest.NAME).exists()
 
 
 def test_a_bucket_s_path_stays_one(tmp_path, monkeypatch):
@@ -133,13 +133,13 @@ def test_a_bucket_s_path_stays_one(tmp_path, monkeypatch):
 
 def test_checkpoints_copied_from_an_object_store_are_whole(begun):
     """Their manifests have sizes alone: the store has checked the rest."""
-    path = _folder(begun) / "6" / manifest.NAME
+    path = _folder(begun) / "6" / checkpoint_manifest.NAME
     written = json.loads(path.read_text())
     files = {name: (size, None) for name, (size, _) in written["files"].items()}
     path.write_text(json.dumps({**written, "files": files}))
-    assert manifest.damage(path.parent) is None
+    assert checkpoint_manifest.damage(path.parent) is None
     DAMAGE["truncated"][0](path.parent)
-    assert "bytes, not" in manifest.damage(path.parent)
+    assert "bytes, not" in checkpoint_manifest.damage(path.parent)
 
 
 def test_other_meshes_restore_the_same(tmp_path):
@@ -209,7 +209,7 @@ def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
     finally:
         _no_file_above(resource.RLIM_INFINITY)
     assert checkpoint.steps(_folder(workdir)) == [2]
-    found = json.loads((_folder(workdir) / "2" / manifest.NAME).read_text())
+    found = json.loads((_folder(workdir) / "2" / checkpoint_manifest.NAME).read_text())
     assert found["files"]["data/metadata"][0] > 0
 
 

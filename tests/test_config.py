@@ -14,9 +14,10 @@ from conftest import tiny
 from ml_collections import ConfigDict
 
 from configs import small
-from rae_jax import build, checks, modes, sharding, stages
+from rae_jax import build, checks, modes, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 _PUBLISHED = ("--config.encoder.family=dinov2", "--config.encoder.weights=nowhere/at/all")
 

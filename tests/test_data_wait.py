@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from rae_jax import logs, sharding
 from rae_jax.data import pipeline
+from rae_jax.runtime import logs, sharding
 from rae_jax.train import Stage, fit
 
 

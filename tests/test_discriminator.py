@@ -10,9 +10,10 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax import augment, build, checks, losses, sharding, stages
+from rae_jax import augment, build, checks, losses, stages
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv, TokenNorm
+from rae_jax.runtime import sharding
 
 
 def test_spectral_convolution_divides_by_the_largest_singular_value():

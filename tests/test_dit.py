@@ -15,9 +15,11 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from configs import dit_b
-from rae_jax import build, flow, published, sharding, stages
+from rae_jax import build, published, stages
+from rae_jax.diffusion import flow
 from rae_jax.models.dit import DiT, LabelEmbedding
 from rae_jax.models.dit_dh import DiTDH
+from rae_jax.runtime import sharding
 
 AUTHORS = Path(__file__).parents[2] / "shared/data/goldens"
 

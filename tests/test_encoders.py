@@ -11,7 +11,8 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax import build, checks, rae, sharding, stages
+from rae_jax import build, checks, rae, stages
+from rae_jax.runtime import sharding
 
 EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
 

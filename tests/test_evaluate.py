@@ -14,9 +14,10 @@ from conftest import tiny
 from jax import monitoring
 from PIL import Image
 
-from rae_jax import build, generate, metrics, perception, pictures, sharding, stages
+from rae_jax import build, generate, metrics, perception, pictures, stages
 from rae_jax.errors import UserError
 from rae_jax.evaluate import Evaluator
+from rae_jax.runtime import sharding
 from rae_jax.samples import labels_of
 
 SIZES = {"pool": 12, "spatial": 9, "logits": 10}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rae_jax import flow
+from rae_jax.diffusion import flow
 
 PATHS = {"linear": flow.LINEAR, "cosine": flow.COSINE, "vp": flow.VP}
 

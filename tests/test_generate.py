@@ -10,7 +10,8 @@ import scipy.stats
 from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
-from rae_jax import build, build_flow, flow, generate, stage_dit, stages
+from rae_jax import build, build_flow, generate, stage_dit, stages
+from rae_jax.diffusion import flow
 from rae_jax.models import dit
 
 LABELS = jnp.array([0, 3, 9])

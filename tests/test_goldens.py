@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from dit_cases import Case, config_of
 
-from rae_jax import build, flow, guidance, published, sampling, sharding, stages
+from rae_jax import build, published, stages
+from rae_jax.diffusion import flow, guidance, ode
+from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parents[2] / "shared/data/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/goldens is not here")
@@ -80,7 +82,7 @@ def test_published_trajectory_with_guidance(dit):
     assert golden["shift"] == pytest.approx(2.449, abs=1e-3)
     # This latent is smaller than 4096 dimensions: its own factor is below one, the golden's is given.
     assert factor == pytest.approx((4 * 4 * 24 / 4096) ** 0.5)
-    z = jax.jit(lambda x: sampling.euler(velocity_fn, x, jnp.asarray(golden["grid"])))(_nhwc(golden["noise"]))
+    z = jax.jit(lambda x: ode.euler(velocity_fn, x, jnp.asarray(golden["grid"])))(_nhwc(golden["noise"]))
     assert _relative(z, _nhwc(golden["z"])) < 1e-4
 
 

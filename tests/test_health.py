@@ -16,8 +16,9 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import checkpoint, files, health, heartbeat, logs, train
+from rae_jax import train
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, checkpoint, health, heartbeat, logs
 from rae_jax.train import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
@@ -153,7 +154,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
 
 def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd):
     """What the libraries of object stores raise is no OSError; lines are kept until they can be written."""
-    append, tries = files.append_text, []
+    append, tries = atomic_files.append_text, []
 
     def append_sometimes(path, text):
         tries.append(path)
@@ -161,7 +162,7 @@ def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd)
             raise RuntimeError("503 Service Unavailable")
         append(path, text)
 
-    monkeypatch.setattr(files, "append_text", append_sometimes)
+    monkeypatch.setattr(atomic_files, "append_text", append_sometimes)
     workdir = epath.Path(tmp_path)
     toy.run(workdir, 8)
     told = capfd.readouterr().err

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import hlo, sharding
+from rae_jax import hlo
+from rae_jax.runtime import sharding
 
 F32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 

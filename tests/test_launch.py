@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rae_jax import logs
+from rae_jax.runtime import logs
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]

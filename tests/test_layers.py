@@ -34,11 +34,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
     ),
     "config": ("config", "checks", "meanings"),
     "models": ("rae", "resize"),
-    "diffusion": ("flow", "sampling", "sde", "guidance"),
-    "runtime": (
-        *("sharding", "rings", "logs", "checkpoint", "manifest", "health", "heartbeat", "environment", "processes"),
-        *("ending", "command", "files", "lock", "malloc"),
-    ),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

@@ -8,12 +8,12 @@ import time
 import pytest
 from etils import epath
 
-from rae_jax import lock
 from rae_jax.errors import UserError
+from rae_jax.runtime import workdir_lock
 
 
 def _write(path, **changes):
-    theirs = {**lock._self(), "token": "theirs", "beat": 0, **changes}
+    theirs = {**workdir_lock._self(), "token": "theirs", "beat": 0, **changes}
     path.write_text(json.dumps(theirs))
     return theirs
 
@@ -24,15 +24,15 @@ def path(tmp_path):
 
 
 def test_the_second_run_is_refused_until_the_first_ends(path):
-    with lock.hold(path.parent):
+    with workdir_lock.hold(path.parent):
         with (
             pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: stop that one, or take another"),
-            lock.hold(path.parent),
+            workdir_lock.hold(path.parent),
         ):
             pass
         assert path.exists()  # the first one's stays
     assert not path.exists()
-    with lock.hold(path.parent):
+    with workdir_lock.hold(path.parent):
         pass
 
 
@@ -41,7 +41,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(path, capfd, change
     """Also where its number is another process's now."""
     _write(path, **changes)
     began = time.monotonic()
-    with lock.hold(path.parent):
+    with workdir_lock.hold(path.parent):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert time.monotonic() - began < 5 and "which is gone" in capfd.readouterr().err
 
@@ -59,12 +59,15 @@ def test_a_lock_of_another_machine_is_watched(path, capfd):
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(UserError, match="in use by process .* on elsewhere"), lock.hold(path.parent, patience=30):
+        with (
+            pytest.raises(UserError, match="in use by process .* on elsewhere"),
+            workdir_lock.hold(path.parent, patience=30),
+        ):
             pass
     finally:
         stop.set()
         thread.join()
-    with lock.hold(path.parent, patience=0.3):  # now it stands still
+    with workdir_lock.hold(path.parent, patience=0.3):  # now it stands still
         assert json.loads(path.read_text())["token"] != "theirs"
     assert "nothing moved" in capfd.readouterr().err
 
@@ -74,12 +77,16 @@ def test_no_clock_matters(path, monkeypatch):
     times = iter(range(10**9, 0, -(10**7)))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
     _write(path, started=1)
-    with lock.hold(path.parent, beat=0.02), pytest.raises(UserError, match="in use"), lock.hold(path.parent):
+    with (
+        workdir_lock.hold(path.parent, beat=0.02),
+        pytest.raises(UserError, match="in use"),
+        workdir_lock.hold(path.parent),
+    ):
         pass
 
 
 def test_the_owner_shows_that_it_lives(path):
-    with lock.hold(path.parent, beat=0.02):
+    with workdir_lock.hold(path.parent, beat=0.02):
         began = time.monotonic()
         while json.loads(path.read_text())["beat"] < 3:
             assert time.monotonic() - began < 30
@@ -89,10 +96,10 @@ def test_the_owner_shows_that_it_lives(path):
 @pytest.mark.parametrize("garbage", ["", "{", "[]", '{"pid": "x", "machine": null}'])
 def test_a_garbled_lock_is_nobodys(path, garbage):
     path.write_text(garbage)
-    with lock.hold(path.parent, patience=0.2):
+    with workdir_lock.hold(path.parent, patience=0.2):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_a_workdir_that_cannot_be_written_is_named():
-    with pytest.raises(UserError, match="cannot write to --workdir=/dev/null/run"), lock.hold("/dev/null/run"):
+    with pytest.raises(UserError, match="cannot write to --workdir=/dev/null/run"), workdir_lock.hold("/dev/null/run"):
         pass

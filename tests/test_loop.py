@@ -15,9 +15,10 @@ from etils import epath
 from PIL import Image
 
 import rae_jax
-from rae_jax import build, checkpoint, checks, convert, logs, modes, sharding, stages
+from rae_jax import build, checks, convert, modes, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint, logs, sharding
 from rae_jax.train import DivergedRun, InterruptedRun, fit
 from rae_jax.weights import store
 

@@ -13,10 +13,11 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import checks, modes, perception, perceptual_networks, sharding, stages
+from rae_jax import checks, modes, perception, perceptual_networks, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
+from rae_jax.runtime import sharding
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5  # relative; of the gradient, to its largest value
 

@@ -15,9 +15,10 @@ from conftest import tiny
 from PIL import Image
 
 from configs import small
-from rae_jax import command, ending, logs, main, processes
 from rae_jax import config as config_lib
+from rae_jax import main
 from rae_jax.errors import UserError
+from rae_jax.runtime import command_line, logs, processes, shutdown
 
 STAGES = ("decoder", "statistics", "dit")
 
@@ -59,10 +60,13 @@ def _assert_rows_close(one, two):
 @pytest.mark.parametrize(
     "error, status",
     [
-        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), command.RESTART),  # as it came once
-        (jax.errors.JaxRuntimeError("INTERNAL: no answer"), command.RESTART),
+        (
+            ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"),
+            command_line.RESTART,
+        ),  # as it came once
+        (jax.errors.JaxRuntimeError("INTERNAL: no answer"), command_line.RESTART),
         (ValueError("operands could not be broadcast together"), None),
-        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service is gone"), command.RESTART),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service is gone"), command_line.RESTART),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes."), None),
         (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel"), None),
         (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no valid engine configs"), None),
@@ -71,8 +75,8 @@ def _assert_rows_close(one, two):
 )
 def test_a_lost_process_is_told_from_a_mistake(monkeypatch, error, status):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(command.os, "_exit", sys.exit)
-    with pytest.raises(SystemExit if status else type(error)) as ended, command.peers():
+    monkeypatch.setattr(command_line.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit if status else type(error)) as ended, command_line.peers():
         raise error
     assert getattr(ended.value, "code", None) == status
 
@@ -177,9 +181,9 @@ def _end():
     """In one of several processes: the second cannot go on, the others look at different times."""
     os.environ["XLA_FLAGS"] = ""
     processes.start()
-    with ending.together(()):
+    with shutdown.together(()):
         time.sleep(0.5 * jax.process_index())
-        ending.watch()
+        shutdown.watch()
         if jax.process_index() == 1:
             raise SystemExit(2)
         time.sleep(60)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import build, probes, sharding, stages
+from rae_jax import build, probes, stages
 from rae_jax.data import images, packed, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed import PackedImages
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 SIZE = 16
 FORM = {"image_size": SIZE, "crop": "centre", "encoding": "png", "quality": 95, "images_per_shard": 5}

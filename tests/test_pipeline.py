@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rae_jax import checkpoint, logs
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint, logs
 
 
 class Numbers:

@@ -6,8 +6,9 @@ import pytest
 from conftest import one_device, random_like
 from PIL import Image
 
-from rae_jax import build, metrics, probes, sharding, stages
+from rae_jax import build, metrics, probes, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 
 def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, monkeypatch):

@@ -9,8 +9,8 @@ import pairs
 import pytest
 from test_pipeline import Numbers
 
-from rae_jax import processes, sharding
 from rae_jax.data import pipeline
+from rae_jax.runtime import processes, sharding
 
 # name: (sizes of data, fsdp and tensor; the devices in the mesh's order)
 MESHES = {

@@ -13,20 +13,10 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import (
-    build,
-    evaluate,
-    metrics,
-    modes,
-    perception,
-    perceptual_networks,
-    pictures,
-    reconstruct,
-    sharding,
-    stages,
-)
+from rae_jax import build, evaluate, metrics, modes, perception, perceptual_networks, pictures, reconstruct, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
+from rae_jax.runtime import sharding
 
 METRICS = ("psnr", "ssim", "lpips", "rfid")
 

@@ -13,8 +13,9 @@ import pytest
 from huggingface_hub import constants
 from published_cases import KINDS, convert_kind, kind, write
 
-from rae_jax import convert, published, sharding, stages
+from rae_jax import convert, published, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 
 def _first(arrays):

@@ -8,8 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-from rae_jax import environment, report, report_figures
+from rae_jax import report, report_figures
 from rae_jax.records import Run
+from rae_jax.runtime import environment
 
 
 @pytest.fixture

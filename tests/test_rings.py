@@ -10,22 +10,23 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import hlo, rings, sharding, topology
+from rae_jax import hlo, topology
+from rae_jax.runtime import collectives, sharding
 
 
 def test_every_pair_of_devices_meets():
-    peers, neighbours = rings.split(64)
+    peers, neighbours = collectives.split(64)
     assert neighbours[0] == list(range(8)) and peers[1] == list(range(1, 64, 8))
     for size in (16, 24, 32, 64):
-        steps = rings.split(size)
+        steps = collectives.split(size)
         assert all(sorted(sum(groups, [])) == list(range(size)) for groups in steps)
         assert all(len(set(a) & set(b)) == 1 for a in steps[0] for b in steps[1])
-    assert rings.split(8) == rings.split(17) == (None,)
+    assert collectives.split(8) == collectives.split(17) == (None,)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_two_steps_are_one(axis, monkeypatch):
-    monkeypatch.setattr(rings, "FEWEST", 4)
+    monkeypatch.setattr(collectives, "FEWEST", 4)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
     spec = P(*(None,) * axis, "fsdp")
     x = jax.random.normal(jax.random.key(0), (24, 16, 3))
@@ -33,11 +34,11 @@ def test_two_steps_are_one(axis, monkeypatch):
     def on_mesh(function, start, end):
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=start, out_specs=end, check_vma=False))(x)
 
-    for steps in (rings.split(8), (None,)):
-        gathered = on_mesh(functools.partial(rings._gather, axis=axis, rings=steps), spec, P())
+    for steps in (collectives.split(8), (None,)):
+        gathered = on_mesh(functools.partial(collectives._gather, axis=axis, rings=steps), spec, P())
         np.testing.assert_array_equal(gathered, x)
         # Every device has the same to add: eight times it.
-        scattered = on_mesh(functools.partial(rings._scatter, axis=axis, rings=steps), P(), spec)
+        scattered = on_mesh(functools.partial(collectives._scatter, axis=axis, rings=steps), P(), spec)
         np.testing.assert_allclose(scattered, 8 * x, rtol=1e-6)
 
 
@@ -54,8 +55,8 @@ def test_the_tpu_compiler_leaves_them_as_they_are():
         return {kind: size for kind, size in hlo.Program(compiled.as_text()).costs().sent.items() if size}
 
     whole = 1152 * 3456 * 2 * 63 / 64
-    gathered = sent(lambda part: rings.gather(part, 0), (1152, 3456), P())
+    gathered = sent(lambda part: collectives.gather(part, 0), (1152, 3456), P())
     assert gathered == {"all-gather": whole}
-    scattered = sent(lambda whole: rings.scatter(whole, 0), (64 * 1152, 3456), P("fsdp"))
+    scattered = sent(lambda whole: collectives.scatter(whole, 0), (64 * 1152, 3456), P("fsdp"))
     assert scattered.keys() <= {"reduce-scatter", "collective-permute"}  # what fills tiles up may move once more
     assert whole <= sum(scattered.values()) < 1.1 * whole

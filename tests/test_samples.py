@@ -8,8 +8,9 @@ from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
-from rae_jax import build, samples, sharding, stages
+from rae_jax import build, samples, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import sharding
 
 REQUEST = {"steps": {"dit": 6}}
 NAMES = [str(i) for i in range(10)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rae_jax import flow, guidance, sampling, sde
+from rae_jax.diffusion import flow, guidance, ode, sde
 
 STD = 0.5  # of the data
 PATHS = {"linear": flow.LINEAR, "cosine": flow.COSINE}
@@ -27,7 +27,7 @@ def _errors(solver, path, factor, counts):
     x = jax.random.normal(jax.random.key(0), (1000, 1))
     # The exact flow scales by the ratio of deviations.
     return [
-        float(jnp.abs(solver(gaussian_velocity(STD, path), x, sampling.time_grid(n, factor)) - STD * x).max())
+        float(jnp.abs(solver(gaussian_velocity(STD, path), x, ode.time_grid(n, factor)) - STD * x).max())
         for n in counts
     ]
 
@@ -35,7 +35,7 @@ def _errors(solver, path, factor, counts):
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 @pytest.mark.parametrize("path", PATHS)
 def test_euler_carries_noise_to_gaussian_data_with_first_order(factor, path):
-    errors = _errors(sampling.euler, PATHS[path], factor, (50, 100, 200))
+    errors = _errors(ode.euler, PATHS[path], factor, (50, 100, 200))
     assert errors[-1] < 0.05
     assert errors[0] / errors[1] == pytest.approx(2.0, rel=0.15)
     assert errors[1] / errors[2] == pytest.approx(2.0, rel=0.15)
@@ -44,7 +44,7 @@ def test_euler_carries_noise_to_gaussian_data_with_first_order(factor, path):
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 @pytest.mark.parametrize("path", PATHS)
 def test_heun_does_so_with_second_order(factor, path):
-    errors = _errors(sampling.heun, PATHS[path], factor, (25, 50, 100))
+    errors = _errors(ode.heun, PATHS[path], factor, (25, 50, 100))
     assert errors[-1] < 1e-3
     assert errors[0] / errors[1] > 0.85 * 4.0
     assert errors[1] / errors[2] > 0.85 * 4.0  # more than the order: leading terms of opposite signs, on uneven grids
@@ -56,8 +56,8 @@ def test_a_step_asks_for_the_velocity_at_its_start_and_heun_s_at_its_end_as_well
     def velocity_fn(x, t):
         return x * t[:, None]
 
-    assert sampling.euler(velocity_fn, x, times).item() == 1 - 0.5 * 1
-    assert sampling.heun(velocity_fn, x, times).item() == 1 - 0.5 * (1 + 0.5 * 0.5) / 2
+    assert ode.euler(velocity_fn, x, times).item() == 1 - 0.5 * 1
+    assert ode.heun(velocity_fn, x, times).item() == 1 - 0.5 * (1 + 0.5 * 0.5) / 2
 
 
 def test_the_adaptive_solver_keeps_its_tolerance():
@@ -66,8 +66,8 @@ def test_the_adaptive_solver_keeps_its_tolerance():
     errors = []
     for tolerance in (1e-2, 1e-5):
         solve = jax.jit(
-            lambda x, tolerance=tolerance: sampling.adaptive(
-                gaussian_velocity(STD), x, sampling.time_grid(2, 1.0), rtol=tolerance, atol=tolerance
+            lambda x, tolerance=tolerance: ode.adaptive(
+                gaussian_velocity(STD), x, ode.time_grid(2, 1.0), rtol=tolerance, atol=tolerance
             )
         )
         errors.append(float(jnp.abs(solve(x) - STD * x).max()))
@@ -83,7 +83,7 @@ def test_every_diffusion_keeps_the_marginals(name, path):
     """Mean and variance after the SDE are the path's, whatever its noise."""
     path, num = PATHS[path], 20_000
     x = jax.random.normal(jax.random.key(0), (num, 1))
-    times = sampling.time_grid(200, 1.0, first=0.999, last=0.01)
+    times = ode.time_grid(200, 1.0, first=0.999, last=0.01)
     velocity_fn, diffusion_fn = gaussian_velocity(STD, path, mean=1.0), getattr(sde, name)
 
     def noise_fn(n):
@@ -112,7 +112,7 @@ def test_last_steps_reach_the_expected_data():
 
 
 def test_the_published_grid_has_its_points():
-    grid = np.asarray(sampling.published_grid(50, 6.928))
+    grid = np.asarray(ode.published_grid(50, 6.928))
     assert len(grid) == 50 and grid[0] == 1.0
     assert grid[-1] == pytest.approx(0.0069, abs=1e-4)
 
@@ -130,6 +130,6 @@ def test_guided_gaussians_reach_the_gaussian_they_should():
     """Guided by a weaker model with another mean, v is still linear, and its flow ends in a known Gaussian."""
     scale, x = 1.7, jax.random.normal(jax.random.key(0), (1000, 1))
     velocity_fn = guidance.guided(gaussian_velocity(STD, mean=1.0), gaussian_velocity(STD, mean=0.2), scale=scale)
-    out = sampling.heun(velocity_fn, x, sampling.time_grid(200, 1.0))
+    out = ode.heun(velocity_fn, x, ode.time_grid(200, 1.0))
     # The difference of the two is a field of its own, of the mean: it adds (scale - 1) times the means' distance.
     np.testing.assert_allclose(out, STD * x + 1.0 + (scale - 1.0) * 0.8, atol=2e-3)

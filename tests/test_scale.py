@@ -16,7 +16,8 @@ import step_oracles
 from conftest import tiny, uncached
 
 from launch import compile_table
-from rae_jax import aot, hlo, sharding, topology
+from rae_jax import aot, hlo, topology
+from rae_jax.runtime import sharding
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
 STAGES = ("dit", pytest.param("decoder", marks=pytest.mark.slow))

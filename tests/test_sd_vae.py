@@ -16,8 +16,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, checks, convert, generate, logs, modes, pictures, rae, sharding, stages
+from rae_jax import build, checks, convert, generate, modes, pictures, rae, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs, sharding
 from rae_jax.train import fit
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -10,9 +10,10 @@ from conftest import tiny, uncached
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_xl
-from rae_jax import checks, sharding, stages
+from rae_jax import checks, stages
 from rae_jax.errors import UserError
 from rae_jax.models import dense
+from rae_jax.runtime import sharding
 
 
 def _mesh(data, fsdp, tensor, devices=None):

@@ -12,8 +12,9 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny, uncached
 
-from rae_jax import build, rae, sharding, stage_decoder, stages
+from rae_jax import build, rae, stage_decoder, stages
 from rae_jax.augment import diff_augment
+from rae_jax.runtime import sharding
 
 LATENT = (8, 8, 16)
 BATCH = 16

@@ -8,7 +8,8 @@ from conftest import random_like, tiny
 from PIL import Image
 from published_cases import DINO, dino_shapes, write
 
-from rae_jax import build, sharding, stages
+from rae_jax import build, stages
+from rae_jax.runtime import sharding
 
 STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
 

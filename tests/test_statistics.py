@@ -10,8 +10,9 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax import build, checkpoint, checks, sharding, stage_statistics, stages
+from rae_jax import build, checks, stage_statistics, stages
 from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import fit
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.zip"

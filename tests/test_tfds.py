@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rae_jax import build, logs
+from rae_jax import build
 from rae_jax.data import sources
 from rae_jax.data.packed import PackedImages
+from rae_jax.runtime import logs
 
 SCRIPT = """
 import importlib.machinery, io, pickle, sys

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import command, logs, processes
+from rae_jax.runtime import command_line, logs, processes
 
 STEPS, BOUND = 60, 120.0  # seconds
 
@@ -20,7 +20,7 @@ def _main(workdir):
     processes.start()
     assert len(jax.devices()) == 2
     how = {"evaluate": lambda state, step: time.sleep(0.05) or {"x": 0.0}, "evaluate_every": 1}
-    with command.peers():
+    with command_line.peers():
         toy.run(epath.Path(workdir), STEPS, on=toy.mesh(data=2), checkpoint_every=5, **how)
 
 
@@ -44,7 +44,7 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     seconds, status = time.monotonic() - began, pair[1 - victim].returncode
     print(f"the other one ended after {seconds:.1f} s with status {status}: {said[:3000]}")
     # JAX's service ends it from a thread of its own, if the loop does not see first that the other one is gone.
-    ours = status == command.RESTART and "another process of this run is gone" in said
+    ours = status == command_line.RESTART and "another process of this run is gone" in said
     assert ours or (status == -signal.SIGABRT and "another task died" in said), said
     assert "Traceback" not in said
     pair[victim].communicate()

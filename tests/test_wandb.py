@@ -7,8 +7,9 @@ import sys
 import pytest
 from conftest import tiny
 
-from rae_jax import checks, logs, sharding
+from rae_jax import checks
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs, sharding
 
 
 def test_it_is_off_by_default_and_named_where_it_is_missing(monkeypatch):

@@ -17,8 +17,8 @@ from absl import app, flags
 
 from configs.study import base
 from launch.study import page, plan, pool, work
-from rae_jax import command, files
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, command_line
 
 
 def run(only, workdir, size, seeds, jobs, data, report):
@@ -33,7 +33,9 @@ def run(only, workdir, size, seeds, jobs, data, report):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={workdir!r} cannot be used ({files.reason(error)}): name another folder") from error
+        raise UserError(
+            f"--workdir={workdir!r} cannot be used ({atomic_files.reason(error)}): name another folder"
+        ) from error
     wanted, whole = (
         plan.Plan(studies, workdir=folder, data=keys, size=size, seeds=seeds)
         for studies in (only or plan.STUDIES, plan.STUDIES)
@@ -72,7 +74,7 @@ def main():
     flags.DEFINE_integer("jobs", 2, "Runs at once, each on its own cores.", lower_bound=1)
     flags.DEFINE_string("data", "", "An image folder or .zip archive with a folder for each class; by default shapes.")
     flags.DEFINE_bool("report", False, "Only write the results anew.")
-    app.run(_run_command, flags_parser=command.plain_parser)
+    app.run(_run_command, flags_parser=command_line.plain_parser)
 
 
 def _run_command(argv):
@@ -81,10 +83,10 @@ def _run_command(argv):
         names = ("only", "workdir", "size", "seeds", "jobs", "data", "report")
         failed = run(**{name: given[name].value for name in names})
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(command.RESTART)
+        sys.exit(command_line.RESTART)
     for name, why in failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)
     sys.exit(1 if failed else 0)

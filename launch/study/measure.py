@@ -19,24 +19,10 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax import (
-    build,
-    build_flow,
-    checkpoint,
-    flops,
-    generate,
-    logs,
-    looks,
-    metrics,
-    probes,
-    rae,
-    reconstruct,
-    samples,
-    sharding,
-    stages,
-)
+from rae_jax import build, build_flow, flops, generate, looks, metrics, probes, rae, reconstruct, samples, stages
 from rae_jax import config as config_lib
 from rae_jax.evaluate import Evaluator
+from rae_jax.runtime import checkpoint, logs, sharding
 
 PROBE_IMAGES = 2_000  # that a probe is fitted to
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rae_jax import build, checkpoint, optim, rae, sharding
+from rae_jax import build, optim, rae
 from rae_jax.data import pipeline
+from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import Stage, fit
 from rae_jax.weights import store
 

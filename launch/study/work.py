@@ -9,9 +9,9 @@ import time
 import traceback
 
 from rae_jax import config as config_lib
-from rae_jax import files
-from rae_jax.command import RESTART
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files
+from rae_jax.runtime.command_line import RESTART
 
 MEASURE = 2  # of what is measured, and how: what an earlier number has found is measured again
 RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
@@ -48,10 +48,10 @@ def _stop(number, frame):
 
 
 def _run(job):
-    from rae_jax import malloc
+    from rae_jax.runtime import host_allocator
     from rae_jax.train import DivergedRun, InterruptedRun
 
-    malloc.keep_freed_memory()
+    host_allocator.keep_freed_memory()
     try:
         perform(job)
     except (UserError, DivergedRun) as error:
@@ -98,7 +98,8 @@ def cpu_seconds(job):
 def perform(job):
     """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
-    from rae_jax import checks, convert, modes, sharding
+    from rae_jax import checks, convert, modes
+    from rae_jax.runtime import sharding
 
     config, rows = configured(job.config), []
     mesh = sharding.make_mesh(config.mesh)
@@ -122,7 +123,9 @@ def perform(job):
             _copy_image(config, job.workdir / "weights")
         case other:
             raise ValueError(f"unknown kind of job {other!r}")
-    files.write_text(_path(job.workdir) / RESULTS, json.dumps({"request": request(job), "rows": rows}, indent=1) + "\n")
+    atomic_files.write_text(
+        _path(job.workdir) / RESULTS, json.dumps({"request": request(job), "rows": rows}, indent=1) + "\n"
+    )
 
 
 def claim(job):
@@ -130,7 +133,7 @@ def claim(job):
     path, asked = _path(job.workdir) / ASKED, trained_by(job)
     if path.exists() and (job.workdir / "checkpoints").exists() and json.loads(path.read_text()) != asked:
         raise UserError(f"{job.workdir} holds another run, or one built on others: remove that folder")
-    files.write_text(path, json.dumps(asked))
+    atomic_files.write_text(path, json.dumps(asked))
 
 
 def configured(keys):

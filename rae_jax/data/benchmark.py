@@ -21,10 +21,10 @@ import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax import command, logs, malloc
 from rae_jax.data import pipeline, sources
 from rae_jax.data.packed import PackedImages
 from rae_jax.errors import UserError
+from rae_jax.runtime import command_line, host_allocator, logs
 
 
 def _ours(source, batch_size, num_batches):
@@ -136,19 +136,19 @@ def main():
     flags.DEFINE_integer("num_images", 500, "Images that a round reads.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 50, "Images in a batch.", lower_bound=1)
     flags.DEFINE_integer("rounds", 3, "How often each side is measured.", lower_bound=1)
-    app.run(_run, flags_parser=command.plain_parser)
+    app.run(_run, flags_parser=command_line.plain_parser)
 
 
 def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
-    malloc.keep_freed_memory()  # as in training, and for every side
+    host_allocator.keep_freed_memory()  # as in training, and for every side
     num_batches = -(-given.num_images // given.batch_size)
     try:
         sides = _sides(given.path, given.packed, given.image_size, given.batch_size)
         runs = [_in_own_process(side, name, num_batches) for _ in range(given.rounds) for name, side in sides.items()]
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
     rates = {name: [run["images"] / run["cpu"] for run in runs if run["name"] == name] for name in sides}
     found = {"images_per_cpu_second": {name: statistics.median(of) for name, of in rates.items()}}
     if "torch" in rates:

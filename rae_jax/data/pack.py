@@ -23,9 +23,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax import command, files, logs
 from rae_jax.data import images, packed, shards, sources
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, command_line, logs
 
 SPLITS = ("train", "heldout")
 ENCODINGS = ("jpeg", "png")
@@ -54,7 +54,7 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
         packed_shards[split].append(shard)
     class_names = list(parts["train"].class_names)
     index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": packed_shards}
-    files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    atomic_files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
     return index
 
 
@@ -161,7 +161,7 @@ def _sources(given):
 def main():
     """Define the flags and run the command."""
     _define_flags()
-    app.run(_run_command, flags_parser=command.plain_parser)
+    app.run(_run_command, flags_parser=command_line.plain_parser)
 
 
 def _define_flags():
@@ -186,7 +186,7 @@ def _run_command(argv):
     try:
         index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
     except UserError as error:
-        command.fail(str(error))
+        command_line.fail(str(error))
     for split, written in index["splits"].items():
         skipped = sum(len(shard["skipped"]) for shard in written)
         print(f"{split}: {sum(s['num_images'] for s in written)} images in {len(written)} shards, {skipped} skipped")

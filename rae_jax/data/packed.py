@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rae_jax import logs
 from rae_jax.data import images
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs
 
 INDEX = "index.json"
 _HEAD = struct.Struct("<iI")

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from absl import flags
 
-from rae_jax import logs
 from rae_jax.data.order import OnePassOrder, TrainingOrder
 from rae_jax.errors import UserError
+from rae_jax.runtime import logs
 
 BATCHES_AHEAD = 2  # read before they are asked for, by this process or by each worker
 STAND_INS = 10  # images in a row that may be unreadable

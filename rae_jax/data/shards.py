@@ -6,9 +6,9 @@ import json
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rae_jax import files
 from rae_jax.data import packed
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files
 
 _REQUEST = "request.json"
 
@@ -23,10 +23,10 @@ def claim(output, request):
         output.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read(path) != json.loads(json.dumps(request)):
             raise UserError(f"--output={output} holds something else, or in another form: choose another folder")
-        begun = {path, files.unfinished_of(path)}  # by one that was killed before it could say more
+        begun = {path, atomic_files.unfinished_of(path)}  # by one that was killed before it could say more
         if not path.exists() and set(output.iterdir()) - begun:
             raise UserError(f"--output={output} is not empty: choose another folder")
-        files.write_text(path, json.dumps(request))
+        atomic_files.write_text(path, json.dumps(request))
     except OSError as error:
         raise UserError(f"cannot write to --output={output} ({error.strerror}): choose another folder") from error
 
@@ -78,7 +78,7 @@ def write(file, records, check):
 def finish(file, result):
     """Note `result` (a dict), without which the shard does not count."""
     with _writing(file):
-        files.write_text(file.with_suffix(".json"), json.dumps(result))
+        atomic_files.write_text(file.with_suffix(".json"), json.dumps(result))
     return result
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import sharding
 from rae_jax.models.dense import PRODUCT
+from rae_jax.runtime import sharding
 
 LANES = 128  # of a TPU: the flash kernel's blocks are multiples
 LARGEST_BLOCK = 512

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import rings, sharding
+from rae_jax.runtime import collectives, sharding
 
 ALIGNED = 8  # 16 bytes of bfloat16, which the units of an NVIDIA GPU that load tiles of a matrix ask for
 PRODUCT = "product"  # the name by which a backward pass may find results again, see layers.scan_blocks
@@ -118,7 +118,7 @@ def _backward(plan, kept, dy):
         dkernel = _outer(x, dy).reshape(whole.shape)
         if plan.fsdp is None:
             return dx, jax.lax.psum(dkernel, ("data", "fsdp"))
-        return dx, jax.lax.psum(rings.scatter(dkernel, plan.fsdp), "data")
+        return dx, jax.lax.psum(collectives.scatter(dkernel, plan.fsdp), "data")
 
     x, kernel = kept
     left, right = (_activations(x.ndim, end) for end in plan.ends)
@@ -130,7 +130,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _gather(kernel, plan):
-    return kernel if plan.fsdp is None else rings.gather(kernel, plan.fsdp)
+    return kernel if plan.fsdp is None else collectives.gather(kernel, plan.fsdp)
 
 
 def _times(x, kernel):

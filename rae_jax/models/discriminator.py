@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax import sharding
+from rae_jax.runtime import sharding
 
 KERNEL = 9
 SPECTRAL_EPS = 1e-12

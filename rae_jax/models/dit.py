@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax import sharding
 from rae_jax.models import attention
 from rae_jax.models.dense import Dense
 from rae_jax.models.layers import (
@@ -23,6 +22,7 @@ from rae_jax.models.layers import (
     unpatchify,
     xavier_linear,
 )
+from rae_jax.runtime import sharding
 
 NUM_FREQUENCIES = 256
 _SMALL = nn.initializers.normal(0.02)

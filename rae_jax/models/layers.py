@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from rae_jax import sharding
 from rae_jax.models import attention
 from rae_jax.models.dense import PRODUCT, Dense
+from rae_jax.runtime import sharding
 
 
 def gathered_convolution(x, kernel, *arguments, **options):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import files, logs
+from rae_jax.runtime import atomic_files, logs
 
 WINDOW, ENOUGH = 200, 50  # losses that a new one is compared with: at most, at least
 SHOWN = 8  # images of a batch that the terminal names; incidents.jsonl has all
@@ -128,6 +128,6 @@ class Incidents:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
             line = {"time": now, "stage": self._stage, "kind": kind, **what}
-            files.append_text(self._path, json.dumps(line) + "\n")
+            atomic_files.append_text(self._path, json.dumps(line) + "\n")
         except Exception as error:  # of many kinds, where a bucket is away
-            logs.say(f"cannot write to {self._path} ({files.reason(error)})")
+            logs.say(f"cannot write to {self._path} ({atomic_files.reason(error)})")

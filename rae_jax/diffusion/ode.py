@@ -6,7 +6,7 @@
 import jax
 import jax.numpy as jnp
 
-from rae_jax import flow
+from rae_jax.diffusion import flow
 
 
 def time_grid(num_steps, factor, *, first=1.0, last=0.0):

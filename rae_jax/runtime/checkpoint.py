@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rae_jax import files, logs, manifest, processes
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, checkpoint_manifest, logs, processes
 
 LONGEST_PAUSE = 600.0  # seconds between two tries to write
 TOGETHER = 300  # seconds for which a process waits at the end of a write for the others; one may have failed
@@ -157,10 +157,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for step in reversed(steps(self._folder)):
                 path = self._path(step)
-                reason = manifest.damage(path)
+                reason = checkpoint_manifest.damage(path)
                 if reason is None:
                     break
-                aside = manifest.set_aside(path)
+                aside = checkpoint_manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
         step = latest_step(self._folder)
         if step is None and processes.agreed(any(".damaged" in path.name for path in _inside(self._folder))):
@@ -174,9 +174,9 @@ class Checkpoints:
         """Give a finished checkpoint the score that it was written without; None: it has none."""
         if score is not None and jax.process_index() == 0:
             try:
-                manifest.note_score(self._path(step), score)
+                checkpoint_manifest.note_score(self._path(step), score)
             except Exception as error:  # the run need not end for it
-                logs.say(f"cannot note the score of {self._path(step)} ({files.reason(error)})")
+                logs.say(f"cannot note the score of {self._path(step)} ({atomic_files.reason(error)})")
 
     def restore(self, step, abstract_state, iterator):
         """The state, placed as `abstract_state` says; `iterator` is moved to its position.
@@ -208,7 +208,7 @@ class Checkpoints:
         """In the writer's thread, before the folder gets its name."""
         name = f"{self._step}.orbax-checkpoint-tmp"
         (folder,) = [p for p in self._folder.iterdir() if p.name.startswith(name) or p.name == str(self._step)]
-        manifest.write(folder, self._score)
+        checkpoint_manifest.write(folder, self._score)
 
     def _finish(self):
         """In a thread: wait for the write, then remove what need not stay."""
@@ -218,11 +218,11 @@ class Checkpoints:
                 try:
                     self._path(step).rmtree()
                 except Exception as error:  # of many kinds, where a bucket is away
-                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({files.reason(error)})")
+                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({atomic_files.reason(error)})")
 
     def _superfluous(self):
         there = steps(self._folder)
-        scores = {step: score for step in there if (score := manifest.score(self._path(step))) is not None}
+        scores = {step: score for step in there if (score := checkpoint_manifest.score(self._path(step))) is not None}
         stay = set(there[-self._keep :])
         stay |= {step for step in there if self._keep_every and step % self._keep_every == 0}
         stay |= {max(scores, key=scores.get)} if scores else set()
@@ -231,7 +231,7 @@ class Checkpoints:
     def _is_best(self, score):
         if score is None or not math.isfinite(score):
             return False
-        others = [manifest.score(self._path(step)) for step in steps(self._folder)]
+        others = [checkpoint_manifest.score(self._path(step)) for step in steps(self._folder)]
         # The first process says so: the others may see its newest one later than it does.
         return bool(processes.agreed(all(other is None or score > other for other in others)))
 
@@ -295,7 +295,7 @@ def restore_entries(folder, step, abstract):
     Raises DamagedCheckpoint.
     """
     path = absolute(folder) / str(step)
-    reason = manifest.damage(path) if jax.process_index() == 0 else None
+    reason = checkpoint_manifest.damage(path) if jax.process_index() == 0 else None
     if processes.agreed(reason is not None):
         raise DamagedCheckpoint(path, reason or "see the first process")
     with ocp.PyTreeCheckpointer() as checkpointer:

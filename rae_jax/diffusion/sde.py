@@ -7,7 +7,7 @@ functions (x, t, path) -> something that multiplies x; the flow is their case w 
 import jax
 import jax.numpy as jnp
 
-from rae_jax import flow
+from rae_jax.diffusion import flow
 
 
 def constant(x, t, path):

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from rae_jax import files, processes
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, processes
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
 
@@ -46,11 +46,13 @@ class Metrics:
                 self._rewrite(read(self._path) + [*self._kept, row])
                 say(f"{self._path} can be written again: no line of it is lost")
             else:
-                files.append_text(self._path, json.dumps(row) + "\n")
+                atomic_files.append_text(self._path, json.dumps(row) + "\n")
             self._kept = []
         except Exception as error:  # of many kinds, where a bucket is away
             if not self._kept:
-                say(f"{self._path} cannot be written ({files.reason(error)}): training goes on, its lines are kept")
+                say(
+                    f"{self._path} cannot be written ({atomic_files.reason(error)}): training goes on, its lines are kept"
+                )
             self._kept.append(row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
@@ -63,7 +65,7 @@ class Metrics:
         return bool(processes.agreed(not any(key.startswith("eval/") for row in found for key in row)))
 
     def _rewrite(self, rows):
-        files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class WandB:

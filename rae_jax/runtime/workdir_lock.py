@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from rae_jax import files, logs, processes
 from rae_jax.errors import UserError
+from rae_jax.runtime import atomic_files, logs, processes
 
 BEAT = 10.0  # seconds
 PATIENCE = 3.5 * BEAT  # for a lock of another machine to move
@@ -65,8 +65,9 @@ class Lock:
             time.sleep(_SETTLE["://" in str(path)])
             theirs = _read(path)
         except OSError as error:
+            reason = atomic_files.reason(error)
             raise UserError(
-                f"cannot write to --workdir={path.parent} ({files.reason(error)}): choose a folder you may write to"
+                f"cannot write to --workdir={path.parent} ({reason}): choose a folder you may write to"
             ) from error
         if not self._is_mine(theirs):
             raise _in_use(path, theirs)
@@ -86,7 +87,7 @@ class Lock:
         return theirs is not None and theirs.get("token") == self._mine["token"]
 
     def _write(self):
-        files.write_text(self._path, json.dumps(self._mine) + "\n")
+        atomic_files.write_text(self._path, json.dumps(self._mine) + "\n")
 
     def _run(self):
         while not self._stop.wait(self._every):

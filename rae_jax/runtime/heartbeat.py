@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-from rae_jax import files, logs
+from rae_jax.runtime import atomic_files, logs
 
 SHORTEST_STALL = 30.0  # seconds: below that nobody wants to know
 _STEPS, _ENOUGH = 50, 3  # that say how long a step usually takes: at most, at least
@@ -101,13 +101,13 @@ class Heartbeat:
             **{"host": socket.gethostname(), "pid": os.getpid()},
         }
         with contextlib.suppress(Exception):  # a full disk, or a bucket that is away, is the checkpoints' to report
-            files.write_text(self._path, json.dumps(state, indent=1) + "\n")
+            atomic_files.write_text(self._path, json.dumps(state, indent=1) + "\n")
 
 
 def _place(thread):
     """Where a thread is: the calls in this package, the innermost last, and where those have led."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parents[1])
     ours = [frame for frame in frames if frame.filename.startswith(package)]
     shown = ours[-3:] + ([] if ours and frames[-1] is ours[-1] else frames[-1:])
     return " > ".join(f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in shown)

@@ -8,8 +8,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from rae_jax import ending, processes
 from rae_jax.errors import UserError
+from rae_jax.runtime import processes, shutdown
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
@@ -60,7 +60,7 @@ def peers():
     except Exception as error:
         if isinstance(error, UserError) or not processes.lost_another(error):
             raise
-        ending.follow()
+        shutdown.follow()
         reason = " ".join(str(error).split())[:300]
         print(
             f"another process of this run is gone, or cannot be reached ({reason}): run the same command again on all "

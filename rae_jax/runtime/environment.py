@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from rae_jax import files
+from rae_jax.runtime import atomic_files
 
 FILE = "environment.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -22,7 +22,7 @@ def record(workdir):
     if jax.process_index() != 0:
         return
     path = epath.Path(workdir) / FILE
-    files.append_text(path, json.dumps(describe()) + "\n")
+    atomic_files.append_text(path, json.dumps(describe()) + "\n")
 
 
 def starts(workdir):
@@ -45,7 +45,7 @@ def describe():
         "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "processes": jax.process_count(),
         "host": f"{platform.system()} {platform.machine()}",
-        "revision": _revision(Path(__file__).parent.parent),
+        "revision": _revision(Path(__file__).parents[2]),
         "python": platform.python_version(),
         **{name: version for name in _PACKAGES if (version := _version(name))},
     }

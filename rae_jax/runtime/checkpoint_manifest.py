@@ -5,7 +5,7 @@ import json
 import math
 import zlib
 
-from rae_jax import files
+from rae_jax.runtime import atomic_files
 
 NAME = "manifest.json"
 _NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
@@ -21,7 +21,7 @@ def note_score(path, score):
     """Give a checkpoint the score that it was written without; one without a manifest has none."""
     file = path / NAME
     if file.exists():
-        files.write_text(file, json.dumps({**json.loads(file.read_text()), "score": score}))
+        atomic_files.write_text(file, json.dumps({**json.loads(file.read_text()), "score": score}))
 
 
 def score(path):
