@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import aot, build, flops, rae, stages
+from rae_jax import aot, build, flops, stages
 from rae_jax.config import latent_shape
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
 from rae_jax.runtime import processes, sharding
 
 GIB = 2**30
@@ -246,7 +247,7 @@ def _sample(config, mesh):
 def _encode(config, mesh):
     def encode(config):
         autoencoder = build.autoencoder(config)
-        return lambda params, images: autoencoder.encode(params, rae.to_float(images))
+        return lambda params, images: autoencoder.encode(params, to_float(images))
 
     size = config.data.image_size
     params = sharding.abstract(stages.part_shapes(config, "encoder"), mesh)
@@ -258,8 +259,8 @@ def _decode(config, mesh):
         autoencoder = build.autoencoder(config)
 
         def decode(parts, latents):
-            latents = rae.denormalise(latents, parts["statistics"])
-            return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
+            latents = denormalise(latents, parts["statistics"])
+            return to_uint8(autoencoder.decode(parts["decoder"], latents))
 
         return decode
 

@@ -4,16 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from rae_jax import (
-    build_flow,
-    losses,
-    resize,
-    stage_decoder,
-    stage_dit,
-    stage_encoder,
-    stage_judge,
-    stage_statistics,
-)
+from rae_jax import build_flow, losses, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
 from rae_jax.augment import diff_augment
 from rae_jax.config import input_size, latent_shape
 from rae_jax.data import sources
@@ -21,8 +12,9 @@ from rae_jax.data.latents import PackedLatents
 from rae_jax.data.packed import PackedImages
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
-from rae_jax.models import attention, sd_vae
-from rae_jax.models.convnet import ConvNet
+from rae_jax.models import attention, resize, sd_vae
+from rae_jax.models.autoencoder import Autoencoder, Backbone, SdVae
+from rae_jax.models.classifier import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.discriminator import DiscriminatorHeads
 from rae_jax.models.dit import DiT
@@ -30,7 +22,6 @@ from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.lpips import Lpips
 from rae_jax.models.vit import ViT
-from rae_jax.rae import Autoencoder, Backbone, SdVae
 
 
 def autoencoder(config):

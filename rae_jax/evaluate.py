@@ -6,9 +6,11 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, looks, metrics, perception, pictures, probes, rae, reconstruct, resize, samples
+from rae_jax import build, generate, looks, metrics, perception, pictures, probes, reconstruct, samples
 from rae_jax.data import archive
 from rae_jax.errors import UserError
+from rae_jax.models import resize
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
 SHOWN = 10  # reconstructions in the picture, each of another class
@@ -179,12 +181,12 @@ class Evaluator:
     def _redraw_view(self, parts, batch):
         """Everything about held-out images and their reconstructions."""
         latents, redrawn = self._reconstruct(parts, batch["image"])
-        opinion = self._opinion(parts, rae.to_float(batch["image"]), latents)
+        opinion = self._opinion(parts, to_float(batch["image"]), latents)
         return {"image": batch["image"], "label": batch["label"], **opinion, **redrawn}
 
     def _glance_view(self, parts, batch):
         """Features of images and, with a judge, its opinion; Inception sees them at their own size, as ADM's does."""
-        images = rae.to_float(batch["image"])
+        images = to_float(batch["image"])
         out = {"label": batch["label"]} if "label" in batch else {}
         if "inception" in parts:
             out["seen"] = perception.features(parts["inception"], images)

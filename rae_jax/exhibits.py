@@ -9,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rae_jax import build, generate, pictures, rae, reconstruct
+from rae_jax import build, generate, pictures, reconstruct
 from rae_jax.data import images
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import denormalise, to_uint8
 
 NUM_IMAGES = 4  # that are drawn at a time
 SNAPSHOTS = 8  # of a trajectory
@@ -52,7 +53,7 @@ class Exhibits:
             x, seen = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
             if n in shown:
                 yield float(times[n]), np.asarray(self._decode(parts, seen))
-        yield float(times[-1]), np.asarray(self._decode(parts, rae.denormalise(x, parts["statistics"])))
+        yield float(times[-1]), np.asarray(self._decode(parts, denormalise(x, parts["statistics"])))
 
     def reconstruct(self, image):
         """(decoded uint8 [H, W, 3], latents [h, w, D], {'psnr', 'ssim'}) of a uint8 image."""
@@ -76,7 +77,7 @@ class Exhibits:
 
     @functools.cached_property
     def _decode(self):
-        return jax.jit(lambda parts, latents: rae.to_uint8(self._autoencoder.decode(parts["decoder"], latents)))
+        return jax.jit(lambda parts, latents: to_uint8(self._autoencoder.decode(parts["decoder"], latents)))
 
     @functools.cached_property
     def _redraw(self):

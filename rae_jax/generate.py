@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, build_flow, rae
+from rae_jax import build, build_flow
 from rae_jax.diffusion import flow
+from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.models.dit import in_dtype
 from rae_jax.runtime import logs, sharding
 
@@ -27,7 +28,7 @@ def sampler(config):
 
     def sample(parts, key, indices, labels):
         latents = draw(config, parts, key, indices, labels)
-        return rae.to_uint8(autoencoder.decode(parts["decoder"], latents))
+        return to_uint8(autoencoder.decode(parts["decoder"], latents))
 
     return sample
 
@@ -45,7 +46,7 @@ def draw(config, parts, key, indices, labels, *, scale=None):
 
     halves = _guided(config, parts, labels, scale)
     latents = build_flow.solve(config, halves, first_noise(config, key, indices), times(config), noise_fn)
-    return rae.denormalise(latents, parts["statistics"])
+    return denormalise(latents, parts["statistics"])
 
 
 def times(config):
@@ -70,7 +71,7 @@ def euler_step(config, parts, x, t, t_next, labels, scale):
     all_t = jnp.full(x.shape[:1], t)
     v = velocity_fn(x, all_t, condition_fn(x, all_t))
     seen = flow.data_of(v, x, all_t, build_flow.path(config))
-    return x + (t_next - t) * v, rae.denormalise(seen, parts["statistics"])
+    return x + (t_next - t) * v, denormalise(seen, parts["statistics"])
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from rae_jax import build, checks, descriptions, generate, stages
 from rae_jax import config as config_lib
 from rae_jax.errors import UserError
-from rae_jax.rae import to_float
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
 from rae_jax.weights import hub
 

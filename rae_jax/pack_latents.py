@@ -20,10 +20,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, checks, rae, stages
+from rae_jax import build, checks, stages
 from rae_jax import config as config_lib
 from rae_jax.data import latents, packed, pipeline, shards
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import atomic_files, command_line, host_allocator, logs, sharding
 
 IMAGES_PER_SHARD = 1024
@@ -65,7 +66,7 @@ def _encoder(config, params, mesh, dtype, mirrored):
     autoencoder = build.autoencoder(config)
 
     def encode(params, batch):
-        images = rae.to_float(batch["image"])
+        images = to_float(batch["image"])
         views = (images, images[:, :, ::-1]) if mirrored else (images,)
         return jnp.stack([autoencoder.encode(params, view) for view in views], 1).astype(dtype)
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, metrics, rae
+from rae_jax import build, metrics
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
 TRAIN_IMAGES = 10_000  # that a probe is fitted to
@@ -40,7 +41,7 @@ def probes(config, parts, images, labels, mesh):
         batches, found = np.split(images, range(_BATCH, len(images), _BATCH)), []
         with logs.Progress(name, total=len(images), unit="image") as progress:
             for batch in batches:
-                found.append(np.asarray(view(rae.to_float(batch))))
+                found.append(np.asarray(view(to_float(batch))))
                 progress.update(sum(map(len, found)))
         return np.concatenate(found)
 

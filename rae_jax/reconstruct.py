@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, looks, perception, pictures, rae
+from rae_jax import build, looks, perception, pictures
 from rae_jax.data.images import ImageFiles, find_images
+from rae_jax.models.autoencoder import to_float, to_uint8
 
 SHOWN = 10
 
@@ -21,10 +22,10 @@ def make(config):
     autoencoder = build.autoencoder(config)
 
     def redraw(parts, pixels):
-        images = rae.to_float(pixels)
+        images = to_float(pixels)
         latents = autoencoder.encode(parts["encoder"], images)
-        decoded = rae.to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
-        again = rae.to_float(decoded)
+        decoded = to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
+        again = to_float(decoded)
         results = {"decoded": decoded, **perception.compare(parts, again, images)}
         if "inception" in parts:
             both = jax.lax.map(  # one after the other: the network is compiled once

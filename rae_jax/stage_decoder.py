@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rae_jax import losses, optim, rae
+from rae_jax import losses, optim
+from rae_jax.models.autoencoder import Backbone, add_noise, to_float
 
 _DISC = ("disc_params", "disc_spectral", "disc_opt_state")  # the discriminator's entries of the state
 _DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "logits_fake")
@@ -31,7 +32,7 @@ def make(*, autoencoder, discriminator, perceptual, latent_shape, train):
 class Discriminator:
     """Trained heads on the tokens of a frozen backbone, and what its game is about."""
 
-    backbone: rae.Backbone
+    backbone: Backbone
     heads: object  # module: tokens [L, B, N, D] -> logits; its collection 'spectral' moves in training
     augment: Callable  # (images in [-1, 1], key) -> images
     loss: Callable  # (logits of real images, of fake ones) -> what it minimises
@@ -69,9 +70,9 @@ class _Game:
 
     def step(self, state, frozen, batch, key):
         noise_key, fool_key, disc_key = jax.random.split(key, 3)
-        images = rae.to_float(batch["image"])
+        images = to_float(batch["image"])
         latents = self.autoencoder.encode(frozen["encoder"], images)
-        noisy = rae.add_noise(latents, noise_key, self.train.noise_tau)
+        noisy = add_noise(latents, noise_key, self.train.noise_tau)
         grads, metrics = self.decoder_gradients(state, frozen, noisy, images, fool_key)
         started = state["step"] >= self.train.discriminator_start
         state, metrics["grad_norm"] = optim.update(state, grads, self.optimiser, self.train.ema_decay)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from rae_jax import optim, rae
+from rae_jax import optim
 from rae_jax.diffusion import flow
+from rae_jax.models.autoencoder import normalise, to_float
 
 
 def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, shift_factor, train):
@@ -29,8 +30,8 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
         if "latent" in batch:
             latents = batch["latent"].astype(jnp.float32)
         else:
-            latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
-        x = rae.normalise(latents, frozen["statistics"])
+            latents = autoencoder.encode(frozen["encoder"], to_float(batch["image"]))
+        x = normalise(latents, frozen["statistics"])
         t = flow.shift_time(time_fn(time_key, x.shape[0]), shift_factor)
         noise = jax.random.normal(noise_key, x.shape)
         dropped = jax.random.bernoulli(drop_key, train.label_dropout, t.shape)

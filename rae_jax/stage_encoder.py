@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rae_jax import optim, rae
+from rae_jax import optim
+from rae_jax.models.autoencoder import add_noise, normalise_image, to_float
 from rae_jax.models.dense import Dense
 from rae_jax.models.layers import patchify
 
@@ -38,9 +39,9 @@ def make(*, autoencoder, patch_size, num_classes, image_size, train):
 
     def loss(params, images, labels, key):
         latents = autoencoder.encode(params["encoder"], images)
-        noisy = rae.add_noise(latents, key, train.noise_tau)
+        noisy = add_noise(latents, key, train.noise_tau)
         noisy = noisy.reshape(noisy.shape[0], -1, noisy.shape[-1])
-        target = patchify(rae.normalise_image(images, autoencoder.mean, autoencoder.std), patch_size)
+        target = patchify(normalise_image(images, autoencoder.mean, autoencoder.std), patch_size)
         target = magnify_detail(target, train.detail)
         pixels = jnp.abs(pixel_head.apply({"params": params["pixels"]}, noisy) - target).mean()
         logits = class_head.apply({"params": params["classes"]}, latents.mean((1, 2)))
@@ -50,7 +51,7 @@ def make(*, autoencoder, patch_size, num_classes, image_size, train):
         return total, {"loss": total, "pixels": pixels, "cross_entropy": cross_entropy, "accuracy": accuracy}
 
     def step(state, frozen, batch, key):
-        images = rae.to_float(batch["image"])
+        images = to_float(batch["image"])
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], images, batch["label"], key)
         state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train.ema_decay)
         return state, metrics

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rae_jax import optim, rae
+from rae_jax import optim
+from rae_jax.models.autoencoder import to_float
 
 
 def make(*, judge, image_size, train):
@@ -21,7 +22,7 @@ def make(*, judge, image_size, train):
         return cross_entropy, {"loss": cross_entropy, "accuracy": (logits.argmax(-1) == labels).mean()}
 
     def step(state, frozen, batch, key):
-        images = rae.to_float(batch["image"])
+        images = to_float(batch["image"])
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], images, batch["label"])
         state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train.ema_decay)
         return state, metrics

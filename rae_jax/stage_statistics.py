@@ -5,7 +5,7 @@ The running moments are this stage's state, so that the generic loop shards, int
 
 import jax.numpy as jnp
 
-from rae_jax import rae
+from rae_jax.models.autoencoder import to_float
 
 
 def make(*, autoencoder, latent_shape):
@@ -21,7 +21,7 @@ def make(*, autoencoder, latent_shape):
         return {"step": jnp.zeros((), jnp.int32), "count": jnp.zeros((), jnp.int32), **moments}
 
     def step(state, frozen, batch, key):
-        latents = autoencoder.encode(frozen["encoder"], rae.to_float(batch["image"]))
+        latents = autoencoder.encode(frozen["encoder"], to_float(batch["image"]))
         weight = batch["mask"][:, None, None, None]
         new_count = jnp.round(batch["mask"].sum()).astype(jnp.int32)
         total = state["count"] + new_count

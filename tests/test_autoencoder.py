@@ -24,7 +24,8 @@ from conftest import random_like
 from safetensors.numpy import load_file
 
 from configs import dit_b
-from rae_jax import build, convert, rae
+from rae_jax import build, convert
+from rae_jax.models.autoencoder import denormalise, normalise
 from rae_jax.models.decoder import Decoder
 
 
@@ -32,8 +33,8 @@ def _ours(config):
     """Our normalised latents and decoded images, by diffusers' names."""
     encoder, decoder, statistics = load(config, "encoder", "decoder", "statistics")
     autoencoder = build.autoencoder(config)
-    latents = jax.jit(lambda x: rae.normalise(autoencoder.encode(encoder, x), statistics))(images())
-    decoded = jax.jit(lambda z: autoencoder.decode(decoder, rae.denormalise(z, statistics)))(latents)
+    latents = jax.jit(lambda x: normalise(autoencoder.encode(encoder, x), statistics))(images())
+    decoded = jax.jit(lambda z: autoencoder.decode(decoder, denormalise(z, statistics)))(latents)
     return outcome(latents, decoded)
 
 

@@ -99,12 +99,12 @@ def test_bad_folders_and_files_are_named(tmp_path, kind):
 
 
 def test_floats_and_bytes_round_trip():
-    from rae_jax import rae
+    from rae_jax.models.autoencoder import to_float, to_uint8
 
     levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(rae.to_uint8(rae.to_float(jnp.asarray(levels)) + 1e-4), levels)
+    np.testing.assert_array_equal(to_uint8(to_float(jnp.asarray(levels)) + 1e-4), levels)
     drawn = jnp.array([-0.2, 0.9, 99.6, 254.99, 255.0, 300.0]) / 255.0  # clipped, then cut off, not rounded
-    np.testing.assert_array_equal(rae.to_uint8(drawn), [0, 0, 99, 254, 255, 255])
+    np.testing.assert_array_equal(to_uint8(drawn), [0, 0, 99, 254, 255, 255])
 
 
 def _photograph(folder, width=900, height=700):

@@ -17,8 +17,9 @@ import pytest
 from conftest import one_device, random_like, tiny
 from PIL import Image
 
-from rae_jax import build, exhibits, generate, pictures, rae, stages
+from rae_jax import build, exhibits, generate, pictures, stages
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import to_uint8
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +62,7 @@ def test_reconstructions_and_what_is_between_two(shown):
     assert between.shape == (exhibits.BETWEEN, *one.shape)
     ends = [exhibit.reconstruct(image)[1] for image in (one, other)]
     auto = build.autoencoder(config)
-    wanted = rae.to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
+    wanted = to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
     assert np.abs(np.int32(between[[0, exhibits.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
 
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax import build, checks, rae, stages
+from rae_jax import build, checks, stages
+from rae_jax.models.autoencoder import to_latent
 from rae_jax.runtime import sharding
 
 EXPECTED = [name for name in cases.goldens() if not name.endswith("/shapes")]
@@ -173,7 +174,7 @@ def test_tokens_in_bfloat16_are_normed_in_float32(add_mean):
     exact = np.float64(tokens)
     normed = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-2)
     expected = normed.mean(0) + add_mean * normed[2].mean(1, keepdims=True)
-    latents = rae.to_latent(tokens, eps=1e-2, add_mean=add_mean)
+    latents = to_latent(tokens, eps=1e-2, add_mean=add_mean)
     assert latents.dtype == jnp.float32
     np.testing.assert_allclose(latents, expected, atol=1e-5)
 

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import rae_jax
 from configs import small
-from rae_jax import build, convert, descriptions, generate, library, rae, stages
+from rae_jax import build, convert, descriptions, generate, library, stages
 from rae_jax import config as config_lib
+from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.weights import store
 
 LABELS = [0, 3, 9]
@@ -100,15 +101,15 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
     parts = {"decoder": auto.params["decoder"], **dit.params}
     key, indices, labels = jax.random.key(5), jnp.arange(3, dtype=jnp.uint32), jnp.array(LABELS)
     wanted = generate.make_sampler(config, one_device())(parts, key, indices, labels)
-    assert np.abs(np.int32(rae.to_uint8(ours)) - np.int32(wanted)).max() <= 1
+    assert np.abs(np.int32(to_uint8(ours)) - np.int32(wanted)).max() <= 1
     x, times = generate.first_noise(config, key, indices), generate.times(config)
     step = jax.jit(lambda x, t, t_next, scale: generate.euler_step(config, parts, x, t, t_next, labels, scale))
     for t, t_next in zip(times, times[1:], strict=False):
         before = x
         x, seen = step(x, t, t_next, 1.5)
     straight_on = before - t * (x - before) / (t_next - t)  # to t = 0
-    np.testing.assert_allclose(seen, rae.denormalise(straight_on, parts["statistics"]), atol=1e-4)
-    stepped = rae_jax.decode(auto, rae.denormalise(x, parts["statistics"]))
+    np.testing.assert_allclose(seen, denormalise(straight_on, parts["statistics"]), atol=1e-4)
+    stepped = rae_jax.decode(auto, denormalise(x, parts["statistics"]))
     np.testing.assert_allclose(stepped, ours, atol=1e-4)
 
     unguided = ConfigDict(dit.config.to_dict())

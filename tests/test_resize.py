@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rae_jax import resize
+from rae_jax.models import resize
 
 SIZES = [(256, 224), (512, 448), (320, 224), (200, 224)]
 

@@ -16,8 +16,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, checks, convert, generate, modes, pictures, rae, stages
+from rae_jax import build, checks, convert, generate, modes, pictures, stages
 from rae_jax.errors import UserError
+from rae_jax.models.autoencoder import to_uint8
 from rae_jax.runtime import logs, sharding
 from rae_jax.train import fit
 
@@ -192,7 +193,7 @@ def _dit_job(folder):
 
 def test_files_are_reconstructed(checkpoint, tmp_path):
     image, _ = cases.inputs(cases.TINY, 32, 32)
-    pictures.save(epath.Path(tmp_path / "image.png"), np.asarray(rae.to_uint8(image[0])))
+    pictures.save(epath.Path(tmp_path / "image.png"), np.asarray(to_uint8(image[0])))
     workdir, flags = epath.Path(tmp_path), types.SimpleNamespace(images=str(tmp_path / "image.png"))
     modes.reconstruct(_dit_job(checkpoint), workdir, one_device(), flags)
     results = json.loads((workdir / "eval" / "reconstruct.json").read_text())

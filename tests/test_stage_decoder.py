@@ -12,8 +12,9 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny, uncached
 
-from rae_jax import build, rae, stage_decoder, stages
+from rae_jax import build, stage_decoder, stages
 from rae_jax.augment import diff_augment
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
 
 LATENT = (8, 8, 16)
@@ -250,7 +251,7 @@ def _decode(game, state):
     def decode(params, images):
         return autoencoder.decode(params, autoencoder.encode(game.frozen["encoder"], images))
 
-    return np.asarray(decode(state["params"], rae.to_float(_batch()["image"])))
+    return np.asarray(decode(state["params"], to_float(_batch()["image"])))
 
 
 @pytest.mark.parametrize("name", ["hinge", pytest.param("vanilla", marks=pytest.mark.slow)])

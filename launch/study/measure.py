@@ -19,9 +19,10 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax import build, build_flow, flops, generate, looks, metrics, probes, rae, reconstruct, samples, stages
+from rae_jax import build, build_flow, flops, generate, looks, metrics, probes, reconstruct, samples, stages
 from rae_jax import config as config_lib
 from rae_jax.evaluate import Evaluator
+from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.runtime import checkpoint, logs, sharding
 
 PROBE_IMAGES = 2_000  # that a probe is fitted to
@@ -52,9 +53,9 @@ def _loss(config, workdir, mesh, job):
 def _bounds(config, workdir, mesh, job):
     """On the first training image. Source: paper, theorem 1; the final layer's output has as many dimensions as the DiT
     has channels, so that of Cov(noise - x) over tokens the eigenvalues beyond cannot be said."""
-    image = rae.to_float(build.source(config, "train")[0]["image"][None])
+    image = to_float(build.source(config, "train")[0]["image"][None])
     latents = build.autoencoder(config).encode(stages.load(config, "encoder", workdir, mesh), image)
-    tokens = rae.normalise(latents, stages.load(config, "statistics", workdir, mesh))
+    tokens = normalise(latents, stages.load(config, "statistics", workdir, mesh))
     tokens = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
     dim, width = tokens.shape[-1], config.dit.width
     eigenvalues = np.linalg.eigvalsh(np.cov(tokens.T, bias=True) + np.eye(dim))[::-1]
@@ -93,7 +94,7 @@ def _judged(job, mesh, path, images, labels):
 def _probe(config, workdir, mesh, job):
     encode, params = build.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
     view = looks.compiled(
-        lambda params, batch: {"latent": encode(params, rae.to_float(batch["image"])), "label": batch["label"]}, mesh
+        lambda params, batch: {"latent": encode(params, to_float(batch["image"])), "label": batch["label"]}, mesh
     )
     sets = []
     for split in ("train", "heldout"):

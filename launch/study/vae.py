@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rae_jax import build, optim, rae
+from rae_jax import build, optim
 from rae_jax.data import pipeline
+from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import Stage, fit
 from rae_jax.weights import store
@@ -54,7 +55,7 @@ def make(autoencoder, image_size, how, kl_weight):
         return total, {"loss": total, "l1": l1, "kl": kl}
 
     def step(state, frozen, batch, key):
-        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], rae.to_float(batch["image"]), key)
+        grads, metrics = jax.grad(loss, has_aux=True)(state["params"], to_float(batch["image"]), key)
         state, metrics["grad_norm"] = optim.update(state, grads, optimiser, how.ema_decay)
         return state, metrics
 

@@ -7,7 +7,7 @@ Modules and their layers have the names that the published weights have.
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax import resize
+from rae_jax.models import resize
 
 SIZE = 299  # images are resized to it
 POOL, SPATIAL = 2048, 2023  # sizes of the features that FID and sFID are computed from

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax import resize
-from rae_jax.models import attention
+from rae_jax.models import attention, resize
 from rae_jax.models.dense import Dense
 from rae_jax.models.layers import Attention, patchify, rope_centred, scan_blocks
 

@@ -50,9 +50,8 @@ class Metrics:
             self._kept = []
         except Exception as error:  # of many kinds, where a bucket is away
             if not self._kept:
-                say(
-                    f"{self._path} cannot be written ({atomic_files.reason(error)}): training goes on, its lines are kept"
-                )
+                reason = atomic_files.reason(error)
+                say(f"{self._path} cannot be written ({reason}): training goes on, its lines are kept")
             self._kept.append(row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)

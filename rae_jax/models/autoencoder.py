@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rae_jax import resize
+from rae_jax.models import resize
 
 STATISTICS_EPS = 1e-5
 
