@@ -52,7 +52,7 @@ def _measure(args):
 
     from configs import dit_b
     from rae_jax import build
-    from rae_jax.config import in_steps
+    from rae_jax.config.keys import in_steps
     from rae_jax.runtime import checkpoint, host_allocator, sharding
 
     host_allocator.keep_freed_memory()

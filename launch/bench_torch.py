@@ -34,7 +34,7 @@ from torch_dit import DiTDH
 
 from configs import dit_b, encoders
 from rae_jax import build, published, stages
-from rae_jax.config import latent_shape
+from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import host_allocator
 from rae_jax.weights import engine, tables
 

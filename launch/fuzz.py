@@ -25,8 +25,9 @@ from ml_collections import config_flags
 from PIL import Image
 
 from launch import tiny
-from rae_jax import build, checks, stages
-from rae_jax import config as config_lib
+from rae_jax import build, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.data import archive, pipeline, sources
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, sharding
@@ -66,7 +67,7 @@ def files(count, seed, folder):
 def configs(count, seed, folder):
     """The same of random overrides of launch/tiny.py's keys, through start-up."""
     rng, tally = random.Random(seed), _Tally()
-    keys = sorted(config_lib.flatten(tiny.get_config().to_dict()))
+    keys = sorted(config_keys.flatten(tiny.get_config().to_dict()))
     for number in range(count):
         chosen = rng.sample(keys, rng.choice((1, 1, 2, 3)))
         arguments = [f"--config.{_misspelt(rng, key)}={rng.choice(_VALUES)}" for key in chosen]
@@ -233,7 +234,7 @@ def _start_up(arguments, folder, deep):
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
-    config_lib.check_workdir(config, folder)
+    config_keys.check_workdir(config, folder)
     for split in ("train", "heldout"):
         build.source(config, split)
     if deep:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rae_jax import build, flops, generate, hlo, perceptual_networks, stages, train
-from rae_jax.config import TRAINED, in_steps, latent_shape
+from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 from rae_jax.topology import GIB

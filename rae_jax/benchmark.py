@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import aot, build, flops, stages
-from rae_jax.config import latent_shape
+from rae_jax.config.keys import latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
 from rae_jax.runtime import processes, sharding

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from rae_jax import build_flow, losses, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
 from rae_jax.augment import diff_augment
-from rae_jax.config import input_size, latent_shape
+from rae_jax.config.keys import input_size, latent_shape
 from rae_jax.data import sources
 from rae_jax.data.latents import PackedLatents
 from rae_jax.data.packed import PackedImages

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from rae_jax.config import latent_shape
+from rae_jax.config.keys import latent_shape
 from rae_jax.diffusion import flow, guidance, ode, sde
 
 

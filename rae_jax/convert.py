@@ -17,8 +17,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import checks, descriptions, published, stages
-from rae_jax import config as config_lib
+from rae_jax import descriptions, published, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint, command_line, logs, sharding
 from rae_jax.weights import store
@@ -112,8 +113,8 @@ def _parts(config, named, form):
         raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
     parts = together if form == "diffusers" else named or config.stages
     for part in parts:
-        if part not in config_lib.STAGES:
-            raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_lib.STAGES)}")
+        if part not in config_keys.STAGES:
+            raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_keys.STAGES)}")
     if "statistics" in parts and "statistics" not in config.stages and config.statistics.weights == "none":
         raise UserError("config.statistics.weights='none' leaves no statistics to write: name other --parts")
     return parts

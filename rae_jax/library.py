@@ -18,8 +18,9 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax import build, checks, descriptions, generate, stages
-from rae_jax import config as config_lib
+from rae_jax import build, descriptions, generate, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
@@ -116,7 +117,7 @@ def sample(
         raise UserError(f"labels of shape {labels.shape} and type {labels.dtype} cannot work: they must be whole, [B]")
     if not isinstance(labels, jax.core.Tracer) and bool(((labels < 0) | (labels >= classes)).any()):
         raise UserError(f"labels={np.asarray(labels).tolist()} cannot work: they are 0 to {classes - 1}")
-    theirs, ours = (config_lib.latent_shape(model.config) for model in (rae, dit))
+    theirs, ours = (config_keys.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
         raise UserError(f"the RAE's latents are {theirs}, the DiT was made for {ours}: load both from one source")
     least = 2 if dit.config.sampler.grid == "published" else 1  # there, they are points
@@ -131,7 +132,7 @@ def _check_guide(dit, guide):
     """Raise UserError where the two cannot be told the same."""
     ours, theirs = (
         {
-            "latents": config_lib.latent_shape(model.config),
+            "latents": config_keys.latent_shape(model.config),
             "config.data.num_classes": model.config.data.num_classes,
             **{f"config.dit.{key}": model.config.dit[key] for key in ("path", "prediction")},
         }

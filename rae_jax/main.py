@@ -12,8 +12,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, checks, modes
-from rae_jax import config as config_lib
+from rae_jax import benchmark, modes
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
 from rae_jax.train import DivergedRun, InterruptedRun
@@ -102,7 +103,7 @@ def _run_mode(given):
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh)
         if given.workdir is not None:
-            config_lib.check_workdir(config, workdir)
+            config_keys.check_workdir(config, workdir)
         with command_line.peers():
             processes.wait_for_all("checked")  # before the first one writes there
             MODES[given.mode](config.lock(), workdir, mesh, given)

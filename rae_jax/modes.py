@@ -12,7 +12,6 @@ from etils import epath
 from rae_jax import (
     aot,
     build,
-    checks,
     exhibits,
     needed,
     perceptual_networks,
@@ -24,9 +23,10 @@ from rae_jax import (
     topology,
 )
 from rae_jax import benchmark as timing
-from rae_jax import config as config_lib
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import (
     atomic_files,
@@ -62,7 +62,7 @@ def run(config, workdir, mesh, do):
     probes.find(config)
     evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     with workdir_lock.hold(workdir):
-        config_lib.save(config, workdir)
+        config_keys.save(config, workdir)
         environment.record(workdir)
         while True:
             try:
@@ -129,7 +129,7 @@ def sample(config, workdir, mesh, flags):
     }
     parts.update(needed.guide(config, mesh))
     request = {
-        "config": {k: v for k, v in config_lib.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
+        "config": {k: v for k, v in config_keys.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
         "weights": {name: store.digest(params) for name, params in parts.items() if params is not None},
     }
     folder = workdir / "samples"

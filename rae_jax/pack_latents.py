@@ -20,8 +20,9 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, checks, stages
-from rae_jax import config as config_lib
+from rae_jax import build, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.data import latents, packed, pipeline, shards
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_float
@@ -47,7 +48,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     params = stages.load(config, "encoder", "", mesh)
     index = {
         **{"form": stages.latent_form(config, params), "dtype": dtype, "mirrored": mirrored},
-        **{"shape": list(config_lib.latent_shape(config)), "class_names": list(source.class_names)},
+        **{"shape": list(config_keys.latent_shape(config)), "class_names": list(source.class_names)},
     }
     data = {key: value for key, value in config.data.to_dict().items() if key not in _ONLY_HOW}
     sizes = {"num_images": len(source), "images_per_shard": images_per_shard, "batch_size": batch_size}

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from rae_jax.config import encoder_input_size, latent_shape, section
+from rae_jax.config.keys import encoder_input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
 from rae_jax.weights import engine, hub, sd_vae, store, tables

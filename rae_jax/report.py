@@ -17,8 +17,8 @@ from absl import app, flags
 from etils import epath
 
 from rae_jax import records, report_figures
+from rae_jax.config.glossary import RESULTS
 from rae_jax.errors import UserError
-from rae_jax.meanings import RESULTS
 from rae_jax.report_figures import words
 from rae_jax.runtime import command_line
 

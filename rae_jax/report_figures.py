@@ -4,7 +4,7 @@ import base64
 import html
 import math
 
-from rae_jax.meanings import CURVES, RESULTS
+from rae_jax.config.glossary import CURVES, RESULTS
 
 MAX_POINTS = 600  # of a curve
 MAX_PICTURES = 40  # of a run, and of one kind by step

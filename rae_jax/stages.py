@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from rae_jax import build, perceptual_networks, published, stage_statistics
-from rae_jax.config import flatten, in_steps, input_size, latent_shape, section
+from rae_jax.config.keys import flatten, in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding

@@ -76,7 +76,7 @@ def _begin(module):
     def stop(main, flags_parser):
         flags_parser(sys.argv)
         if "config" in flags.FLAGS and flags.FLAGS["config"].value is not None:
-            from rae_jax import checks
+            from rae_jax.config import checks
             from rae_jax.runtime import sharding
 
             given = flags.FLAGS["config"].value

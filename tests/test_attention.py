@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, checks, flops
+from rae_jax import build, flops
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models import attention
 from rae_jax.models.dense import PRODUCT

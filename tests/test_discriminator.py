@@ -10,7 +10,8 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax import augment, build, checks, losses, stages
+from rae_jax import augment, build, losses, stages
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv, TokenNorm
 from rae_jax.runtime import sharding

@@ -14,7 +14,7 @@ from conftest import tiny
 from PIL import Image
 
 from configs import small
-from rae_jax import config as config_lib
+from rae_jax.config import keys as config_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -131,7 +131,7 @@ def test_links_lead_somewhere():
 
 
 def _tiny_flags():
-    wanted, plain = (config_lib.flatten(c.to_dict()) for c in (tiny(), small.get_config()))
+    wanted, plain = (config_keys.flatten(c.to_dict()) for c in (tiny(), small.get_config()))
     changed = {key: value for key, value in wanted.items() if plain[key] != value and key != "name"}
     return [f"--config.{key}={value}" for key, value in changed.items()]
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax import build, checks, stages
+from rae_jax import build, stages
+from rae_jax.config import checks
 from rae_jax.models.autoencoder import to_latent
 from rae_jax.runtime import sharding
 

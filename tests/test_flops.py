@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import dit_b
 from rae_jax import build, flops
-from rae_jax.config import latent_shape
+from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import sharding
 
 A, B = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)

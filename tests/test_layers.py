@@ -32,7 +32,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
         *("train", "optim", "losses", "augment"),
         *("stage_encoder", "stage_judge", "stage_decoder", "stage_statistics", "stage_dit"),
     ),
-    "config": ("config", "checks", "meanings"),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

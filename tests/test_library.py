@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import rae_jax
 from configs import small
 from rae_jax import build, convert, descriptions, generate, library, stages
-from rae_jax import config as config_lib
+from rae_jax.config import keys as config_keys
 from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.weights import store
 
@@ -82,14 +82,14 @@ def _changed(value):
 
 
 def test_a_description_keeps_all_that_encodes_decodes_and_samples(tmp_path):
-    config, before = tiny(), config_lib.flatten(json.loads(small.get_config().to_json()))
+    config, before = tiny(), config_keys.flatten(json.loads(small.get_config().to_json()))
     kept = ("encoder.", "decoder.", "statistics.", "dit.", "sampler.", "guidance.")
     keys = [key for key in before if key.startswith(kept) and ".train." not in key]
     keys += ["name", "dtype", "unroll", "data.image_size", "data.num_classes"]
     config.update_from_flattened_dict({key: _changed(before[key]) for key in keys})
     descriptions.write(config, tmp_path, ("encoder", "judge", "decoder", "statistics", "dit"))
-    found = config_lib.flatten(json.loads(descriptions.read(tmp_path).to_json()))
-    wanted = config_lib.flatten(json.loads(config.to_json()))
+    found = config_keys.flatten(json.loads(descriptions.read(tmp_path).to_json()))
+    wanted = config_keys.flatten(json.loads(config.to_json()))
     assert {key: found[key] for key in keys} == {key: wanted[key] for key in keys}
     assert all(found[key] != before[key] for key in keys)
 

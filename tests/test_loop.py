@@ -15,8 +15,9 @@ from etils import epath
 from PIL import Image
 
 import rae_jax
-from rae_jax import build, checks, convert, modes, stages
-from rae_jax import config as config_lib
+from rae_jax import build, convert, modes, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, logs, sharding
 from rae_jax.train import DivergedRun, InterruptedRun, fit
@@ -28,7 +29,7 @@ STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 def _train(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
-    config_lib.check_workdir(config, workdir)
+    config_keys.check_workdir(config, workdir)
     modes.train(config, workdir, mesh, None)
 
 

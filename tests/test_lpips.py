@@ -13,8 +13,9 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import checks, modes, perception, perceptual_networks, stages
-from rae_jax import config as config_lib
+from rae_jax import modes, perception, perceptual_networks, stages
+from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
@@ -160,10 +161,10 @@ def test_a_run_whose_loss_has_no_lpips_may_change_it(paths, tmp_path):
     before, after = tiny(), cases.config_of(paths)
     for config in (before, after):
         config.stages = ("dit",)
-    config_lib.save(before, tmp_path)
-    config_lib.check_workdir(after, tmp_path)
+    config_keys.save(before, tmp_path)
+    config_keys.check_workdir(after, tmp_path)
     for config in (before, after):
         config.stages = ("decoder",)
-    config_lib.save(before, tmp_path)
+    config_keys.save(before, tmp_path)
     with pytest.raises(UserError, match="config.lpips.linear='', not "):
-        config_lib.check_workdir(after, tmp_path)
+        config_keys.check_workdir(after, tmp_path)

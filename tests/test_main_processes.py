@@ -15,8 +15,8 @@ from conftest import tiny
 from PIL import Image
 
 from configs import small
-from rae_jax import config as config_lib
 from rae_jax import main
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, logs, processes, shutdown
 
@@ -32,7 +32,7 @@ def _command(workdir, mode, count, **changes):
     config.mesh.update({"data": 1, "fsdp": count})
     config.unroll = True  # as in test_scale
     config.update(changes)
-    wanted, plain = (config_lib.flatten(c.to_dict()) for c in (config, plain))
+    wanted, plain = (config_keys.flatten(c.to_dict()) for c in (config, plain))
     options = [f"--config.{key}={value}" for key, value in wanted.items() if plain[key] != value]
     return ["-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={workdir}", f"--mode={mode}", *options]
 

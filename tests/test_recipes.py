@@ -8,7 +8,7 @@ from flax import traverse_util
 
 from configs import small
 from rae_jax import build, stages
-from rae_jax import config as config_lib
+from rae_jax.config import keys as config_keys
 from rae_jax.models.dit import DiT
 
 # Width, layers, heads and MLP of the decoders, and their GFLOPs at 256 px; width, depth and heads of the DiTs
@@ -106,4 +106,4 @@ def test_the_released_files_are_named(name):
         "backbone": "discs/dino_vit_small_patch8_224.pth",
     }
     expected = {part: file and f"nyu-visionx/RAE-collections:{file}" for part, file in files.items()}
-    assert {part: config_lib.section(config, part).weights for part in files} == expected
+    assert {part: config_keys.section(config, part).weights for part in files} == expected

@@ -16,7 +16,8 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, checks, convert, generate, modes, pictures, stages
+from rae_jax import build, convert, generate, modes, pictures, stages
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_uint8
 from rae_jax.runtime import logs, sharding

@@ -10,7 +10,8 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax import build, checks, stage_statistics, stages
+from rae_jax import build, stage_statistics, stages
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import fit

@@ -22,7 +22,7 @@ from xla_flags import FAST_COMPILE
 from configs.study import base
 from launch.study import __main__ as command
 from launch.study import page, plan, plots, pool, verdict, work
-from rae_jax import checks
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import tiny
 
-from rae_jax import checks
+from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from launch.study import work
 from rae_jax import build, build_flow, flops, generate, looks, metrics, probes, reconstruct, samples, stages
-from rae_jax import config as config_lib
+from rae_jax.config import keys as config_keys
 from rae_jax.evaluate import Evaluator
 from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.runtime import checkpoint, logs, sharding
@@ -159,7 +159,7 @@ def _flops(config, workdir, mesh, job):
 def _forward_flops(config, sizes):
     """(of the trunk, of the rest) for one image; a plain DiT has no trunk of its own."""
     module = build.dit(config, sizes)
-    x = jax.ShapeDtypeStruct((1, *config_lib.latent_shape(config)), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, *config_keys.latent_shape(config)), jnp.float32)
     t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), x, t, label)
 

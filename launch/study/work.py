@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 
-from rae_jax import config as config_lib
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files
 from rae_jax.runtime.command_line import RESTART
@@ -71,7 +71,7 @@ def request(job):
 
 def trained_by(job):
     """What the weights of a job depend on, as JSON has it."""
-    config = {key: value for key, value in job.config.items() if not config_lib.is_free(key)}
+    config = {key: value for key, value in job.config.items() if not config_keys.is_free(key)}
     return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 
 
@@ -98,7 +98,8 @@ def cpu_seconds(job):
 def perform(job):
     """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
-    from rae_jax import checks, convert, modes
+    from rae_jax import convert, modes
+    from rae_jax.config import checks
     from rae_jax.runtime import sharding
 
     config, rows = configured(job.config), []
@@ -113,7 +114,7 @@ def perform(job):
     match job.kind:
         case "run":
             checks.check(config, mesh)
-            config_lib.check_workdir(config, job.workdir)
+            config_keys.check_workdir(config, job.workdir)
             claim(job)
             modes.run(config.lock(), _path(job.workdir), mesh, do)
         case "vae":

@@ -8,9 +8,9 @@ import math
 
 from etils import epath
 
-from rae_jax.config import STAGES, TRAINED, input_size
+from rae_jax.config.glossary import RESULTS
+from rae_jax.config.keys import STAGES, TRAINED, input_size
 from rae_jax.errors import UserError
-from rae_jax.meanings import RESULTS
 from rae_jax.runtime import sharding
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
