@@ -28,7 +28,7 @@ from launch import tiny
 from rae_jax import build, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
-from rae_jax.data import archive, pipeline, sources
+from rae_jax.data import evaluator_npz, pipeline, sources
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, sharding
 from rae_jax.weights import hub, store
@@ -203,12 +203,12 @@ def _loaders(folder):
             tensor.read()
 
     def pictures(path):
-        source = archive.open_images(path, 8)
+        source = evaluator_npz.open_images(path, 8)
         for index in range(0 if source is None else min(len(source), 8)):
             source[index]
 
     def moments(path):
-        archive.read_moments(path, {"pool": 4, "spatial": 3})
+        evaluator_npz.read_moments(path, {"pool": 4, "spatial": 3})
 
     kinds = [("ours.safetensors", ours), ("ours.safetensors", theirs)]
     kinds += [("images.npz", pictures), ("packed.npz", pictures), ("moments.npz", moments)]

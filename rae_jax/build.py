@@ -8,8 +8,8 @@ from rae_jax import build_flow, losses, stage_decoder, stage_dit, stage_encoder,
 from rae_jax.augment import diff_augment
 from rae_jax.config.keys import input_size, latent_shape
 from rae_jax.data import sources
-from rae_jax.data.latents import PackedLatents
-from rae_jax.data.packed import PackedImages
+from rae_jax.data.packed_images import PackedImages
+from rae_jax.data.packed_latents import PackedLatents
 from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
 from rae_jax.models import attention, resize, sd_vae

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import build, generate, looks, metrics, perception, pictures, probes, reconstruct, samples
-from rae_jax.data import archive
+from rae_jax.data import evaluator_npz
 from rae_jax.errors import UserError
 from rae_jax.models import resize
 from rae_jax.models.autoencoder import to_float
@@ -69,7 +69,7 @@ class Evaluator:
         with _naming(f"--samples={path}"):
             source = self._open(path)
             if source is None:
-                raise UserError(f"it lacks {archive.IMAGES}, the images: uint8 [N, H, W, 3]")
+                raise UserError(f"it lacks {evaluator_npz.IMAGES}, the images: uint8 [N, H, W, 3]")
         found = self._compared(parts, self._batches(source, "samples"), self._reference(parts))
         if not found:
             raise UserError(
@@ -89,9 +89,9 @@ class Evaluator:
             return None, {}
         with _naming(f"config.evaluate.reference={path}"):
             images = self._open(path, labelled=False)
-            moments = archive.read_moments(path, perception.MOMENTS_OF)
+            moments = evaluator_npz.read_moments(path, perception.MOMENTS_OF)
             if images is None and not moments:
-                raise UserError(f"it holds neither images ({archive.IMAGES}) nor moments (mu and sigma)")
+                raise UserError(f"it holds neither images ({evaluator_npz.IMAGES}) nor moments (mu and sigma)")
             if images is None and not self._config.evaluate.inception:
                 raise UserError("it holds no images, and its moments take config.evaluate.inception: name that as well")
         return images, {kind: metrics.Gaussian(*of) for kind, of in moments.items()}
@@ -99,7 +99,7 @@ class Evaluator:
     def _open(self, path, *, labelled=True):
         """Source of the images at `path`, None for an npz without; says so where they are resized for some networks."""
         size = self._config.data.image_size
-        source = archive.open_images(path, size, labelled=labelled)
+        source = evaluator_npz.open_images(path, size, labelled=labelled)
         if source is not None and len(source) < 2:
             raise UserError("it holds a single image: two and more have a distribution to compare")
         if source is not None and source.sides != (size, size):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rae_jax import build, generate, pictures, reconstruct
-from rae_jax.data import images
+from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_uint8
 
@@ -96,7 +96,7 @@ def read_upload(path, size):
         largest = f"{MAX_PIXELS // 1_000_000} million pixels"
         raise UserError(f"{name} has {width}x{height} pixels, more than {largest}: choose a smaller one")
     try:
-        return images.read_image(path, size)
+        return decode.read_image(path, size)
     except UserError as error:
         raise UserError(f"{name} is damaged, or no ordinary picture: choose another file") from error
 

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from rae_jax import build, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
-from rae_jax.data import latents, packed, pipeline, shards
+from rae_jax.data import packed_images, packed_latents, pipeline, shard_writer
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import atomic_files, command_line, host_allocator, logs, sharding
@@ -52,10 +52,10 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     }
     data = {key: value for key, value in config.data.to_dict().items() if key not in _ONLY_HOW}
     sizes = {"num_images": len(source), "images_per_shard": images_per_shard, "batch_size": batch_size}
-    shards.claim(output, {**index, "data": data, **sizes})
+    shard_writer.claim(output, {**index, "data": data, **sizes})
     encode = _encoder(config, params, mesh, dtype, mirrored)
     index["shards"] = _write_shards(config, source, output, encode, mirrored, images_per_shard)
-    atomic_files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    atomic_files.write_text(output / packed_images.INDEX, json.dumps(index, indent=1))
     return index
 
 
@@ -83,17 +83,17 @@ def _write_shards(config, source, output, encode, mirrored, images_per_shard):
     count, written = -(-len(source) // images_per_shard), []
     with logs.Progress("pack", total=len(source), unit="image") as progress:
         for shard in range(count):
-            file = output / shards.name("train", shard, count)
+            file = output / shard_writer.name("train", shard, count)
             end = min((shard + 1) * images_per_shard, len(source))
-            result = shards.finished(file)
+            result = shard_writer.finished(file)
             if result is None:
                 numbers = range(shard * images_per_shard // batch_size, -(-end // batch_size))
                 if iterator.get_state()["position"] != numbers.start:
                     iterator.set_state({**iterator.get_state(), "position": numbers.start})
                 rows = _records(iterator, encode, numbers, batch_size, progress)
-                num_records = shards.write(file, rows, packed.parse)
+                num_records = shard_writer.write(file, rows, packed_images.parse)
                 num_images = num_records // 2 if mirrored else num_records
-                result = shards.finish(file, {"file": file.name, "num_images": num_images})
+                result = shard_writer.finish(file, {"file": file.name, "num_images": num_images})
             written.append(result)
             progress.update(end)
     return written
@@ -109,7 +109,7 @@ def _records(iterator, encode, numbers, batch_size, progress):
         if len(ahead) == 2 or number is None:
             first, batch, found = ahead.pop(0)
             there = np.flatnonzero(batch["mask"])
-            yield from latents.records(jax.device_get(found)[there], batch["label"][there], first + there)
+            yield from packed_latents.records(jax.device_get(found)[there], batch["label"][there], first + there)
             progress.update(first + len(there))
 
 
@@ -120,7 +120,7 @@ def main():
 
 def _define_flags():
     flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", latents.DTYPES, "Of the latents as they are stored.")
+    flags.DEFINE_enum("dtype", "bfloat16", packed_latents.DTYPES, "Of the latents as they are stored.")
     flags.DEFINE_bool("mirrored", True, "Also the latents of the mirrored images, for config.dit.train.flip.")
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
     return config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")

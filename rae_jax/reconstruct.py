@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax import build, looks, perception, pictures
-from rae_jax.data.images import ImageFiles, find_images
+from rae_jax.data.decode import ImageFiles, find_images
 from rae_jax.models.autoencoder import to_float, to_uint8
 
 SHOWN = 10

@@ -7,7 +7,7 @@ from PIL import Image
 
 from rae_jax import metrics
 from rae_jax.data import pipeline
-from rae_jax.data.images import centre_crop, random_crop
+from rae_jax.data.decode import centre_crop, random_crop
 from rae_jax.data.shapes import CLASS_NAMES, Shapes
 from rae_jax.data.sources import image_folder
 from rae_jax.errors import UserError

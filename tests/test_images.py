@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax.data import images
-from rae_jax.data.images import random_crop, read_image
+from rae_jax.data import decode
+from rae_jax.data.decode import random_crop, read_image
 from rae_jax.errors import UserError
 
 SIZE = 8
@@ -153,14 +153,14 @@ def test_the_faster_decoder_gives_the_same_pixels_and_leaves_the_rest_to_pillow(
         file = io.BytesIO()
         rough.convert(mode).save(file, "JPEG", **options)
         files.append(file.getvalue())
-    decoded = [images.decode(data, "name", images.pixels) for data in files]
-    assert sum(images._fast_jpeg(data) is not None for data in files) == len(colour)
+    decoded = [decode.decode(data, "name", decode.pixels) for data in files]
+    assert sum(decode._fast_jpeg(data) is not None for data in files) == len(colour)
     cut_off = files[0][: len(files[0]) // 2]
     with pytest.raises(UserError, match="cannot read the image name"):
-        images.decode(cut_off, "name", images.pixels)
-    monkeypatch.setattr(images, "simplejpeg", None)
+        decode.decode(cut_off, "name", decode.pixels)
+    monkeypatch.setattr(decode, "simplejpeg", None)
     for data, ours in zip(files, decoded, strict=True):
-        np.testing.assert_array_equal(ours, images.decode(data, "name", images.pixels))
+        np.testing.assert_array_equal(ours, decode.decode(data, "name", decode.pixels))
 
 
 @pytest.mark.parametrize(
@@ -173,23 +173,23 @@ def test_a_crop_of_what_the_faster_decoder_read_is_nearly_pillows(sides, levels,
     rough = Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).resize(sides, Image.Resampling.BICUBIC)
     rough.save(file, "JPEG", quality=95)
     crops = [
-        lambda image: images.centre_crop(image, 128),
+        lambda image: decode.centre_crop(image, 128),
         lambda image: random_crop(image, 80, np.random.default_rng(1)),
     ]
-    ours = [images.decode(file.getvalue(), "name", crop) for crop in crops]
-    monkeypatch.setattr(images, "simplejpeg", None)
+    ours = [decode.decode(file.getvalue(), "name", crop) for crop in crops]
+    monkeypatch.setattr(decode, "simplejpeg", None)
     for found, crop in zip(ours, crops, strict=True):
-        moved = np.abs(found.astype(int) - images.decode(file.getvalue(), "name", crop))
+        moved = np.abs(found.astype(int) - decode.decode(file.getvalue(), "name", crop))
         assert moved.max() <= levels and moved.mean() < 1e-3
 
 
 def test_decoded_pixels_become_an_image_without_a_copy():
     decoded = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8)
-    image = images._rgbx(decoded)
+    image = decode._rgbx(decoded)
     decoded[2, 3] = (1, 2, 3, 4)
     assert image.getpixel((3, 2)) == (1, 2, 3, 4)
-    np.testing.assert_array_equal(images.pixels(image), decoded[..., :3])
+    np.testing.assert_array_equal(decode.pixels(image), decoded[..., :3])
     expected = Image.fromarray(decoded[..., :3]).resize((3, 2), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(images.pixels(image.resize((3, 2), Image.Resampling.BICUBIC)), expected)
+    np.testing.assert_array_equal(decode.pixels(image.resize((3, 2), Image.Resampling.BICUBIC)), expected)
     image.putpixel((3, 2), (9, 9, 9, 9))  # a change is made to a copy
     assert list(decoded[2, 3]) == [1, 2, 3, 4]

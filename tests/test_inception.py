@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from configs import small
 from rae_jax import evaluate, looks, perception, reconstruct, stages
-from rae_jax.data.images import ImageFiles, find_images, read_image
+from rae_jax.data.decode import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 from rae_jax.models import resize
 from rae_jax.runtime import sharding

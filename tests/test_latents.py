@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from rae_jax import build, build_flow, pack_latents, stage_dit, stages
 from rae_jax.config import checks
-from rae_jax.data.latents import records
+from rae_jax.data.packed_latents import records
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 from rae_jax.train import fit

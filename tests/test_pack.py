@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from rae_jax import build, probes, stages
-from rae_jax.data import images, packed, pipeline, sources
+from rae_jax.data import decode, packed_images, pipeline, sources
 from rae_jax.data.pack import pack
-from rae_jax.data.packed import PackedImages
+from rae_jax.data.packed_images import PackedImages
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -320,15 +320,15 @@ def test_the_orientation_is_not_followed_and_the_extension_not_believed(tmp_path
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     image.save(tmp_path / "liar.png", "JPEG", quality=95)
     for name in ("turned.jpg", "liar.png"):
-        found = images.read_image(tmp_path / name, SIZE).astype(int)
+        found = decode.read_image(tmp_path / name, SIZE).astype(int)
         assert found[:6].mean() > 250 and found[-6:].mean() < 5, name
 
 
 def test_records_are_parsed_or_refused():
-    assert packed.parse(packed.record(-3, "a/ä.png", b"image")) == (-3, "a/ä.png", b"image")
-    for data in (b"", b"1234567", packed.record(1, "key", b"")):
+    assert packed_images.parse(packed_images.record(-3, "a/ä.png", b"image")) == (-3, "a/ä.png", b"image")
+    for data in (b"", b"1234567", packed_images.record(1, "key", b"")):
         with pytest.raises(ValueError, match="too short"):
-            packed.parse(data)
+            packed_images.parse(data)
 
 
 @pytest.mark.slow

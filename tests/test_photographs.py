@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax.data import images, sources
+from rae_jax.data import decode, sources
 from rae_jax.data.pack import pack
-from rae_jax.data.packed import PackedImages
+from rae_jax.data.packed_images import PackedImages
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample"
 FILES = sorted(PHOTOGRAPHS.glob("*/*"))
@@ -36,7 +36,7 @@ def _resized(image, short):
 def same(request, monkeypatch):
     """assert that two crops are the same: to the last bit, or where simplejpeg decodes, as `images` promises."""
     if request.param == "pillow":
-        monkeypatch.setattr(images, "simplejpeg", None)
+        monkeypatch.setattr(decode, "simplejpeg", None)
         return np.testing.assert_array_equal
     pytest.importorskip("simplejpeg", reason="needs the extra 'fast'")
 
@@ -48,8 +48,8 @@ def same(request, monkeypatch):
 
 
 def _random_crop_of(file, seed):
-    return images.read_image(
-        file, 256, lambda image, size: images.random_crop(image, size, np.random.default_rng(seed))
+    return decode.read_image(
+        file, 256, lambda image, size: decode.random_crop(image, size, np.random.default_rng(seed))
     )
 
 
@@ -65,7 +65,7 @@ def test_centre_crops_are_adms(size, same):
     assert len(FILES) == 100
     for file in FILES:
         expected = _adm(Image.open(file).convert("RGB"), size)
-        same(images.read_image(file, size), expected, err_msg=str(file))
+        same(decode.read_image(file, size), expected, err_msg=str(file))
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_random_crops_are_squares_of_the_resized_image(same):
 
 def test_a_few_of_both(same):
     for file in FILES[::25]:
-        same(images.read_image(file, 256), _adm(Image.open(file).convert("RGB"), 256))
+        same(decode.read_image(file, 256), _adm(Image.open(file).convert("RGB"), 256))
         same(_random_crop_of(file, 0), _square_of_resized(file, 0))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from rae_jax import build
 from rae_jax.data import sources
-from rae_jax.data.packed import PackedImages
+from rae_jax.data.packed_images import PackedImages
 from rae_jax.runtime import logs
 
 SCRIPT = """

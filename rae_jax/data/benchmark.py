@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from rae_jax.data import pipeline, sources
-from rae_jax.data.packed import PackedImages
+from rae_jax.data.packed_images import PackedImages
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, host_allocator, logs
 

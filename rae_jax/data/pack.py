@@ -23,7 +23,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax.data import images, packed, shards, sources
+from rae_jax.data import decode, packed_images, shard_writer, sources
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, command_line, logs
 
@@ -41,20 +41,20 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
     """
     output = Path(output)
     form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
-    shards.claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
+    shard_writer.claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
     jobs = []
     for split, source in parts.items():
         count = -(-len(source) // images_per_shard)
         for shard in range(count):
             rows = range(shard * images_per_shard, min(len(source), (shard + 1) * images_per_shard))
-            file = output / shards.name(split, shard, count)
+            file = output / shard_writer.name(split, shard, count)
             jobs.append((split, functools.partial(_pack_shard, source, rows, file, _Form(split=split, **form))))
     packed_shards = {split: [] for split in parts}
     for (split, _), shard in zip(jobs, _run([job for _, job in jobs], parts, num_workers), strict=True):
         packed_shards[split].append(shard)
     class_names = list(parts["train"].class_names)
     index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": packed_shards}
-    atomic_files.write_text(output / packed.INDEX, json.dumps(index, indent=1))
+    atomic_files.write_text(output / packed_images.INDEX, json.dumps(index, indent=1))
     return index
 
 
@@ -110,8 +110,8 @@ class _Form:
     def crop(self, image):
         """Pixels from a PIL image."""
         if self._enlarge:
-            return images.pixels(images.enlarge(image, self._size))
-        return images.centre_crop(image, self._size)
+            return decode.pixels(decode.enlarge(image, self._size))
+        return decode.centre_crop(image, self._size)
 
     def encode(self, pixels):
         """Bytes of pixels."""
@@ -125,7 +125,7 @@ class _Form:
 
 def _pack_shard(source, rows, file, form):
     """Write one shard; one that is there already is taken as it is."""
-    done = shards.finished(file)
+    done = shard_writer.finished(file)
     if done is not None:
         return done
     skipped = []
@@ -139,10 +139,12 @@ def _pack_shard(source, rows, file, form):
                     raise
                 skipped.append(str(error))
                 continue
-            yield packed.record(int(example["label"]), source.name(row), form.encode(example["image"]))
+            yield packed_images.record(int(example["label"]), source.name(row), form.encode(example["image"]))
 
-    count = shards.write(file, records(), lambda data: images.decode(packed.parse(data)[2], file, images.pixels))
-    return shards.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
+    count = shard_writer.write(
+        file, records(), lambda data: decode.decode(packed_images.parse(data)[2], file, decode.pixels)
+    )
+    return shard_writer.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
 
 
 def _sources(given):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from rae_jax.data import images
+from rae_jax.data import decode
 from rae_jax.errors import UserError
 
 LARGEST_ENTRY = 2**28  # bytes of an archive's entry when unpacked: no image is larger
@@ -30,20 +30,20 @@ class ImageSource:
         return len(self._store)
 
     def __getitem__(self, index):
-        return self.example(index, lambda image: images.centre_crop(image, self._size))
+        return self.example(index, lambda image: decode.centre_crop(image, self._size))
 
     def random_crop(self, index, rng):
         """Like self[index], but a random crop."""
-        return self.example(index, lambda image: images.random_crop(image, self._size, rng))
+        return self.example(index, lambda image: decode.random_crop(image, self._size, rng))
 
     def example(self, index, crop):
         """Image `index` as `crop` makes it from a PIL image, and its label."""
         name = self._store.name(index)
-        with images.naming(name):
+        with decode.naming(name):
             data, label = self._store.read(index)
         if not 0 <= label < len(self.class_names):
             raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: mend or remove it")
-        return {"image": images.decode(data, name, crop), "label": np.int32(label)}
+        return {"image": decode.decode(data, name, crop), "label": np.int32(label)}
 
     def name(self, index):
         """Where image `index` comes from."""
@@ -112,7 +112,7 @@ def _open_folder(folder):
         (str(file), label)
         for label, name in enumerate(class_names)
         for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in images.SUFFIXES
+        if file.suffix.lower() in decode.SUFFIXES
     ]
     return _Files(files), class_names
 
@@ -166,12 +166,12 @@ class _Zip:
 
 
 def _open_zip(path, key):
-    with images.naming(path), zipfile.ZipFile(path) as archive:
+    with decode.naming(path), zipfile.ZipFile(path) as archive:
         entries = sorted(info.filename for info in archive.infolist() if not info.is_dir())
     for entry in entries:
         if entry.startswith(("/", "\\")) or ".." in PurePosixPath(entry.replace("\\", "/")).parts:
             raise UserError(f"{key}={str(path)!r} has the entry {entry!r}, which climbs out of the archive: remove it")
-    entries = [entry for entry in entries if PurePosixPath(entry).suffix.lower() in images.SUFFIXES]
+    entries = [entry for entry in entries if PurePosixPath(entry).suffix.lower() in decode.SUFFIXES]
     class_names = tuple(sorted({PurePosixPath(entry).parent.name for entry in entries}))
     labels = {name: label for label, name in enumerate(class_names)}
     return _Zip(path, [(entry, labels[PurePosixPath(entry).parent.name]) for entry in entries]), class_names

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from etils import epath
 
-from rae_jax.data.images import ImageFiles, find_images
+from rae_jax.data.decode import ImageFiles, find_images
 from rae_jax.errors import UserError
 
 IMAGES, LABELS = "arr_0", "arr_1"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rae_jax.data import images
+from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs
 
@@ -71,20 +71,20 @@ class PackedImages:
         return len(self._records)
 
     def __getitem__(self, index):
-        return self._example(index, images.pixels, (self._size, self._size))
+        return self._example(index, decode.pixels, (self._size, self._size))
 
     def random_crop(self, index, rng):
         """Like self[index], but a random crop of an image packed for that."""
-        return self._example(index, lambda image: images.random_square(image, self._size, rng))
+        return self._example(index, lambda image: decode.random_square(image, self._size, rng))
 
     def _example(self, index, crop, sides=None):
         name = self._records.name(index)
-        with images.naming(name):
+        with decode.naming(name):
             label, key, data = parse(self._records[index])
         name = f"{name} ({key})"
         if not 0 <= label < len(self.class_names):
             raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: pack it again")
-        image = images.decode(data, name, lambda image: crop(_of_size(image, sides)))
+        image = decode.decode(data, name, lambda image: crop(_of_size(image, sides)))
         return {"image": image, "label": np.int32(label)}
 
 

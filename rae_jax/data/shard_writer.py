@@ -6,7 +6,7 @@ import json
 
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from rae_jax.data import packed
+from rae_jax.data import packed_images
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files
 
@@ -93,7 +93,7 @@ def _writing(file):
 
 def _verify(file, digests, check):
     try:
-        reader = packed.open_shard(file)
+        reader = packed_images.open_shard(file)
         same = reader.num_records() == len(digests)
         for row, digest in enumerate(digests if same else ()):
             data = reader.read([row])[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax.data import images, packed
+from rae_jax.data import decode, packed_images
 from rae_jax.errors import UserError
 
 DTYPES = ("bfloat16", "float16")
@@ -25,7 +25,7 @@ class PackedLatents:
 
     def __init__(self, *, path, form, mirrored, on_error="stop"):
         folder, given = Path(path), f"config.data.latents={path!r}"
-        index = packed.read_index(folder, given, "rae_jax.pack_latents")
+        index = packed_images.read_index(folder, given, "rae_jax.pack_latents")
         for key, ours in form.items():
             theirs = index["form"].get(key)
             if theirs != ours:
@@ -38,11 +38,11 @@ class PackedLatents:
         self.class_names = tuple(index["class_names"])
         self._dtype, self._shape = jnp.dtype(index["dtype"]), tuple(index["shape"])
         self._each = 2 if index["mirrored"] else 1
-        there = [shard for shard in index["shards"] if packed.is_there(folder / shard["file"], shard, on_error)]
+        there = [shard for shard in index["shards"] if packed_images.is_there(folder / shard["file"], shard, on_error)]
         if not sum(shard["num_images"] for shard in there):
             raise UserError(f"{given} holds no latents: pack again")
         counts = [self._each * shard["num_images"] for shard in there]
-        self._records = packed.Records([str(folder / shard["file"]) for shard in there], counts)
+        self._records = packed_images.Records([str(folder / shard["file"]) for shard in there], counts)
 
     def __len__(self):
         return len(self._records) // self._each
@@ -56,8 +56,8 @@ class PackedLatents:
 
     def _example(self, row):
         name = self._records.name(row)
-        with images.naming(name):
-            label, _, data = packed.parse(self._records[row])
+        with decode.naming(name):
+            label, _, data = packed_images.parse(self._records[row])
             latent = np.frombuffer(data, self._dtype).reshape(self._shape)
         if not 0 <= label < len(self.class_names):
             raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: pack again")
@@ -73,4 +73,4 @@ def records(latents, labels, numbers):
         if not np.isfinite(pair).all():
             raise UserError(f"the latent of image {number} is not finite in {pair.dtype}: choose another --dtype")
         for latent in pair:
-            yield packed.record(int(label), str(number), latent.tobytes())
+            yield packed_images.record(int(label), str(number), latent.tobytes())
