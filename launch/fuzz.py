@@ -31,7 +31,7 @@ from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, sharding
-from rae_jax.weights import hub, store
+from rae_jax.weights import hub, safetensors_tree
 
 LIMIT = 20  # seconds of one core
 
@@ -190,13 +190,13 @@ def _loaders(folder):
     """(name, path, its bytes, loader) of each kind of file."""
     rng = np.random.default_rng(0)
     tree = {"a": {"kernel": rng.normal(size=(4, 6)).astype(np.float32)}, "b": np.ones(3, np.float32)}
-    store.write(folder / "ours.safetensors", tree)
+    safetensors_tree.write(folder / "ours.safetensors", tree)
     np.savez(folder / "images.npz", arr_0=rng.integers(0, 256, (3, 8, 8, 3), np.uint8), arr_1=np.arange(3))
     np.savez_compressed(folder / "packed.npz", arr_0=rng.integers(0, 256, (3, 8, 8, 3), np.uint8))
     np.savez(folder / "moments.npz", mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(3), sigma_s=np.eye(3))
 
     def ours(path):
-        store.read(path, tree)
+        safetensors_tree.read(path, tree)
 
     def theirs(path):
         for tensor in hub.open_checkpoint(str(path)).values():

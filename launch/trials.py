@@ -164,7 +164,7 @@ def _write_weights(folder):
 
     from launch import tiny
     from rae_jax import stages
-    from rae_jax.weights import store
+    from rae_jax.weights import safetensors_tree
 
     config = tiny.get_config()
     for part in PARTS:
@@ -174,4 +174,4 @@ def _write_weights(folder):
         tree = jax.tree.map(lambda leaf, r=rng, s=scale: (s * r.normal(size=leaf.shape)).astype(np.float32), shapes)
         if part == "statistics":
             tree["var"] = tree["var"] + 1.0
-        store.write(folder / f"{part}.safetensors", tree)
+        safetensors_tree.write(folder / f"{part}.safetensors", tree)

@@ -22,7 +22,7 @@ from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint, command_line, logs, sharding
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 _ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
 FORMATS = ("rae_jax", "released", "released_pt", "diffusers")
@@ -66,7 +66,7 @@ def _write(config, trees, output, form):
     match form:
         case "rae_jax":
             for part, tree in trees.items():
-                store.write(output / f"{part}.safetensors", tree)
+                safetensors_tree.write(output / f"{part}.safetensors", tree)
             descriptions.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":

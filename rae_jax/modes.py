@@ -40,7 +40,7 @@ from rae_jax.runtime import (
 )
 from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.train import fit
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 
 def train(config, workdir, mesh, flags):
@@ -130,7 +130,7 @@ def sample(config, workdir, mesh, flags):
     parts.update(needed.guide(config, mesh))
     request = {
         "config": {k: v for k, v in config_keys.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
-        "weights": {name: store.digest(params) for name, params in parts.items() if params is not None},
+        "weights": {name: safetensors_tree.digest(params) for name, params in parts.items() if params is not None},
     }
     folder = workdir / "samples"
     names = _class_names(config)

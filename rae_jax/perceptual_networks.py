@@ -8,7 +8,7 @@ from rae_jax.errors import UserError
 from rae_jax.models.inception import Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
-from rae_jax.weights import engine, hub, perceptual
+from rae_jax.weights import engine, hub, perceptual_tables
 
 # The config's keys of each part's files.
 _KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
@@ -31,10 +31,10 @@ def load(config, part, mesh):
     shapes = part_shapes(part)
     match part:
         case "lpips":
-            tables = {"vgg": perceptual.VGG16, "linear": perceptual.LPIPS}
+            tables = {"vgg": perceptual_tables.VGG16, "linear": perceptual_tables.LPIPS}
             return {name: _read(config, f"lpips.{name}", tables[name], shapes[name], mesh) for name in tables}
         case "inception":
-            table = perceptual.inception(traverse_util.flatten_dict(shapes, sep="/"))
+            table = perceptual_tables.inception(traverse_util.flatten_dict(shapes, sep="/"))
             return _read(config, "evaluate.inception", table, shapes, mesh)
         case other:
             raise ValueError(f"unknown network {other!r}")

@@ -8,14 +8,14 @@ import numpy as np
 from rae_jax.config.keys import encoder_input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
-from rae_jax.weights import engine, hub, sd_vae, store, tables
+from rae_jax.weights import engine, hub, safetensors_tree, sd_vae_tables, tables
 
 
 def tables_of(config, part):
     """The tables that may describe a file of this part, the one that we write first; none if it is never published."""
     match part:
         case "encoder" | "decoder" if config.encoder.family == "sd_vae":
-            return sd_vae.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
+            return sd_vae_tables.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
         case "encoder" | "backbone":
             return _encoder_tables(section(config, part))
         case "decoder":
@@ -157,7 +157,7 @@ def _of_autoencoder_kl(d):
 
 
 def _write_folder(folder, tensors, description):
-    store.write(folder / hub.DIFFUSERS, tensors)
+    safetensors_tree.write(folder / hub.DIFFUSERS, tensors)
     (folder / "config.json").write_text(json.dumps(description) + "\n")
     return [folder / hub.DIFFUSERS, folder / "config.json"]
 

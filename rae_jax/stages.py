@@ -13,7 +13,7 @@ from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import Stage
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
 
@@ -65,7 +65,7 @@ def latent_form(config, encoder_params):
     """What latents depend on, by name, as JSON has it: keys of the config, and the weights themselves."""
     encoder = {key: value for key, value in config.encoder.to_dict().items() if key not in ("weights", "train")}
     keys = {"encoder": encoder, "data": {"image_size": config.data.image_size}, "dtype": config.dtype}
-    form = {**flatten(keys, "config."), "the encoder's weights": store.digest(encoder_params)}
+    form = {**flatten(keys, "config."), "the encoder's weights": safetensors_tree.digest(encoder_params)}
     return json.loads(json.dumps(form))
 
 
@@ -139,7 +139,7 @@ def load(config, name, workdir, mesh, step=None):
     shapes = part_shapes(config, name)
     placed = sharding.shardings(shapes, mesh)
     if path.exists() or "://" in weights or not published.tables_of(config, name):
-        return jax.device_put(store.read(path, shapes), placed)
+        return jax.device_put(safetensors_tree.read(path, shapes), placed)
     params = published.load(config, name, shapes, placed)
     return _without_key_bias(params) if name == "backbone" else params
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from rae_jax.models.inception import Inception
 from rae_jax.models.lpips import Lpips
-from rae_jax.weights import engine, perceptual
+from rae_jax.weights import engine, perceptual_tables
 
 GOLDENS = Path(__file__).parent / "perception.npz"
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -49,10 +49,10 @@ def files():
     image = jnp.zeros((1, 32, 32, 3))
     lpips = jax.eval_shape(Lpips().init, jax.random.key(0), image, image)["params"]
     inception = jax.eval_shape(Inception().init, jax.random.key(0), image)["params"]
-    table = perceptual.inception(traverse_util.flatten_dict(inception, sep="/"))
+    table = perceptual_tables.inception(traverse_util.flatten_dict(inception, sep="/"))
     parts = {
-        "vgg": (lpips["vgg"], perceptual.VGG16),
-        "linear": (lpips["linear"], perceptual.LPIPS),
+        "vgg": (lpips["vgg"], perceptual_tables.VGG16),
+        "linear": (lpips["linear"], perceptual_tables.LPIPS),
         "inception": (inception, table),
     }
     zeros = {

@@ -17,7 +17,7 @@ from rae_jax.data.packed_latents import records
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 from rae_jax.train import fit
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 FORM = {"dtype": "float16", "mirrored": True, "images_per_shard": 16}
 
@@ -32,7 +32,9 @@ def config(tmp_path_factory):
     for part in ("encoder", "statistics"):
         config[part].weights = str(folder)
         tree = random_like(stages.part_shapes(config, part), seed=1, scale=0.3)
-        store.write(folder / f"{part}.safetensors", jax.tree.map(np.abs, tree) if part == "statistics" else tree)
+        safetensors_tree.write(
+            folder / f"{part}.safetensors", jax.tree.map(np.abs, tree) if part == "statistics" else tree
+        )
     return config
 
 
@@ -159,7 +161,7 @@ def test_latents_of_something_else_are_refused(config, packed, tmp_path, change,
     changed = _with(config, packed, **change)
     if not {"dtype", "data.num_classes"} & change.keys():  # where the weights may stay
         shapes = stages.part_shapes(changed, "encoder")
-        store.write(tmp_path / "encoder.safetensors", random_like(shapes, seed=2, scale=0.3))
+        safetensors_tree.write(tmp_path / "encoder.safetensors", random_like(shapes, seed=2, scale=0.3))
         changed.encoder.weights = str(tmp_path)
     with pytest.raises(UserError, match=said) as refusal:
         stages.packed_latents(changed, _mesh())
@@ -183,10 +185,10 @@ def test_what_is_missing_is_named(config, packed, tmp_path):
 
 def test_the_digest_of_weights_is_theirs_alone():
     tree = {"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.ones((2, 3), np.float32)}
-    known = store.digest(tree)
-    assert known == store.digest(jax.device_put(tree, sharding.replicated(_mesh())))
+    known = safetensors_tree.digest(tree)
+    assert known == safetensors_tree.digest(jax.device_put(tree, sharding.replicated(_mesh())))
     for a, b in ((0, 1), (4, 5)):
         swapped = {**tree, "a": {"b": tree["a"]["b"].copy()}}
         swapped["a"]["b"][[a, b]] = swapped["a"]["b"][[b, a]]
-        assert store.digest(swapped) != known
-    assert store.digest({**tree, "c": np.nextafter(tree["c"], 2)}) != known
+        assert safetensors_tree.digest(swapped) != known
+    assert safetensors_tree.digest({**tree, "c": np.nextafter(tree["c"], 2)}) != known

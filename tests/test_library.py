@@ -22,7 +22,7 @@ from configs import small
 from rae_jax import build, convert, descriptions, generate, library, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.models.autoencoder import denormalise, to_uint8
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 LABELS = [0, 3, 9]
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     parts = random_like(shapes, seed=0, scale=0.2)
     parts["statistics"] = {"mean": np.full(latent, 0.1, np.float32), "var": np.full(latent, 0.5, np.float32)}
     for part, tree in parts.items():
-        store.write(folder / f"{part}.safetensors", tree)
+        safetensors_tree.write(folder / f"{part}.safetensors", tree)
     descriptions.write(config, folder, parts)
     return folder
 

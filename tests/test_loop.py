@@ -21,7 +21,7 @@ from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, logs, sharding
 from rae_jax.train import DivergedRun, InterruptedRun, fit
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 
@@ -230,7 +230,7 @@ def test_exported_weights_come_back(run, tmp_path):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
     for name in stages.FROZEN:
-        read = store.read(tmp_path / f"{name}.safetensors", stages.part_shapes(config, name))
+        read = safetensors_tree.read(tmp_path / f"{name}.safetensors", stages.part_shapes(config, name))
         jax.tree.map(np.testing.assert_array_equal, read, stages.load(config, name, run, mesh))
 
 
@@ -260,12 +260,12 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
     config = tiny()
     config.decoder.width = 32
     with pytest.raises(UserError, match="decoder.safetensors: 'blocks/.*' has shape"):
-        store.read(tmp_path / "decoder.safetensors", stages.part_shapes(config, "decoder"))
+        safetensors_tree.read(tmp_path / "decoder.safetensors", stages.part_shapes(config, "decoder"))
     with pytest.raises(UserError, match="lacks tensor"):
-        store.read(tmp_path / "judge.safetensors", stages.part_shapes(config, "decoder"))
+        safetensors_tree.read(tmp_path / "judge.safetensors", stages.part_shapes(config, "decoder"))
     (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        store.read(tmp_path / "dit.safetensors", stages.part_shapes(config, "dit"))
+        safetensors_tree.read(tmp_path / "dit.safetensors", stages.part_shapes(config, "dit"))
 
 
 def test_sample_and_reconstruct(run, tmp_path):
@@ -309,7 +309,7 @@ def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
     first = drawn()
     assert drawn() == first
     shapes = stages.part_shapes(config, "decoder")
-    store.write(tmp_path / "weights" / "decoder.safetensors", random_like(shapes, seed=0, scale=0.2))
+    safetensors_tree.write(tmp_path / "weights" / "decoder.safetensors", random_like(shapes, seed=0, scale=0.2))
     assert drawn()[0] != first[0]
 
 

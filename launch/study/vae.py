@@ -13,7 +13,7 @@ from rae_jax.data import pipeline
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import checkpoint, sharding
 from rae_jax.train import Stage, fit
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 
 def train(config, workdir, mesh, *, num_steps, batch_size, learning_rate, kl_weight):
@@ -30,7 +30,7 @@ def train(config, workdir, mesh, *, num_steps, batch_size, learning_rate, kl_wei
     fit(stage, workdir=workdir, mesh=mesh, key=jax.random.key(config.seed), **saving)
     params = trained(stage, workdir, mesh)
     for part in ("encoder", "decoder"):
-        store.write(workdir / "weights" / f"{part}.safetensors", params[part])
+        safetensors_tree.write(workdir / "weights" / f"{part}.safetensors", params[part])
 
 
 def make(autoencoder, image_size, how, kl_weight):

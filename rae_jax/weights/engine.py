@@ -7,7 +7,7 @@ import numpy as np
 from flax import traverse_util
 
 from rae_jax.errors import UserError
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 from rae_jax.weights.tables import Layout
 
 
@@ -33,7 +33,7 @@ def load(source, tensors, tables, shapes, shardings):
         raise UserError(f"no encoder of config.encoder.family has {path!r}: take its values from configs/encoders.py")
     table = max(tables, key=lambda table: _matches(tensors, table, leaves))
     tensors = _learned(_ours(tensors, table, source), table, source)
-    store.check(source, _wanted(table, leaves), {name: tensor.shape for name, tensor in tensors.items()})
+    safetensors_tree.check(source, _wanted(table, leaves), {name: tensor.shape for name, tensor in tensors.items()})
 
     def read(path, leaf, sharding):
         array = np.zeros(leaf.shape, leaf.dtype)

@@ -15,7 +15,7 @@ from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from rae_jax.errors import UserError
-from rae_jax.weights import store
+from rae_jax.weights import safetensors_tree
 
 # What a folder or a repository may hold, in order of choice.
 WHOLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -75,7 +75,7 @@ def fetch_folder(repo, names):
 def write(path, tensors, *, pickled):
     """Write {name: array} as safetensors, or as a torch file. Raises UserError where that takes torch."""
     if not pickled:
-        return store.write(path, tensors)
+        return safetensors_tree.write(path, tensors)
     torch = _torch(f"writing {path}", "write safetensors instead")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({name: None if a is None else torch.from_numpy(a.copy()) for name, a in tensors.items()}, path)

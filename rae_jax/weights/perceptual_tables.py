@@ -1,6 +1,6 @@
 """Where the parameters of VGG16, LPIPS' weights and FID's Inception are in the published files."""
 
-from rae_jax.weights.sd_vae import CONV
+from rae_jax.weights.sd_vae_tables import CONV
 from rae_jax.weights.tables import LINEAR, SAME, Layout, Table
 
 # Our level and place in it, beside the number that torchvision's file (and timm's) counts all its layers by.
