@@ -230,9 +230,10 @@ def _nan():
     """Images that are not numbers, in the ninth batch."""
     import jax.numpy as jnp
 
-    from rae_jax import build, stage_judge
+    from rae_jax import build
+    from rae_jax.training import classifier
 
-    make = stage_judge.make
+    make = classifier.make
 
     def made(**how):
         init, step = make(**how)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rae_jax import optim
 from rae_jax.data import pipeline
 from rae_jax.runtime import logs, sharding
-from rae_jax.train import Stage, fit
+from rae_jax.training import optim
+from rae_jax.training.loop import Stage, fit
 
 OPTIMISER = optax.adam(0.1)
 

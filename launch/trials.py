@@ -135,7 +135,7 @@ def _run_toy(workdir, stages, num_steps, log):
 
     from launch import toy
     from rae_jax.runtime import command_line, health, workdir_lock
-    from rae_jax.train import InterruptedRun
+    from rae_jax.training.loop import InterruptedRun
 
     try:
         with workdir_lock.hold(workdir):

@@ -14,11 +14,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import build, flops, generate, hlo, perceptual_networks, stages, train
+from rae_jax import build, flops, generate, hlo, perceptual_networks, stages
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 from rae_jax.topology import GIB
+from rae_jax.training import loop
 
 _SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
 
@@ -167,7 +168,7 @@ def _train(config, name, mesh):
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     arguments = (state, frozen, _batch(config, name, batch_size, mesh), _whole(key, mesh))
     same = build.init_and_step(plain(config), name)[1]
-    return Program("train", name, batch_size, train.compiled_step(step, placed, mesh), same, arguments)
+    return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), same, arguments)
 
 
 def _sample(config, mesh):

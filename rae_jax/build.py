@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from rae_jax import build_flow, losses, stage_decoder, stage_dit, stage_encoder, stage_judge, stage_statistics
+from rae_jax import build_flow, losses
 from rae_jax.augment import diff_augment
 from rae_jax.config.keys import input_size, latent_shape
 from rae_jax.data import sources
@@ -22,6 +22,10 @@ from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.lpips import Lpips
 from rae_jax.models.vit import ViT
+from rae_jax.training import classifier, statistics
+from rae_jax.training import decoder as decoder_lib
+from rae_jax.training import dit as dit_lib
+from rae_jax.training import encoder as encoder_lib
 
 
 def autoencoder(config):
@@ -133,7 +137,7 @@ def discriminator(config):
         layers=tuple(d.layers),
     )
     augment = functools.partial(diff_augment, prob=d.augment.prob, cutout=d.augment.cutout)
-    return stage_decoder.Discriminator(backbone, DiscriminatorHeads(), augment, _discriminator_loss(d.loss))
+    return decoder_lib.Discriminator(backbone, DiscriminatorHeads(), augment, _discriminator_loss(d.loss))
 
 
 def _perceptual(config):
@@ -224,7 +228,7 @@ def init_and_step(config, name):
     size, classes = config.data.image_size, config.data.num_classes
     match name:
         case "encoder":
-            return stage_encoder.make(
+            return encoder_lib.make(
                 **parts,
                 patch_size=config.encoder.patch_size,
                 num_classes=classes,
@@ -232,9 +236,9 @@ def init_and_step(config, name):
                 train=config.encoder.train,
             )
         case "judge":
-            return stage_judge.make(judge=judge(config), image_size=size, train=config.judge.train)
+            return classifier.make(judge=judge(config), image_size=size, train=config.judge.train)
         case "decoder":
-            return stage_decoder.make(
+            return decoder_lib.make(
                 **parts,
                 discriminator=discriminator(config),
                 perceptual=_perceptual(config),
@@ -242,9 +246,9 @@ def init_and_step(config, name):
                 train=config.decoder.train,
             )
         case "statistics":
-            return stage_statistics.make(**parts, latent_shape=latent_shape(config))
+            return statistics.make(**parts, latent_shape=latent_shape(config))
         case "dit":
-            return stage_dit.make(
+            return dit_lib.make(
                 **parts,
                 dit=dit(config),
                 num_classes=classes,

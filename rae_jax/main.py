@@ -17,7 +17,7 @@ from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
-from rae_jax.train import DivergedRun, InterruptedRun
+from rae_jax.training.loop import DivergedRun, InterruptedRun
 
 MODES = {
     **{"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct},

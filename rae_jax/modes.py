@@ -39,7 +39,7 @@ from rae_jax.runtime import (
     workdir_lock,
 )
 from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
-from rae_jax.train import fit
+from rae_jax.training.loop import fit
 from rae_jax.weights import safetensors_tree
 
 

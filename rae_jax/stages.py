@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rae_jax import build, perceptual_networks, published, stage_statistics
+from rae_jax import build, perceptual_networks, published
 from rae_jax.config.keys import flatten, in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding
-from rae_jax.train import Stage
+from rae_jax.training import statistics
+from rae_jax.training.loop import Stage
 from rae_jax.weights import safetensors_tree
 
 SHIPPED = epath.Path(__file__).parent / "weights" / "small"
@@ -186,7 +187,7 @@ def used(config, name):
     """Function that takes the weights that others use out of a stage's state."""
     match name:
         case "statistics":
-            return stage_statistics.statistics
+            return statistics.statistics
         case "encoder":
             return lambda state: state["ema_params"]["encoder"]
         case "dit" if config.dit.average:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, stage_decoder
+from rae_jax import build
 from rae_jax.models.lpips import Lpips
+from rae_jax.training import decoder
 
 
 def _decoder_parts(config, monkeypatch):
     """What the decoder's stage is made of."""
-    monkeypatch.setattr(stage_decoder, "make", lambda **parts: parts)
+    monkeypatch.setattr(decoder, "make", lambda **parts: parts)
     return build.init_and_step(config, "decoder")
 
 

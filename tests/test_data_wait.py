@@ -10,7 +10,7 @@ from etils import epath
 
 from rae_jax.data import pipeline
 from rae_jax.runtime import logs, sharding
-from rae_jax.train import Stage, fit
+from rae_jax.training.loop import Stage, fit
 
 
 class _Slow:

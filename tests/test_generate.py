@@ -10,9 +10,10 @@ import scipy.stats
 from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
-from rae_jax import build, build_flow, generate, stage_dit, stages
+from rae_jax import build, build_flow, generate, stages
 from rae_jax.diffusion import flow
 from rae_jax.models import dit
+from rae_jax.training import dit as dit_lib
 
 LABELS = jnp.array([0, 3, 9])
 
@@ -194,7 +195,7 @@ def test_training_and_sampling_shift_times_by_the_same_factor(given, factor, tin
     expected = flow.shift_time(jnp.linspace(1.0, 0.0, 5), factor)
     np.testing.assert_allclose(generate.times(tiny_config), expected, rtol=1e-6)
 
-    init, step = stage_dit.make(
+    init, step = dit_lib.make(
         autoencoder=None,
         dit=_Clock(),
         num_classes=10,

@@ -16,10 +16,10 @@ import pytest
 from etils import epath
 
 from launch import toy, trials
-from rae_jax import train
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint, health, heartbeat, logs
-from rae_jax.train import DivergedRun, InterruptedRun
+from rae_jax.training import loop
+from rae_jax.training.loop import DivergedRun, InterruptedRun
 
 PLACES = toy.stage(1).batches.places_of_step
 BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoch shows once
@@ -37,7 +37,7 @@ def test_each_step_has_a_key_of_its_own(tmp_path):
 
     stage, how = dataclasses.replace(toy.stage(4), step=step), {"log_every": 1, "checkpoint_every": 2, "keep": 1}
     for num_steps in (2, 4):  # the second time it goes on
-        train.fit(
+        loop.fit(
             dataclasses.replace(stage, num_steps=num_steps),
             workdir=epath.Path(tmp_path),
             mesh=toy.mesh(),
@@ -235,7 +235,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monke
 
 def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypatch):
     """Which would go on for ten minutes."""
-    monkeypatch.setattr(train, "STOPPING_PATIENCE", 1.0)
+    monkeypatch.setattr(loop, "STOPPING_PATIENCE", 1.0)
 
     timer = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM))
 

@@ -11,12 +11,13 @@ from conftest import random_like, tiny
 from etils import epath
 from flax import linen as nn
 
-from rae_jax import build, build_flow, pack_latents, stage_dit, stages
+from rae_jax import build, build_flow, pack_latents, stages
 from rae_jax.config import checks
 from rae_jax.data.packed_latents import records
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
-from rae_jax.train import fit
+from rae_jax.training import dit
+from rae_jax.training.loop import fit
 from rae_jax.weights import safetensors_tree
 
 FORM = {"dtype": "float16", "mirrored": True, "images_per_shard": 16}
@@ -91,7 +92,7 @@ def test_a_step_takes_images_or_their_latents():
     config = tiny()
     parts = {"autoencoder": _Pixels(), "dit": _Linear(), "num_classes": 10, "latent_shape": (4, 4, 3)}
     flow = {name: getattr(build_flow, name)(config) for name in ("path", "target_fn", "time_fn", "shift_factor")}
-    init, step = stage_dit.make(**parts, **flow, train=config.dit.train)
+    init, step = dit.make(**parts, **flow, train=config.dit.train)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     latents = (3.0 * images / 255).astype(np.float16)
     state, label, statistics = init(jax.random.key(0)), np.arange(8), {"statistics": None}

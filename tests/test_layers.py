@@ -28,10 +28,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
         *("generate", "samples", "reconstruct", "evaluate", "metrics", "perception", "probes", "looks", "pictures"),
     ),
     "build": ("perceptual_networks", "build", "build_flow", "stages", "needed", "descriptions", "published"),
-    "training": (
-        *("train", "optim", "losses", "augment"),
-        *("stage_encoder", "stage_judge", "stage_decoder", "stage_statistics", "stage_dit"),
-    ),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

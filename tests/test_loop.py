@@ -20,7 +20,7 @@ from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, logs, sharding
-from rae_jax.train import DivergedRun, InterruptedRun, fit
+from rae_jax.training.loop import DivergedRun, InterruptedRun, fit
 from rae_jax.weights import safetensors_tree
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")

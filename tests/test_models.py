@@ -13,7 +13,7 @@ from flax import linen as nn
 from rae_jax import build
 from rae_jax.models import attention, layers
 from rae_jax.models.dense import Dense
-from rae_jax.stage_encoder import magnify_detail
+from rae_jax.training.encoder import magnify_detail
 
 
 def _models(**changes):

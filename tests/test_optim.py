@@ -7,8 +7,8 @@ import optax
 import pytest
 from conftest import tiny
 
-from rae_jax import optim
 from rae_jax.runtime import sharding
+from rae_jax.training import optim
 
 RATE, WEIGHT_DECAY, B1, B2 = 1e-2, 0.1, 0.8, 0.95
 

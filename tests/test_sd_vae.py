@@ -21,7 +21,7 @@ from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_uint8
 from rae_jax.runtime import logs, sharding
-from rae_jax.train import fit
+from rae_jax.training.loop import fit
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 

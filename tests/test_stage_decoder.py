@@ -12,10 +12,11 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny, uncached
 
-from rae_jax import build, stage_decoder, stages
+from rae_jax import build, stages
 from rae_jax.augment import diff_augment
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
+from rae_jax.training import decoder as decoder_lib
 
 LATENT = (8, 8, 16)
 BATCH = 16
@@ -44,7 +45,7 @@ def _stage(config, **changes):
     discriminator = build.discriminator(config)
     if discriminator is not None:
         discriminator = dataclasses.replace(discriminator, **changes)
-    return stage_decoder.make(
+    return decoder_lib.make(
         autoencoder=build.autoencoder(config),
         discriminator=discriminator,
         perceptual=_perceptual,
@@ -202,7 +203,7 @@ def test_a_whole_step_is_the_equations(game):
     spectral = _iterated({"params": state["disc_params"], "spectral": state["disc_spectral"]})
     step_oracles.close(new["disc_spectral"], spectral, atol=1e-5)
     (loss, (real, fake)), grads = oracle.discriminator(new["params"], spectral)
-    found = [float(metrics[name]) for name in stage_decoder._DISC_METRICS]
+    found = [float(metrics[name]) for name in decoder_lib._DISC_METRICS]
     expected = [float(loss), step_oracles.norm(grads), float(real.mean()), float(fake.mean())]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     before, after = ((s["disc_params"], s["disc_opt_state"]) for s in (state, new))

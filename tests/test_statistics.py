@@ -10,11 +10,12 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax import build, stage_statistics, stages
+from rae_jax import build, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding
-from rae_jax.train import fit
+from rae_jax.training import statistics
+from rae_jax.training.loop import fit
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.zip"
 RUNS = [(7, 1), (64, 1), (256, 1), (8, 8), (64, 8), (256, 8)]  # batch size, devices
@@ -72,7 +73,7 @@ def _compare(tmp_path, num_images, runs):
     for batch_size, devices in runs:
         config = _config(folder, num_images, batch_size)
         state = _run(config, epath.Path(tmp_path) / f"{batch_size}_{devices}", devices)
-        found = stage_statistics.statistics(state)
+        found = statistics.statistics(state)
         assert int(state["count"]) == num_images
         errors = [float(np.abs(found[k] - v).max()) for k, v in (("mean", mean), ("var", var))]
         print(f"{num_images} images, batch {batch_size}, {devices} devices: mean {errors[0]:.1e}, var {errors[1]:.1e}")
@@ -103,7 +104,7 @@ def test_thousands_of_small_batches_lose_no_digits():
         def encode(self, params, images):
             return images * 255.0 + 100.0
 
-    init, step = stage_statistics.make(autoencoder=Pixels(), latent_shape=(1, 1, 3))
+    init, step = statistics.make(autoencoder=Pixels(), latent_shape=(1, 1, 3))
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 3, (3000, 4, 1, 1, 3)).astype(np.uint8)
     mask = (np.arange(4) < rng.integers(1, 5, (3000, 1))).astype(np.float32)
@@ -111,7 +112,7 @@ def test_thousands_of_small_batches_lose_no_digits():
     state = jax.jit(lambda b: jax.lax.scan(lambda s, b: (step(s, {"encoder": None}, b, None)[0], 0), init(None), b))(
         batches
     )[0]
-    found = stage_statistics.statistics(state)
+    found = statistics.statistics(state)
     seen = pixels[mask > 0].astype(np.float64) + 100.0
     assert int(state["count"]) == len(seen)
     np.testing.assert_allclose(found["mean"], seen.mean(0), rtol=1e-7)
@@ -121,11 +122,11 @@ def test_thousands_of_small_batches_lose_no_digits():
 def test_a_batch_of_which_nothing_can_be_read_changes_nothing():
     """Also where it is the first one."""
     encoder = types.SimpleNamespace(encode=lambda params, images: images)
-    init, step = stage_statistics.make(autoencoder=encoder, latent_shape=(2, 2, 3))
+    init, step = statistics.make(autoencoder=encoder, latent_shape=(2, 2, 3))
     rng, state = np.random.default_rng(0), init(None)
     for images, mask in ((np.zeros((4, 2, 2, 3), np.uint8), 0), (rng.integers(0, 256, (4, 2, 2, 3), np.uint8), 1)):
         batch = {"image": images, "mask": np.full(4, mask, np.float32)}
         state, metrics = step(state, {"encoder": None}, batch, None)
         assert all(np.isfinite(value) for value in metrics.values())
-    np.testing.assert_allclose(stage_statistics.statistics(state)["mean"], (images / 255).mean(0), atol=1e-6)
-    np.testing.assert_allclose(stage_statistics.statistics(state)["var"], (images / 255).var(0), atol=1e-6)
+    np.testing.assert_allclose(statistics.statistics(state)["mean"], (images / 255).mean(0), atol=1e-6)
+    np.testing.assert_allclose(statistics.statistics(state)["var"], (images / 255).var(0), atol=1e-6)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rae_jax import build, optim
+from rae_jax import build
 from rae_jax.data import pipeline
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import checkpoint, sharding
-from rae_jax.train import Stage, fit
+from rae_jax.training import optim
+from rae_jax.training.loop import Stage, fit
 from rae_jax.weights import safetensors_tree
 
 

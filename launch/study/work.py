@@ -49,7 +49,7 @@ def _stop(number, frame):
 
 def _run(job):
     from rae_jax.runtime import host_allocator
-    from rae_jax.train import DivergedRun, InterruptedRun
+    from rae_jax.training.loop import DivergedRun, InterruptedRun
 
     host_allocator.keep_freed_memory()
     try:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rae_jax import losses, optim
+from rae_jax import losses
 from rae_jax.models.autoencoder import Backbone, add_noise, to_float
+from rae_jax.training import optim
 
 _DISC = ("disc_params", "disc_spectral", "disc_opt_state")  # the discriminator's entries of the state
 _DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "logits_fake")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from rae_jax import optim
 from rae_jax.models.autoencoder import add_noise, normalise_image, to_float
 from rae_jax.models.dense import Dense
 from rae_jax.models.layers import patchify
+from rae_jax.training import optim
 
 
 def make(*, autoencoder, patch_size, num_classes, image_size, train):

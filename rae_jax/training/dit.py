@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from rae_jax import optim
 from rae_jax.diffusion import flow
 from rae_jax.models.autoencoder import normalise, to_float
+from rae_jax.training import optim
 
 
 def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, shift_factor, train):

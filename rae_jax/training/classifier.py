@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rae_jax import optim
 from rae_jax.models.autoencoder import to_float
+from rae_jax.training import optim
 
 
 def make(*, judge, image_size, train):
