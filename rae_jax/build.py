@@ -4,8 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from rae_jax import build_flow, losses
-from rae_jax.augment import diff_augment
+from rae_jax import build_flow
 from rae_jax.config.keys import input_size, latent_shape
 from rae_jax.data import sources
 from rae_jax.data.packed_images import PackedImages
@@ -22,10 +21,11 @@ from rae_jax.models.dit_dh import DiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.lpips import Lpips
 from rae_jax.models.vit import ViT
-from rae_jax.training import classifier, statistics
+from rae_jax.training import adversarial, classifier, statistics
 from rae_jax.training import decoder as decoder_lib
 from rae_jax.training import dit as dit_lib
 from rae_jax.training import encoder as encoder_lib
+from rae_jax.training.adversarial import diff_augment
 
 
 def autoencoder(config):
@@ -151,9 +151,9 @@ def _perceptual(config):
 def _discriminator_loss(name):
     match name:
         case "hinge":
-            return losses.hinge_discriminator
+            return adversarial.hinge_loss
         case "vanilla":
-            return losses.vanilla_discriminator
+            return adversarial.vanilla_loss
         case other:
             raise ValueError(f"unknown discriminator loss {other!r}")
 

@@ -10,11 +10,12 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax import augment, build, losses, stages
+from rae_jax import build, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv, TokenNorm
 from rae_jax.runtime import sharding
+from rae_jax.training import adversarial
 
 
 def test_spectral_convolution_divides_by_the_largest_singular_value():
@@ -195,21 +196,21 @@ def test_missing_backbone_weights_say_what_to_do(tmp_path, monkeypatch):
 def test_losses_of_logits():
     real, fake = jnp.array([2.0, 0.5, -1.0]), jnp.array([-2.0, 0.0, 1.0])
     cross_entropy = np.log1p(np.exp([-2.0, -0.5, 1.0])).mean() + np.log1p(np.exp([-2.0, 0.0, 1.0])).mean()
-    assert float(losses.vanilla_discriminator(real, fake)) == pytest.approx(0.5 * cross_entropy, rel=1e-6)
-    assert float(losses.hinge_discriminator(real, fake)) == pytest.approx(0.5 * (2.5 / 3 + 3.0 / 3))
-    assert float(losses.generator(fake)) == pytest.approx(1.0 / 3)
+    assert float(adversarial.vanilla_loss(real, fake)) == pytest.approx(0.5 * cross_entropy, rel=1e-6)
+    assert float(adversarial.hinge_loss(real, fake)) == pytest.approx(0.5 * (2.5 / 3 + 3.0 / 3))
+    assert float(adversarial.generator_loss(fake)) == pytest.approx(1.0 / 3)
 
 
 def test_adaptive_weight_is_clipped_and_constant():
     a, b = jnp.full(4, 3.0), jnp.full(4, 1.0)
-    assert float(losses.adaptive_weight(a, b)) == pytest.approx(3.0, rel=1e-5)
-    assert float(losses.adaptive_weight(a, jnp.zeros(4))) == 1e4
-    assert float(jax.grad(lambda a: losses.adaptive_weight(a, b))(a).sum()) == 0.0
+    assert float(adversarial.adaptive_weight(a, b)) == pytest.approx(3.0, rel=1e-5)
+    assert float(adversarial.adaptive_weight(a, jnp.zeros(4))) == 1e4
+    assert float(jax.grad(lambda a: adversarial.adaptive_weight(a, b))(a).sum()) == 0.0
 
 
 def test_translation_shifts_within_an_eighth():
     x = jax.random.normal(jax.random.key(0), (64, 16, 16, 3))
-    y = np.asarray(augment.translate(x, jax.random.key(1)))
+    y = np.asarray(adversarial.translate(x, jax.random.key(1)))
     x = np.pad(np.asarray(x), ((0, 0), (2, 2), (2, 2), (0, 0)))
     offsets = set()
     for image, moved in zip(x, y, strict=True):
@@ -221,21 +222,21 @@ def test_translation_shifts_within_an_eighth():
 
 def test_augmentation_draws_for_each_image_alone():
     x = jnp.tile(jax.random.uniform(jax.random.key(0), (1, 16, 16, 3)) * 2 - 1, (4, 1, 1, 1))
-    y = augment.diff_augment(x, jax.random.key(1))
+    y = adversarial.diff_augment(x, jax.random.key(1))
     assert y.shape == x.shape
     assert all(float(jnp.abs(y[i] - y[j]).max()) > 1e-3 for i in range(4) for j in range(i))
-    np.testing.assert_array_equal(y, augment.diff_augment(x, jax.random.key(1)))
+    np.testing.assert_array_equal(y, adversarial.diff_augment(x, jax.random.key(1)))
     # With the second half of a batch being the fakes: the first half's draws do not depend on what is in it.
-    np.testing.assert_array_equal(y[:2], augment.diff_augment(x.at[2:].set(0.0), jax.random.key(1))[:2])
+    np.testing.assert_array_equal(y[:2], adversarial.diff_augment(x.at[2:].set(0.0), jax.random.key(1))[:2])
 
 
 def test_colour_keeps_grey_grey_and_means_but_for_brightness():
     x = jax.random.uniform(jax.random.key(0), (32, 8, 8, 3)) * 2 - 1
-    y = augment.colour(x, jax.random.split(jax.random.key(1), 3))
+    y = adversarial.colour(x, jax.random.split(jax.random.key(1), 3))
     shift = (y - x).mean((1, 2, 3))  # saturation and contrast leave an image's mean where it is
     assert float(jnp.abs(shift).max()) <= 0.5 and float(shift.std()) > 0.2
     grey = jnp.broadcast_to(x.mean(-1, keepdims=True), x.shape)
-    y = augment.colour(grey, jax.random.split(jax.random.key(1), 3))
+    y = adversarial.colour(grey, jax.random.split(jax.random.key(1), 3))
     np.testing.assert_allclose(y, jnp.broadcast_to(y[..., :1], y.shape), atol=1e-6)
     contrast = np.asarray(y.std((1, 2, 3)) / grey.std((1, 2, 3)))
     assert 0.5 <= contrast.min() < 0.7 and 1.3 < contrast.max() <= 1.5
@@ -249,21 +250,21 @@ def test_colour_is_its_formula():
     y = grey + 2 * saturation * (y - grey)
     mean = y.mean((1, 2, 3), keepdims=True)
     expected = mean + (contrast + 0.5) * (y - mean)
-    np.testing.assert_allclose(augment.colour(jnp.asarray(x, jnp.float32), keys), expected, atol=1e-5)
+    np.testing.assert_allclose(adversarial.colour(jnp.asarray(x, jnp.float32), keys), expected, atol=1e-5)
 
 
 def test_translation_comes_before_colour():
     """So that what moves in is as bright as the rest became."""
     x = jnp.ones((64, 16, 16, 3))
-    y = np.asarray(augment.diff_augment(x, jax.random.key(1)))
-    moved = np.asarray(augment.translate(x, jax.random.split(jax.random.key(1), 4)[3])) == 0.0
+    y = np.asarray(adversarial.diff_augment(x, jax.random.key(1)))
+    moved = np.asarray(adversarial.translate(x, jax.random.split(jax.random.key(1), 4)[3])) == 0.0
     assert moved.any() and (np.abs(y[moved]) > 1e-3).mean() > 0.9
 
 
 def test_augmentation_s_gradient_is_one_over_all_pixels_that_stay():
     """It is linear in the image but for the draws: a directional derivative is a difference."""
     x, d = (jax.random.normal(jax.random.key(i), (4, 16, 16, 3)) for i in (0, 1))
-    f = lambda x: augment.diff_augment(x, jax.random.key(2), cutout=0.5)  # noqa: E731
+    f = lambda x: adversarial.diff_augment(x, jax.random.key(2), cutout=0.5)  # noqa: E731
     _, tangent = jax.jvp(f, (x,), (d,))
     np.testing.assert_allclose(tangent, f(x + d) - f(x), atol=1e-4)
 
@@ -271,7 +272,7 @@ def test_augmentation_s_gradient_is_one_over_all_pixels_that_stay():
 @pytest.mark.parametrize("prob", [0.0, 0.3])
 def test_probability_of_an_augmentation(prob):
     x = jax.random.uniform(jax.random.key(0), (500, 8, 8, 3)) * 2 - 1
-    y = np.asarray(augment.diff_augment(x, jax.random.key(1), prob=prob, cutout=0.25))
+    y = np.asarray(adversarial.diff_augment(x, jax.random.key(1), prob=prob, cutout=0.25))
     changed = (y != np.asarray(x)).any((1, 2, 3))
     wanted = 1.0 - (1.0 - prob * 8 / 9) * (1.0 - prob) ** 2  # one shift of nine is by nothing
     assert abs(changed.mean() - wanted) <= 0.07
@@ -279,7 +280,7 @@ def test_probability_of_an_augmentation(prob):
 
 
 def test_cutout_wipes_out_one_square():
-    y = np.asarray(augment.cut_out(jnp.ones((200, 16, 16, 3)), jax.random.key(0), 0.25))
+    y = np.asarray(adversarial.cut_out(jnp.ones((200, 16, 16, 3)), jax.random.key(0), 0.25))
     wiped = (y == 0).all(-1)
     assert set(np.unique(y)) == {0.0, 1.0} and wiped.any((1, 2)).all()
     for image in wiped:

@@ -13,10 +13,10 @@ import step_oracles
 from conftest import random_like, tiny, uncached
 
 from rae_jax import build, stages
-from rae_jax.augment import diff_augment
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
 from rae_jax.training import decoder as decoder_lib
+from rae_jax.training.adversarial import diff_augment
 
 LATENT = (8, 8, 16)
 BATCH = 16

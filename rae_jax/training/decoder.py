@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rae_jax import losses
 from rae_jax.models.autoencoder import Backbone, add_noise, to_float
 from rae_jax.training import optim
+from rae_jax.training.adversarial import adaptive_weight, generator_loss
 
 _DISC = ("disc_params", "disc_spectral", "disc_opt_state")  # the discriminator's entries of the state
 _DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "logits_fake")
@@ -115,7 +115,7 @@ class _Game:
             def last_layer(cotangent):
                 return pull_pixels(cotangent)[0]["pred"]["kernel"]
 
-            weight = losses.adaptive_weight(last_layer(at_image), last_layer(fooled_at_image))
+            weight = adaptive_weight(last_layer(at_image), last_layer(fooled_at_image))
             weight = jnp.where(active, train.adversarial_weight * weight, 0.0)
             loss, at_image = loss + weight * fooled, at_image + weight * fooled_at_image
             metrics = {**metrics, "adversarial": fooled, "adversarial_weight": weight}
@@ -129,7 +129,7 @@ class _Game:
         disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
 
         def adversarial(decoded):
-            return losses.generator(self.discriminator.judge(frozen["backbone"], disc, decoded, key)[0])
+            return generator_loss(self.discriminator.judge(frozen["backbone"], disc, decoded, key)[0])
 
         def nothing(decoded):
             return jnp.zeros(()), jnp.zeros_like(decoded)

@@ -1,9 +1,37 @@
-"""DiffAug: differentiable augmentations that a discriminator sees (Zhao et al. 2020, in StyleGAN-T's order)."""
+"""The adversarial loss of the decoder: losses of logits, its adaptive weight, and what the discriminator sees.
+
+The augmentations are DiffAug's (Zhao et al. 2020), in the order of StyleGAN-T.
+"""
 
 import jax
 import jax.numpy as jnp
 
 TRANSLATION = 0.125  # of the image's side
+
+
+def hinge_loss(real, fake):
+    """0.5 (relu(1 - real) + relu(1 + fake)), averaged over logits."""
+    return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
+
+
+def vanilla_loss(real, fake):
+    """0.5 (softplus(-real) + softplus(fake)), averaged over logits: the original GAN's cross-entropy."""
+    return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
+
+
+def generator_loss(fake):
+    """-mean(fake), whichever loss the discriminator has."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction_gradient, adversarial_gradient, *, maximum=1e4):
+    """Ratio of two gradients' norms at the decoder's last weight (VQGAN), a constant to differentiation."""
+    ratio = _norm(reconstruction_gradient) / (_norm(adversarial_gradient) + 1e-6)
+    return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, maximum))
+
+
+def _norm(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
 
 
 def diff_augment(images, key, *, prob=1.0, cutout=0.0):
