@@ -95,7 +95,7 @@ def _measure(args):
 def _ours(args):
     import jax
 
-    from rae_jax import build, stages
+    from rae_jax.build import models, stages
     from rae_jax.runtime import host_allocator, sharding
 
     host_allocator.keep_freed_memory()
@@ -103,7 +103,7 @@ def _ours(args):
     config.stages, config.unroll, config.data.image_size = (), False, SIDE
     config.encoder.update({**encoders.dinov2(args.size), "weights": args.folder})
     params = stages.load(config, "encoder", "", sharding.make_mesh(config.mesh))
-    encode = jax.jit(build.autoencoder(config).encode)
+    encode = jax.jit(models.autoencoder(config).encode)
     return lambda images: np.asarray(encode(params, images)).reshape(len(images), -1, config.encoder.width)
 
 

@@ -51,7 +51,7 @@ def _measure(args):
     import jax
 
     from configs import dit_b
-    from rae_jax import build
+    from rae_jax.build import models
     from rae_jax.config.keys import in_steps
     from rae_jax.runtime import checkpoint, host_allocator, sharding
 
@@ -60,7 +60,7 @@ def _measure(args):
     config.dit.update(dit_b.DITS[args.size])
     config.mesh.update({"data": 1, "fsdp": len(jax.devices())})
     mesh = sharding.make_mesh(config.mesh)
-    init, _ = build.init_and_step(in_steps(config, "dit", dit_b.IMAGENET), "dit")
+    init, _ = models.init_and_step(in_steps(config, "dit", dit_b.IMAGENET), "dit")
     key = jax.random.key(0)
     shapes = jax.eval_shape(init, key)
     placed = sharding.shardings(shapes, mesh)

@@ -33,7 +33,7 @@ import torch
 from torch_dit import DiTDH
 
 from configs import dit_b, encoders
-from rae_jax import build, published, stages
+from rae_jax.build import models, published_weights, stages
 from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import host_allocator
 from rae_jax.weights import engine, tables
@@ -190,10 +190,10 @@ def _dits(args):
     random = np.random.default_rng(1)
     x = random.standard_normal((args.batch, *latent_shape(config)), np.float32)
     t, labels = np.linspace(0.1, 0.9, args.batch, dtype=np.float32), np.arange(args.batch) % config.data.num_classes
-    model = build.dit(config)
+    model = models.dit(config)
     sides = {"rae_jax": lambda: _ours(lambda p, *inputs: model.apply({"params": p}, *inputs), params, (x, t, labels))}
     inputs = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(t), torch.from_numpy(labels)
-    tensors = published.tensors_of(config, "dit", params)
+    tensors = published_weights.tensors_of(config, "dit", params)
     c, (grid, _, channels) = config.dit, latent_shape(config)
     widths, depths, heads = (c.width, c.head_width), (c.depth, c.head_depth), (c.num_heads, c.head_num_heads)
     trunk, head = zip(widths, depths, heads, strict=True)
@@ -221,7 +221,7 @@ def _decoders(args):
     config = _config(args)
     params, d = _weights(config, "decoder"), config.decoder
     latents = np.random.default_rng(1).standard_normal((args.batch, *latent_shape(config)), np.float32)
-    decoder = build.autoencoder(config).decoder
+    decoder = models.autoencoder(config).decoder
     module = functools.partial(
         RAEDecoder,
         hidden_size=config.encoder.width,

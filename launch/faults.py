@@ -230,7 +230,7 @@ def _nan():
     """Images that are not numbers, in the ninth batch."""
     import jax.numpy as jnp
 
-    from rae_jax import build
+    from rae_jax.build import models
     from rae_jax.training import classifier
 
     make = classifier.make
@@ -245,7 +245,7 @@ def _nan():
 
         return init, with_nan
 
-    build.stage_judge.make = made
+    models.stage_judge.make = made
 
 
 def _jump():

@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from launch import tiny
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
@@ -236,7 +236,7 @@ def _start_up(arguments, folder, deep):
     checks.check(config, mesh)
     config_keys.check_workdir(config, folder)
     for split in ("train", "heldout"):
-        build.source(config, split)
+        models.source(config, split)
     if deep:
         for part in ("encoder", "decoder", "dit"):
             stages.part_shapes(config, part)

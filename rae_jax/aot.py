@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import build, flops, generate, hlo, perceptual_networks, stages
+from rae_jax import flops, generate, hlo
+from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
@@ -161,13 +162,13 @@ def report(config, mesh, chip, topology, num_slices, kinds):
 def _train(config, name, mesh):
     batch_size = config[name].train.batch_size
     config = in_steps(config, name, _SCHEDULE * batch_size)
-    init, step = build.init_and_step(config, name)
+    init, step = models.init_and_step(config, name)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(init, key)
     state, frozen = sharding.abstract(shapes, mesh), sharding.abstract(_frozen(config, name), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     arguments = (state, frozen, _batch(config, name, batch_size, mesh), _whole(key, mesh))
-    same = build.init_and_step(plain(config), name)[1]
+    same = models.init_and_step(plain(config), name)[1]
     return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), same, arguments)
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import aot, build, flops, stages
+from rae_jax import aot, flops
+from rae_jax.build import models, stages
 from rae_jax.config.keys import latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
@@ -246,7 +247,7 @@ def _sample(config, mesh):
 
 def _encode(config, mesh):
     def encode(config):
-        autoencoder = build.autoencoder(config)
+        autoencoder = models.autoencoder(config)
         return lambda params, images: autoencoder.encode(params, to_float(images))
 
     size = config.data.image_size
@@ -256,7 +257,7 @@ def _encode(config, mesh):
 
 def _decode(config, mesh):
     def decode(config):
-        autoencoder = build.autoencoder(config)
+        autoencoder = models.autoencoder(config)
 
         def decode(parts, latents):
             latents = denormalise(latents, parts["statistics"])

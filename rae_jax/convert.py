@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import descriptions, published, stages
+from rae_jax.build import published_weights, saved_config, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -59,7 +59,7 @@ def _config_of(workdir):
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"--workdir={workdir} holds no config.json: name the folder of a run")
-    return descriptions.read(workdir)
+    return saved_config.read(workdir)
 
 
 def _write(config, trees, output, form):
@@ -67,12 +67,12 @@ def _write(config, trees, output, form):
         case "rae_jax":
             for part, tree in trees.items():
                 safetensors_tree.write(output / f"{part}.safetensors", tree)
-            descriptions.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
+            saved_config.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
-            return published.write_released(config, trees, output, pickled=form == "released_pt")
+            return published_weights.write_released(config, trees, output, pickled=form == "released_pt")
         case "diffusers":
-            return published.write_diffusers(config, trees, output)
+            return published_weights.write_diffusers(config, trees, output)
         case other:
             raise ValueError(f"unknown format {other!r}")
 

@@ -6,7 +6,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, generate, looks, metrics, perception, pictures, probes, reconstruct, samples
+from rae_jax import generate, looks, metrics, perception, pictures, probes, reconstruct, samples
+from rae_jax.build import models
 from rae_jax.data import evaluator_npz
 from rae_jax.errors import UserError
 from rae_jax.models import resize
@@ -24,7 +25,7 @@ class Evaluator:
 
     def __init__(self, config, mesh):
         self._config, self._mesh = config, mesh
-        self._autoencoder, self._judge = build.autoencoder(config), build.judge(config)
+        self._autoencoder, self._judge = models.autoencoder(config), models.judge(config)
         self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config, mesh)
         self._redraw, self._glance = (looks.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
         self._images, self._moments = self._open_reference()
@@ -80,7 +81,7 @@ class Evaluator:
 
     @functools.cached_property
     def _held_out(self):
-        return build.source(self._config, "heldout")
+        return models.source(self._config, "heldout")
 
     def _open_reference(self):
         """(Source of the named reference's images or None, {kind: Gaussian} of the moments that it holds)."""

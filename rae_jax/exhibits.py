@@ -9,7 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rae_jax import build, generate, pictures, reconstruct
+from rae_jax import generate, pictures, reconstruct
+from rae_jax.build import models
 from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_uint8
@@ -33,7 +34,7 @@ class Exhibits:
         self._config, self._parts = ConfigDict(config.to_dict()), parts
         if self._config.guidance.method == "none" and self._config.dit.class_conditional:
             self._config.guidance.method = "cfg"
-        self._autoencoder = build.autoencoder(config)
+        self._autoencoder = models.autoencoder(config)
 
     @property
     def guided(self):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, build_flow
+from rae_jax.build import models
+from rae_jax.build import sampler as sampler_lib
 from rae_jax.diffusion import flow
 from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.models.dit import in_dtype
@@ -24,7 +25,7 @@ def sampler(config):
     Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
     where the guidance is AutoGuidance.
     """
-    autoencoder = build.autoencoder(config)
+    autoencoder = models.autoencoder(config)
 
     def sample(parts, key, indices, labels):
         latents = draw(config, parts, key, indices, labels)
@@ -38,26 +39,26 @@ def draw(config, parts, key, indices, labels, *, scale=None):
 
     `parts` are the DiT, its statistics, and 'guide' where the guidance is AutoGuidance.
     """
-    shape = build.latent_shape(config)
+    shape = models.latent_shape(config)
     keys = _keys(key, indices)
 
     def noise_fn(n):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
 
     halves = _guided(config, parts, labels, scale)
-    latents = build_flow.solve(config, halves, first_noise(config, key, indices), times(config), noise_fn)
+    latents = sampler_lib.solve(config, halves, first_noise(config, key, indices), times(config), noise_fn)
     return denormalise(latents, parts["statistics"])
 
 
 def times(config):
     """The sampler's times, from noise to data: numbers, also while others compile, so that steps can be told apart."""
     with jax.ensure_compile_time_eval():
-        return build_flow.times(config, build_flow.shift_factor(config))
+        return sampler_lib.times(config, sampler_lib.shift_factor(config))
 
 
 def first_noise(config, key, indices):
     """What the images [B] are made of, [B, h, w, D]."""
-    shape = build.latent_shape(config)
+    shape = models.latent_shape(config)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, indices))
 
 
@@ -70,7 +71,7 @@ def euler_step(config, parts, x, t, t_next, labels, scale):
     condition_fn, velocity_fn = _guided(config, parts, labels, scale)
     all_t = jnp.full(x.shape[:1], t)
     v = velocity_fn(x, all_t, condition_fn(x, all_t))
-    seen = flow.data_of(v, x, all_t, build_flow.path(config))
+    seen = flow.data_of(v, x, all_t, sampler_lib.path(config))
     return x + (t_next - t) * v, denormalise(seen, parts["statistics"])
 
 
@@ -122,12 +123,12 @@ def _guided(config, parts, labels, scale=None):
             weak = _halves(config, config.guidance.dit, parts["guide"], labels)
         case other:
             raise ValueError(f"unknown guidance {other!r}")
-    return build_flow.guided(config, strong, weak, scale)
+    return sampler_lib.guided(config, strong, weak, scale)
 
 
 def _halves(config, sizes, params, labels):
     """(condition_fn, velocity_fn): trunk and head of a DiT^DH of those sizes; a plain DiT is all in the latter."""
-    dit, to_velocity = build.dit(config, sizes), build_flow.to_velocity(config)
+    dit, to_velocity = models.dit(config, sizes), sampler_lib.to_velocity(config)
     params = {"params": in_dtype(params, config.dtype)}
     if sizes.head_depth == 0:
         return lambda x, t: (), lambda x, t, s: to_velocity(dit.apply(params, x, t, labels), x, t)

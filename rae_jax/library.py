@@ -18,7 +18,8 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax import build, descriptions, generate, stages
+from rae_jax import generate
+from rae_jax.build import models, saved_config, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -146,12 +147,12 @@ def _check_guide(dit, guide):
 @jax.jit
 def _encode(rae, images):
     images = to_float(images) if images.dtype == jnp.uint8 else images
-    return build.autoencoder(rae.config).encode(rae.params["encoder"], images)
+    return models.autoencoder(rae.config).encode(rae.params["encoder"], images)
 
 
 @jax.jit
 def _decode(rae, latents):
-    return jnp.clip(build.autoencoder(rae.config).decode(rae.params["decoder"], latents), 0.0, 1.0)
+    return jnp.clip(models.autoencoder(rae.config).decode(rae.params["decoder"], latents), 0.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
@@ -178,10 +179,10 @@ def _open(source, parts, dtype):
     elif str(source).endswith(".py"):
         config, workdir = _config_file(source), ""
     elif source == "small":
-        config, workdir = descriptions.read(stages.SHIPPED), ""
+        config, workdir = saved_config.read(stages.SHIPPED), ""
     else:
         folder = epath.Path(source) if epath.Path(source).is_dir() else hub.fetch_folder(str(source), _files(parts))
-        config, workdir = descriptions.read(folder), folder
+        config, workdir = saved_config.read(folder), folder
     if dtype is not None:
         config.dtype = dtype
     if workdir and not (epath.Path(workdir) / "checkpoints").exists():
@@ -198,7 +199,7 @@ def _open(source, parts, dtype):
 
 
 def _files(parts):
-    return descriptions.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
+    return saved_config.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
 
 
 def _take_weights_from(config, parts, folder):

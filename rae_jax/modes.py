@@ -9,22 +9,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import (
-    aot,
-    build,
-    exhibits,
-    needed,
-    perceptual_networks,
-    pictures,
-    probes,
-    report,
-    samples,
-    stages,
-    topology,
-)
+from rae_jax import aot, exhibits, pictures, probes, report, samples, topology
 from rae_jax import benchmark as timing
 from rae_jax import evaluate as evaluation
 from rae_jax import reconstruct as reconstruction
+from rae_jax.build import models, perceptual_networks, stages
+from rae_jax.build import parts as parts_lib
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -55,7 +45,7 @@ def run(config, workdir, mesh, do):
     checkpoint of a stage that was done.
     """
     for split in ("train", "heldout"):
-        build.source(config, split)  # a mistake in the data shows before anything is written
+        models.source(config, split)  # a mistake in the data shows before anything is written
     if config.data.latents:
         stages.packed_latents(config, mesh)
     perceptual_networks.find(config)  # and so does a network that would be missed when all is trained
@@ -75,14 +65,14 @@ def run(config, workdir, mesh, do):
 
 
 def _train(config, workdir, mesh, evaluator):
-    needed.find(config, mesh)
+    parts_lib.find(config, mesh)
     results, name = {}, f"{config.name}.json"
     if config.evaluate.shipped:
         logs.say("the shipped weights, as they are:")
-        results = _measure(evaluator, config, needed.shipped(config, mesh), workdir, "shipped")
+        results = _measure(evaluator, config, parts_lib.shipped(config, mesh), workdir, "shipped")
         _write_results(workdir, name, results)
     run_stages(config, workdir, mesh, evaluator)
-    _measure_trained(evaluator, config, needed.load(config, workdir, mesh), workdir, results)
+    _measure_trained(evaluator, config, parts_lib.load(config, workdir, mesh), workdir, results)
     if processes.is_first():
         print(f"pictures: {workdir / 'samples'}")
         print(f"report:   {report.write_report(workdir)}")
@@ -101,12 +91,12 @@ def evaluate(config, workdir, mesh, flags):
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
     evaluator = evaluation.Evaluator(config, mesh)
     if flags.samples is not None:
-        names = ("encoder", *(name for name in ("judge", "inception") if needed.there(config, name)))
+        names = ("encoder", *(name for name in ("judge", "inception") if parts_lib.there(config, name)))
         parts = {name: stages.load(config, name, workdir, mesh) for name in names}
         _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
     probes.find(config)
-    parts = needed.load(config, workdir, mesh, step=flags.step)
+    parts = parts_lib.load(config, workdir, mesh, step=flags.step)
     if flags.step is None:
         _measure_trained(evaluator, config, parts, workdir, _of_shipped(config, workdir))
     else:
@@ -127,7 +117,7 @@ def sample(config, workdir, mesh, flags):
     parts = {
         part: stages.load(config, part, workdir, mesh, step=flags.step) for part in ("decoder", "statistics", "dit")
     }
-    parts.update(needed.guide(config, mesh))
+    parts.update(parts_lib.guide(config, mesh))
     request = {
         "config": {k: v for k, v in config_keys.flatten(json.loads(config.to_json())).items() if not _only_how(k)},
         "weights": {name: safetensors_tree.digest(params) for name, params in parts.items() if params is not None},
@@ -190,11 +180,11 @@ def demo(config, workdir, mesh, flags):
     from rae_jax import demo as page  # and only it needs gradio, whose import takes seconds
 
     page.refuse_more_processes()
-    sampled = needed.there(config, "dit")
+    sampled = parts_lib.there(config, "dit")
     names = ("encoder", "decoder", *(("statistics", "dit") if sampled else ()))
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     if sampled:
-        parts.update(needed.guide(config, mesh))
+        parts.update(parts_lib.guide(config, mesh))
     built = page.build_page(
         exhibits.Exhibits(config, parts),
         title=f"rae_jax: {config.name}",
@@ -210,7 +200,7 @@ def demo(config, workdir, mesh, flags):
 def _held_out(config):
     """The source of held-out images; None where the data is not here."""
     try:
-        return build.source(config, "heldout")
+        return models.source(config, "heldout")
     except UserError:
         return None
 
@@ -250,11 +240,11 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     @functools.cache
     def others():
-        names = [name for name in _EVALUATED[stage.name] if needed.there(config, name)] + list(
+        names = [name for name in _EVALUATED[stage.name] if parts_lib.there(config, name)] + list(
             perceptual_networks.named(config)
         )
         loaded = {name: stage.frozen.get(name) or stages.load(config, name, workdir, mesh) for name in names}
-        return {**loaded, **(needed.guide(config, mesh) if stage.name == "dit" else {})}
+        return {**loaded, **(parts_lib.guide(config, mesh) if stage.name == "dit" else {})}
 
     last = [name for name in config.stages if name in _EVALUATED][-1:] == [stage.name]
 

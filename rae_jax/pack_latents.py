@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.data import packed_images, packed_latents, pipeline, shard_writer
@@ -44,7 +44,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
             f"config.statistics.batch_size={batch_size}"
         )
     sharding.check_batch(batch_size, mesh, "config.statistics.batch_size")
-    source = build.source(config, "train", crop="centre")
+    source = models.source(config, "train", crop="centre")
     params = stages.load(config, "encoder", "", mesh)
     index = {
         **{"form": stages.latent_form(config, params), "dtype": dtype, "mirrored": mirrored},
@@ -64,7 +64,7 @@ _ONLY_HOW = ("num_threads", "num_workers", "num_heldout", "latents")  # what lat
 
 def _encoder(config, params, mesh, dtype, mirrored):
     """Function batch -> latents [B, 1 or 2 (plain, mirrored), h, w, D] on the devices, not waited for."""
-    autoencoder = build.autoencoder(config)
+    autoencoder = models.autoencoder(config)
 
     def encode(params, batch):
         images = to_float(batch["image"])

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, metrics
+from rae_jax import metrics
+from rae_jax.build import models
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_float
@@ -23,7 +24,7 @@ def probes(config, parts, images, labels, mesh):
     source = _source(config)
     chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
     train_images, train_labels = _read(Chosen(source, chosen), config.data)
-    encoder = build.autoencoder(config)
+    encoder = models.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
@@ -68,7 +69,7 @@ def find(config):
 
 def _source(config):
     """The training images, cut as held-out ones are."""
-    return build.source(config, "train", crop="centre")
+    return models.source(config, "train", crop="centre")
 
 
 class Chosen:

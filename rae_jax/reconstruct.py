@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import build, looks, perception, pictures
+from rae_jax import looks, perception, pictures
+from rae_jax.build import models
 from rae_jax.data.decode import ImageFiles, find_images
 from rae_jax.models.autoencoder import to_float, to_uint8
 
@@ -19,7 +20,7 @@ def make(config):
     That is 'decoded' (uint8), 'psnr' and 'ssim' [B]; with LPIPS among the parts 'lpips' [B]; with Inception 'seen' and
     'seen_decoded', of its features those that FID and sFID take of the images, and those that FID takes of the others.
     """
-    autoencoder = build.autoencoder(config)
+    autoencoder = models.autoencoder(config)
 
     def redraw(parts, pixels):
         images = to_float(pixels)

@@ -14,7 +14,7 @@ from conftest import tiny
 from safetensors.numpy import save_file
 
 from configs import encoders
-from rae_jax import stages
+from rae_jax.build import stages
 from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parent / "autoencoders.npz"

@@ -17,7 +17,7 @@ from conftest import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parent / "encoders.npz"
@@ -165,7 +165,7 @@ def load(config):
 
 def tokens_of(config, params, pixels):
     """Our latents as tokens [B, N, D]."""
-    latents = jax.jit(build.autoencoder(config).encode)(params, pixels)
+    latents = jax.jit(models.autoencoder(config).encode)(params, pixels)
     return np.asarray(latents.reshape(len(latents), -1, latents.shape[-1]))
 
 

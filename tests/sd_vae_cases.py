@@ -14,7 +14,7 @@ from encoder_cases import weights
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 
 FILE = "diffusion_pytorch_model.safetensors"
 GOLDENS = Path(__file__).parent / "sd_vae.npz"
@@ -59,7 +59,7 @@ def inputs(values, height, width):
 
 def ours(config, image, latents):
     """{'latents': of the image, 'image': of the latents} in diffusers' units."""
-    autoencoder, params = build.autoencoder(config), load(config)
+    autoencoder, params = models.autoencoder(config), load(config)
     encoded = jax.jit(autoencoder.encode)(params["encoder"], image)
     decoded = jax.jit(autoencoder.decode)(params["decoder"], 0.18215 * latents)
     return {"latents": np.asarray(encoded) / 0.18215, "image": np.asarray(decoded) * 2.0 - 1.0}

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build, flops
+from rae_jax import flops
+from rae_jax.build import models
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models import attention
@@ -97,11 +98,11 @@ def test_the_config_names_it():
     config = tiny()
     functions = {"xla": attention.xla, "cudnn": attention.cudnn, "flash": attention.flash}
     for config.attention, attend in functions.items():
-        autoencoder = build.autoencoder(config)
-        modules = (autoencoder.encoder, autoencoder.decoder, build.dit(config))
+        autoencoder = models.autoencoder(config)
+        modules = (autoencoder.encoder, autoencoder.decoder, models.dit(config))
         assert all(module.attend is attend for module in modules)
     config.attention, config.remat = "xla", "dots"
-    assert build.dit(config).attend is attention.recomputed
+    assert models.dit(config).attend is attention.recomputed
 
 
 @pytest.mark.parametrize("name, mend", [("cudnn", "Hopper"), ("flash", "TPU"), ("sparse", "choose one of")])

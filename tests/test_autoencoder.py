@@ -24,7 +24,8 @@ from conftest import random_like
 from safetensors.numpy import load_file
 
 from configs import dit_b
-from rae_jax import build, convert
+from rae_jax import convert
+from rae_jax.build import models
 from rae_jax.models.autoencoder import denormalise, normalise
 from rae_jax.models.decoder import Decoder
 
@@ -32,7 +33,7 @@ from rae_jax.models.decoder import Decoder
 def _ours(config):
     """Our normalised latents and decoded images, by diffusers' names."""
     encoder, decoder, statistics = load(config, "encoder", "decoder", "statistics")
-    autoencoder = build.autoencoder(config)
+    autoencoder = models.autoencoder(config)
     latents = jax.jit(lambda x: normalise(autoencoder.encode(encoder, x), statistics))(images())
     decoded = jax.jit(lambda z: autoencoder.decode(decoder, denormalise(z, statistics)))(latents)
     return outcome(latents, decoded)
@@ -124,7 +125,7 @@ def test_a_decoder_with_its_own_grid_resizes_the_latents(tmp_path):
     params = load(config, "decoder")[0]
     latents = jax.random.normal(jax.random.key(0), (1, 2, 2, 64))
     config.decoder.grid_size = 4
-    own = build.autoencoder(config).decoder
+    own = models.autoencoder(config).decoder
     line = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
     resized = jnp.einsum("ih,jw,bhwc->bijc", line, line, latents)
     ours = jax.jit(own.apply)({"params": params}, latents)

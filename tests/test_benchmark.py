@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import benchmark, flops, generate, stages
+from rae_jax import benchmark, flops, generate
+from rae_jax.build import stages
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import build
+from rae_jax.build import models
 from rae_jax.models.lpips import Lpips
 from rae_jax.training import decoder
 
@@ -14,7 +14,7 @@ from rae_jax.training import decoder
 def _decoder_parts(config, monkeypatch):
     """What the decoder's stage is made of."""
     monkeypatch.setattr(decoder, "make", lambda **parts: parts)
-    return build.init_and_step(config, "decoder")
+    return models.init_and_step(config, "decoder")
 
 
 def test_the_decoder_s_loss_has_lpips_of_images_in_0_to_1(monkeypatch):
@@ -52,7 +52,7 @@ def test_the_discriminator_augments_as_the_config_says(prob, cutout):
     """With probability 0 not at all; a square of half the side wipes out its quarter at the corners, if not more."""
     config, images = tiny(), np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
     config.discriminator.augment.update({"prob": prob, "cutout": cutout})
-    augmented = np.asarray(jax.jit(build.discriminator(config).augment)(images, jax.random.key(0)))
+    augmented = np.asarray(jax.jit(models.discriminator(config).augment)(images, jax.random.key(0)))
     wiped = (augmented == 0).all(-1).sum((1, 2))
     if prob == 0.0:
         np.testing.assert_array_equal(augmented, images)

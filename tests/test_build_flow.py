@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rae_jax import build, build_flow
+from rae_jax.build import models, sampler
 
 
 def _coefficients(path, t, xp=np):
@@ -34,14 +34,14 @@ def test_the_config_s_path_and_prediction_are_their_equations(path, prediction, 
     x, noise = np.random.default_rng(3).normal(size=(2, 4, 2, 2, 5))
     t = np.array([0.1, 0.3, 0.6, 0.9])
     coefficients = _coefficients(path, t[:, None, None, None])
-    for ours, theirs in zip(build_flow.path(tiny_config).at(jnp.asarray(t), x), coefficients, strict=True):
+    for ours, theirs in zip(sampler.path(tiny_config).at(jnp.asarray(t), x), coefficients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     alpha, sigma, d_alpha, d_sigma = coefficients
     velocity = d_alpha * x + d_sigma * noise
     wanted = {"velocity": velocity, "noise": noise, "data": x}[prediction]
     x, noise, t, x_t = (jnp.asarray(array) for array in (x, noise, t, alpha * x + sigma * noise))
-    np.testing.assert_allclose(build_flow.target_fn(tiny_config)(x, noise, t), wanted, rtol=1e-5, atol=1e-5)
-    back = build_flow.to_velocity(tiny_config)(jnp.asarray(wanted), x_t, t)
+    np.testing.assert_allclose(sampler.target_fn(tiny_config)(x, noise, t), wanted, rtol=1e-5, atol=1e-5)
+    back = sampler.to_velocity(tiny_config)(jnp.asarray(wanted), x_t, t)
     np.testing.assert_allclose(back, velocity, rtol=1e-4, atol=1e-4)
 
 
@@ -64,9 +64,9 @@ class _Truth(nn.Module):
 def test_a_model_that_predicts_the_target_has_no_loss(path, prediction, tiny_config, monkeypatch):
     tiny_config.dit.update({"path": path, "prediction": prediction})
     tiny_config.dit.train.time = "uniform"
-    monkeypatch.setattr(build, "dit", lambda config: _Truth(path, prediction))
-    init, step = build.init_and_step(tiny_config, "dit")
-    latent = (16, *build.latent_shape(tiny_config))
+    monkeypatch.setattr(models, "dit", lambda config: _Truth(path, prediction))
+    init, step = models.init_and_step(tiny_config, "dit")
+    latent = (16, *models.latent_shape(tiny_config))
     batch = {"latent": jnp.full(latent, 0.7), "label": jnp.zeros(16, jnp.int32)}
     frozen = {"statistics": {"mean": jnp.zeros(latent[1:]), "var": jnp.full(latent[1:], 1 - 1e-5)}}
     _, metrics = jax.jit(step)(init(jax.random.key(0)), frozen, batch, jax.random.key(1))
@@ -90,7 +90,7 @@ def test_the_config_s_flow_ends_in_the_data(path, prediction, tiny_config):
     """Of Gaussian data: the flow keeps the distance from the mean in units of the standard deviation."""
     tiny_config.dit.update({"path": path, "prediction": prediction})
     tiny_config.sampler.update({"method": "heun", "num_steps": 200})
-    times, to_velocity = build_flow.times(tiny_config, 1.0), build_flow.to_velocity(tiny_config)
+    times, to_velocity = sampler.times(tiny_config, 1.0), sampler.to_velocity(tiny_config)
     halves = (
         lambda x, t: (),
         lambda x, t, s: to_velocity(_expected(path, x, t[:, None], jnp)[prediction], x, t),
@@ -98,7 +98,7 @@ def test_the_config_s_flow_ends_in_the_data(path, prediction, tiny_config):
     (alpha, end_alpha), (sigma, end_sigma), _, _ = _coefficients(path, np.float64([times[0], times[-1]]))
     normal = np.linspace(-2.0, 2.0, 5)[:, None]
     start = alpha * MEAN + np.hypot(alpha * STD, sigma) * normal
-    found = build_flow.solve(tiny_config, halves, jnp.asarray(start), times, None)
+    found = sampler.solve(tiny_config, halves, jnp.asarray(start), times, None)
     end = end_alpha * MEAN + np.hypot(end_alpha * STD, end_sigma) * normal
     np.testing.assert_allclose(found, end, atol=2e-3)
     np.testing.assert_allclose(end, MEAN + STD * normal, atol=0.03)
@@ -141,8 +141,8 @@ def test_the_config_s_sde_is_its_equations(path, diffusion, last_step, tiny_conf
     noises = np.random.default_rng(0).normal(size=(6, 4, 3))
     x = np.random.default_rng(1).normal(size=(4, 3))
     halves = (lambda x, t: (), lambda x, t, s: _expected(path, x, t[:, None], jnp)["velocity"])
-    given, noise_fn = build_flow.times(tiny_config, 0.5), jnp.asarray(noises).__getitem__
-    found = build_flow.solve(tiny_config, halves, jnp.asarray(x), given, noise_fn)
+    given, noise_fn = sampler.times(tiny_config, 0.5), jnp.asarray(noises).__getitem__
+    found = sampler.solve(tiny_config, halves, jnp.asarray(x), given, noise_fn)
 
     for t, t_next, noise in zip(times[:-1], times[1:], noises, strict=True):
         e, w = _expected(path, x, t), _diffusion(diffusion, path, t)

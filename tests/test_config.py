@@ -14,7 +14,8 @@ from conftest import tiny
 from ml_collections import ConfigDict
 
 from configs import small
-from rae_jax import build, modes, stages
+from rae_jax import modes
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -43,8 +44,8 @@ def test_full_size_latents_and_images_fit():
     latents = {"dit_b": (16, 16, 768), "dit_xl_512": (32, 32, 768)}
     for name, latent in latents.items():
         config = importlib.import_module(f"configs.{name}").get_config()
-        assert build.latent_shape(config) == latent
-        autoencoder = build.autoencoder(config)
+        assert models.latent_shape(config) == latent
+        autoencoder = models.autoencoder(config)
         side = config.data.image_size
         image = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
         encoded = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), image)
@@ -74,7 +75,7 @@ def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
 
 def test_the_full_size_discriminator_is_the_published_one():
     config = importlib.import_module("configs.decoder_xl").get_config()
-    discriminator = build.discriminator(config)
+    discriminator = models.discriminator(config)
     shapes = stages.part_shapes(config, "backbone")
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), "float32")
     assert jax.eval_shape(discriminator.backbone, shapes, image).shape == (5, 2, 28 * 28, 384)

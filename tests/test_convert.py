@@ -13,7 +13,8 @@ from published_cases import KINDS, convert_kind, kind, read, write
 from safetensors.numpy import load_file, save_file
 
 from configs import dit_b, encoders
-from rae_jax import convert, descriptions
+from rae_jax import convert
+from rae_jax.build import saved_config
 from rae_jax.errors import UserError
 
 RELEASED_STATISTICS = Path(__file__).parents[2] / "shared/data/reference/dinov2_wreg_base_stat.pt"
@@ -74,7 +75,7 @@ def test_a_description_of_diffusers_is_the_published_encoder_and_decoder(tmp_pat
         "patch_size": 32,
     }
     (tmp_path / "config.json").write_text(json.dumps(description))
-    found = descriptions.read(tmp_path)
+    found = saved_config.read(tmp_path)
     wanted = encoder
     if encoder["family"] == "mae":  # of any width it has 3072 hidden channels there
         wanted = {**encoder, "mlp_ratio": 3072 / encoder["width"]}

@@ -17,7 +17,8 @@ import pytest
 from conftest import one_device, random_like, tiny
 from PIL import Image
 
-from rae_jax import build, exhibits, generate, pictures, stages
+from rae_jax import exhibits, generate, pictures
+from rae_jax.build import models, stages
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_uint8
 
@@ -29,7 +30,7 @@ def shown():
     config = tiny()
     shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
     return exhibits.Exhibits(config.lock(), parts), config, parts
 
@@ -53,15 +54,15 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
 
 def test_reconstructions_and_what_is_between_two(shown):
     exhibit, config, parts = shown
-    one, other = (build.source(config, "heldout")[i]["image"] for i in (0, 1))
+    one, other = (models.source(config, "heldout")[i]["image"] for i in (0, 1))
     decoded, latents, scores = exhibit.reconstruct(one)
-    assert decoded.shape == one.shape and latents.shape == build.latent_shape(config)
+    assert decoded.shape == one.shape and latents.shape == models.latent_shape(config)
     mse = np.square(decoded / 255.0 - one / 255.0).mean()
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
     between = exhibit.between(one, other)
     assert between.shape == (exhibits.BETWEEN, *one.shape)
     ends = [exhibit.reconstruct(image)[1] for image in (one, other)]
-    auto = build.autoencoder(config)
+    auto = models.autoencoder(config)
     wanted = to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
     assert np.abs(np.int32(between[[0, exhibits.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
 
@@ -259,7 +260,7 @@ def test_pictures_in_a_browser(address, browsers, tmp_path):
     browser = browsers()
     _open(browser, address, "Reconstruct")
     photo = tmp_path / "photo.jpg"
-    image = Image.fromarray(build.source(tiny(), "heldout")[5]["image"]).resize((320, 256))
+    image = Image.fromarray(models.source(tiny(), "heldout")[5]["image"]).resize((320, 256))
     image.save(photo)
     _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
     _give(browser, "reconstruct-file", photo)

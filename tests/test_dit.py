@@ -15,7 +15,7 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from configs import dit_b
-from rae_jax import build, published, stages
+from rae_jax.build import models, published_weights, stages
 from rae_jax.diffusion import flow
 from rae_jax.models.dit import DiT, LabelEmbedding
 from rae_jax.models.dit_dh import DiTDH
@@ -29,7 +29,7 @@ def _ours(case, folder):
     save_file(weights(case), folder / "dit.pt.safetensors")
     config = config_of(case, folder / "dit.pt.safetensors")
     params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
-    model = build.dit(config)
+    model = models.dit(config)
     x, noise, t, labels = inputs(case)
     x, noise = (jnp.moveaxis(a, 1, -1) for a in (x, noise))
     x_t = flow.interpolate(x, noise, t)
@@ -42,7 +42,7 @@ def _ours(case, folder):
 
     grads, found = jax.jit(jax.grad(loss, has_aux=True))(params)
     found = {name: np.moveaxis(a, -1, 1) if a.ndim == 4 else a for name, a in found.items()}
-    return found | {f"grad/{name}": a for name, a in published.tensors_of(config, "dit", grads).items()}
+    return found | {f"grad/{name}": a for name, a in published_weights.tensors_of(config, "dit", grads).items()}
 
 
 def _check(ours, theirs):
@@ -84,8 +84,8 @@ def test_the_oracle_is_the_authors_model():
 
 def _shapes(config):
     """{path: shape} of the DiT's parameters, without making them."""
-    x = jnp.zeros((1, *build.latent_shape(config)))
-    params = jax.eval_shape(build.dit(config).init, jax.random.key(0), x, jnp.ones(1), jnp.ones(1, int))["params"]
+    x = jnp.zeros((1, *models.latent_shape(config)))
+    params = jax.eval_shape(models.dit(config).init, jax.random.key(0), x, jnp.ones(1), jnp.ones(1, int))["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.models.autoencoder import to_latent
 from rae_jax.runtime import sharding
@@ -41,7 +41,7 @@ def test_tokens_are_the_goldens(tmp_path, expected):
     cases.write(tmp_path, cases.shapes_of(expected.split("/")[0]))
     config, golden = cases.config_of(cases.TINY[expected.split("/")[0]], tmp_path), cases.goldens()[expected]
     pixels, config.encoder.layers = _inputs(expected)
-    latents = np.asarray(jax.jit(build.autoencoder(config).encode)(cases.load(config), pixels))
+    latents = np.asarray(jax.jit(models.autoencoder(config).encode)(cases.load(config), pixels))
     height, width = (side // 4 for side in pixels.shape[1:3])
     assert latents.shape == (2, height, width, 16)
     assert cases.difference(latents, golden.reshape(latents.shape)) <= cases.TOLERANCE
@@ -51,7 +51,7 @@ def test_tokens_are_the_goldens(tmp_path, expected):
 def test_the_final_norm_has_the_family_s_epsilon(name, eps):
     """Seen in tokens whose variance is as small as that: all weights are."""
     config = cases.config_of(cases.TINY[name], "")
-    autoencoder = build.autoencoder(config)
+    autoencoder = models.autoencoder(config)
     params = random_like(stages.part_shapes(config, "encoder"), seed=0, scale=3e-4)
     pixels = autoencoder.encoder_input(cases.images(24, 24))
     tokens = np.float64(jax.jit(lambda p, x: autoencoder.encoder.apply({"params": p}, x))(params, pixels))[-1]
@@ -159,13 +159,13 @@ def test_images_are_resized_to_the_encoder_s_input(height, width):
     """Also where one of their sides has that size already."""
     config = cases.config_of(cases.TINY["dinov2"], "")
     config.encoder.input_size = 24
-    autoencoder, pixels = build.autoencoder(config), cases.images(height, width)
+    autoencoder, pixels = models.autoencoder(config), cases.images(height, width)
     resized = np.einsum("ih,jw,bhwc->bijc", _bicubic(height, 24), _bicubic(width, 24), pixels)
     expected = (resized - config.encoder.mean) / config.encoder.std
     # Positions are in float32, to 1e-6 of a pixel; the std of 0.22 magnifies what comes of that.
     np.testing.assert_allclose(autoencoder.encoder_input(jnp.asarray(pixels)), expected, atol=3e-5)
     latents = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), pixels)
-    assert latents.shape == (2, *build.latent_shape(config)) == (2, 6, 6, 16)
+    assert latents.shape == (2, *models.latent_shape(config)) == (2, 6, 6, 16)
 
 
 @pytest.mark.parametrize("add_mean", [False, True])
@@ -190,7 +190,7 @@ def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
     kernel = params["blocks"]["attention"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     batch = sharding.put_batch(cases.images(16, 28, batch=8), mesh)
-    latents = jax.jit(build.autoencoder(config).encode)(params, batch)
+    latents = jax.jit(models.autoencoder(config).encode)(params, batch)
     assert latents.sharding.shard_shape(latents.shape)[0] == 1
     assert cases.difference(np.asarray(latents).reshape(single.shape), single) <= 1e-5
 
@@ -241,11 +241,11 @@ def test_published_configs_are_right(name):
     e = config.encoder
     assert (e.weights, e.mlp, (e.mean, e.std)) == (name, mlp, normalisation)
     assert (e.patch_size, e.input_size, e.position_size, e.num_registers) == sides
-    module, blocks = build.encoder(config, e), stages.part_shapes(config, "encoder")["blocks"]
+    module, blocks = models.encoder(config, e), stages.part_shapes(config, "encoder")["blocks"]
     assert (module.width, module.depth, module.num_heads) == (width, depth, num_heads)
     last = blocks["mlp"]["w3" if mlp == "swiglu" else "fc2"]["kernel"]
     assert last.shape == (depth, hidden, width)
-    assert build.latent_shape(config) == (16, 16, width)
+    assert models.latent_shape(config) == (16, 16, width)
 
 
 def test_the_discriminator_s_dino_is_vit_s_8():

@@ -14,7 +14,8 @@ from conftest import tiny
 from jax import monitoring
 from PIL import Image
 
-from rae_jax import build, generate, metrics, perception, pictures, stages
+from rae_jax import generate, metrics, perception, pictures
+from rae_jax.build import models, stages
 from rae_jax.errors import UserError
 from rae_jax.evaluate import Evaluator
 from rae_jax.runtime import sharding
@@ -61,7 +62,7 @@ def parts(inception):
     config, rng = _config(), np.random.default_rng(0)
     shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "judge", "decoder", "dit")}
     made = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     made["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
     mesh = sharding.make_mesh(config.mesh)
     made |= {"inception": inception, "lpips": jnp.asarray(0.7)}
@@ -79,7 +80,7 @@ def evaluated(parts):
 def view():
     """(parts, images in [0, 1]) -> {'features' of the encoder, 'judged', 'decoded' [N, ...]}, ten images at a time."""
     config = _config()
-    autoencoder, judge = build.autoencoder(config), build.judge(config)
+    autoencoder, judge = models.autoencoder(config), models.judge(config)
 
     @jax.jit
     def ten(parts, images):
@@ -109,7 +110,7 @@ def drawn(parts):
 
 @pytest.fixture(scope="module")
 def held_out():
-    source = build.source(_config(), "heldout")
+    source = models.source(_config(), "heldout")
     return np.stack([source[i]["image"] for i in range(len(source))])
 
 
@@ -199,7 +200,7 @@ def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts,
     assert results["fd"] == pytest.approx(_distance(found["features"][chosen], one), rel=1e-3)
     assert results["fd_real"] == pytest.approx(_distance(other, one), rel=1e-3)
     assert results["agreement"] == pytest.approx((found["judged"] == drawn[1]).mean())
-    source = build.source(config, "heldout")
+    source = models.source(config, "heldout")
     labels = np.array([source[i]["label"] for i in range(len(source))])
     assert results["judge_accuracy"] == pytest.approx((real["judged"] == labels).mean())
 

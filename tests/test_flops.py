@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_b
-from rae_jax import build, flops
+from rae_jax import flops
+from rae_jax.build import models
 from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import sharding
 
@@ -79,7 +80,7 @@ def test_the_papers_models(size, giga_products):
     """Forward multiplications with additions for 256 tokens, in the reference's table."""
     config = dit_b.get_config()
     config.dit.update(dit_b.DITS[size])
-    model = build.dit(config)
+    model = models.dit(config)
     x, t = jax.ShapeDtypeStruct((1, *latent_shape(config)), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), x, t, labels)

@@ -10,7 +10,8 @@ import scipy.stats
 from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
-from rae_jax import build, build_flow, generate, stages
+from rae_jax import generate
+from rae_jax.build import models, sampler, stages
 from rae_jax.diffusion import flow
 from rae_jax.models import dit
 from rae_jax.training import dit as dit_lib
@@ -30,17 +31,17 @@ def case():
     config = tiny()
     config.guidance.dit.update(config.dit.copy_and_resolve_references())
     config.guidance.dit.update({"width": 8, "head_width": 16})
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     parts = {
-        "dit": _random(build.dit(config), latent, 1),
-        "guide": _random(build.dit(config, config.guidance.dit), latent, 2),
+        "dit": _random(models.dit(config), latent, 1),
+        "guide": _random(models.dit(config, config.guidance.dit), latent, 2),
     }
     return config, latent, parts
 
 
 def _velocities(config, parts):
     """(of the model, without a label, of the guide): functions of x and a number t."""
-    dit, guide = build.dit(config), build.dit(config, config.guidance.dit)
+    dit, guide = models.dit(config), models.dit(config, config.guidance.dit)
     nobody = jnp.full_like(LABELS, config.data.num_classes)
 
     def of(module, name, labels):
@@ -52,9 +53,9 @@ def _velocities(config, parts):
 
 def _run(config, latent, parts):
     x = jax.random.normal(jax.random.key(0), (3, *latent))
-    times = build_flow.times(config, flow.shift_factor(latent))
+    times = sampler.times(config, flow.shift_factor(latent))
     halves = generate._guided(config, parts, LABELS)
-    out = jax.jit(lambda x: build_flow.solve(config, halves, x, times, lambda n: _noise(n, x.shape)))(x)
+    out = jax.jit(lambda x: sampler.solve(config, halves, x, times, lambda n: _noise(n, x.shape)))(x)
     return x, np.asarray(times), out
 
 
@@ -92,7 +93,7 @@ def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
     config.guidance.update({"scale": 1.5, "t_min": 0.2, "t_max": 0.65})
     config.sampler.update({"num_steps": 10, "reuse": reuse, "refresh": refresh})
     x, times, out = _run(config, latent, parts)
-    dit, nobody = build.dit(config), jnp.full_like(LABELS, config.data.num_classes)
+    dit, nobody = models.dit(config), jnp.full_like(LABELS, config.data.num_classes)
 
     @functools.partial(jax.jit, static_argnums=0)
     def apply(method, *arguments):
@@ -203,7 +204,7 @@ def test_training_and_sampling_shift_times_by_the_same_factor(given, factor, tin
         path=flow.LINEAR,
         target_fn=lambda x, noise, t: jnp.zeros_like(x),
         time_fn=lambda key, batch_size: jnp.full(batch_size, 0.25),
-        shift_factor=build_flow.shift_factor(tiny_config),
+        shift_factor=sampler.shift_factor(tiny_config),
         train=tiny_config.dit.train,
     )
     batch = {"latent": jnp.zeros((2, 2, 2, 3)), "label": jnp.zeros(2, jnp.int32)}
@@ -218,7 +219,7 @@ def test_training_times_stay_where_the_published_ones_are(tiny_config, time):
     for prediction, mean, lowest in (("velocity", 8.0, 0.0), ("velocity", -20.0, 0.0), ("noise", -20.0, 0.001)):
         tiny_config.dit.prediction = prediction
         train.update({"time": time, "time_mean": mean, "time_std": 1.0})
-        t = np.asarray(build_flow.time_fn(tiny_config)(jax.random.key(0), 20_000))
+        t = np.asarray(sampler.time_fn(tiny_config)(jax.random.key(0), 20_000))
         assert lowest <= t.min() and t.max() <= 0.999
         ends = (t.min() - lowest, 0.999 - t.max())
         assert min(ends) < 1e-4 if time == "logit_normal" else max(ends) < 1e-3
@@ -229,7 +230,7 @@ def test_noise_is_normal_and_new_in_every_step_of_every_image(tiny_config, monke
     tiny_config.guidance.method = "none"
     tiny_config.sampler.update({"method": "sde", "diffusion": "constant", "last_step": "none"})
     monkeypatch.setattr(generate, "_halves", lambda *_: (lambda x, t: (), lambda x, t, s: jnp.zeros_like(x)))
-    latent = build.latent_shape(tiny_config)
+    latent = models.latent_shape(tiny_config)
     parts = {"dit": None, "statistics": {"mean": jnp.zeros(latent), "var": jnp.full(latent, 1 - 1e-5)}}
     key, indices = jax.random.key(0), jnp.arange(20)
     samples = [generate.first_noise(tiny_config, key, indices)]
@@ -251,15 +252,15 @@ def test_microbatches_are_the_whole_batch():
     config = tiny()
     config.dit.head_depth = 0  # a plain DiT, which compiles faster
     config.dit.train.update({"clip_norm": 0.1, "learning_rate": 1e-4, "warmup_steps": 0, "optimizer": "adamw"})
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     batch = {"latent": jax.random.normal(jax.random.key(0), (16, *latent)), "label": jnp.arange(16) % 10}
     frozen = {"statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}}
     ends, norms = [], []
     for parts in (1, 4):
         config.dit.train.microbatches = parts
-        init, step = build.init_and_step(config, "dit")
+        init, step = models.init_and_step(config, "dit")
         state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init, jax.random.key(2)))
-        state["params"] = _random(build.dit(config), latent, 3)
+        state["params"] = _random(models.dit(config), latent, 3)
         step = jax.jit(step)
         for n in range(3):
             state, metrics = step(state, frozen, batch, jax.random.key(n))
@@ -281,6 +282,6 @@ def test_kernels_cast_before_the_trajectory_change_no_evaluation(case):
     dtypes = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert dtypes["['trunk']['mlp']['w3']['kernel']"] == jnp.bfloat16
     assert dtypes["['time_embed']['fc1']['kernel']"] == dtypes["['head']['norm1']['scale']"] == jnp.float32
-    x, module = jax.random.normal(jax.random.key(0), (3, *latent)), build.dit(config)
+    x, module = jax.random.normal(jax.random.key(0), (3, *latent)), models.dit(config)
     evaluate = jax.jit(lambda params: module.apply({"params": params}, x, jnp.full(3, 0.3), LABELS))
     np.testing.assert_array_equal(evaluate(params), evaluate(parts["dit"]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dit_cases import Case, config_of
 
-from rae_jax import build, published, stages
+from rae_jax.build import models, published_weights, stages
 from rae_jax.diffusion import flow, guidance, ode
 from rae_jax.runtime import sharding
 
@@ -21,7 +21,7 @@ def dit():
     pytest.importorskip("torch", reason="the goldens' weights are torch files")
     config = config_of(Case(trunk=(32, 3, 2), head=(48, 2, 3), num_classes=10), GOLDENS / "dit_dh_unequal.pt")
     params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
-    return build.dit(config), {"params": params}, config
+    return models.dit(config), {"params": params}, config
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_gradients_are_the_authors(dit, golden):
         return jnp.square(v - flow.velocity(x, noise, t)).mean()
 
     ours = jax.jit(jax.grad(loss))(params)["params"]
-    ours = published.tensors_of(config, "dit", ours)
+    ours = published_weights.tensors_of(config, "dit", ours)
     theirs = {k.removeprefix("grad/"): golden[k] for k in golden.files if k.startswith("grad/")}
     assert not ours["t_embedder.W"].any()  # a constant: the authors have no gradient for it
     for key, b in theirs.items():
@@ -93,6 +93,6 @@ def test_decoder_is_the_authors():
     config.decoder.update({"width": 32, "depth": 3, "num_heads": 4, "hidden": 64, "patch_size": 8})
     config.decoder.weights = str(GOLDENS / "decoder.pt")
     params = stages.load(config, "decoder", "", sharding.make_mesh(config.mesh))
-    decoder = build.autoencoder(config).decoder
+    decoder = models.autoencoder(config).decoder
     image = decoder.apply({"params": params}, jnp.asarray(golden["z"]).reshape(3, 4, 4, 24))
     assert float(jnp.abs(image - _nhwc(golden["image"])).max()) < 5e-5

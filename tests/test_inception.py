@@ -13,7 +13,8 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax import evaluate, looks, perception, reconstruct, stages
+from rae_jax import evaluate, looks, perception, reconstruct
+from rae_jax.build import stages
 from rae_jax.data.decode import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 from rae_jax.models import resize

@@ -11,7 +11,8 @@ from conftest import random_like, tiny
 from etils import epath
 from flax import linen as nn
 
-from rae_jax import build, build_flow, pack_latents, stages
+from rae_jax import pack_latents
+from rae_jax.build import models, sampler, stages
 from rae_jax.config import checks
 from rae_jax.data.packed_latents import records
 from rae_jax.errors import UserError
@@ -65,7 +66,7 @@ def test_batches_are_those_of_the_images(config, packed, tmp_path):
     """The same labels, and the latents of the same images, flipped where those are, over three epochs."""
     images, latents = (_stage(each, tmp_path) for each in (config, _with(config, packed)))
     assert "encoder" in images.frozen and "encoder" not in latents.frozen
-    encode, iterator = jax.jit(build.autoencoder(config).encode), iter(latents.batches)
+    encode, iterator = jax.jit(models.autoencoder(config).encode), iter(latents.batches)
     for _, theirs in zip(range(6), images.batches, strict=False):
         state = iterator.get_state()
         iterator.set_state(state)  # as after an interruption
@@ -91,7 +92,7 @@ def test_a_step_takes_images_or_their_latents():
     """In miniature what the next one does with the real models."""
     config = tiny()
     parts = {"autoencoder": _Pixels(), "dit": _Linear(), "num_classes": 10, "latent_shape": (4, 4, 3)}
-    flow = {name: getattr(build_flow, name)(config) for name in ("path", "target_fn", "time_fn", "shift_factor")}
+    flow = {name: getattr(sampler, name)(config) for name in ("path", "target_fn", "time_fn", "shift_factor")}
     init, step = dit.make(**parts, **flow, train=config.dit.train)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     latents = (3.0 * images / 255).astype(np.float16)

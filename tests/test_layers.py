@@ -27,7 +27,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
     "inference": (
         *("generate", "samples", "reconstruct", "evaluate", "metrics", "perception", "probes", "looks", "pictures"),
     ),
-    "build": ("perceptual_networks", "build", "build_flow", "stages", "needed", "descriptions", "published"),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import rae_jax
 from configs import small
-from rae_jax import build, convert, descriptions, generate, library, stages
+from rae_jax import convert, generate, library
+from rae_jax.build import models, saved_config, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.weights import safetensors_tree
@@ -32,12 +33,12 @@ def folder(tmp_path_factory):
     """As convert writes it, with random weights; the guidance is the small job's, of scale 2.5."""
     folder, config = tmp_path_factory.mktemp("converted"), tiny()
     shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     parts = random_like(shapes, seed=0, scale=0.2)
     parts["statistics"] = {"mean": np.full(latent, 0.1, np.float32), "var": np.full(latent, 0.5, np.float32)}
     for part, tree in parts.items():
         safetensors_tree.write(folder / f"{part}.safetensors", tree)
-    descriptions.write(config, folder, parts)
+    saved_config.write(config, folder, parts)
     return folder
 
 
@@ -87,8 +88,8 @@ def test_a_description_keeps_all_that_encodes_decodes_and_samples(tmp_path):
     keys = [key for key in before if key.startswith(kept) and ".train." not in key]
     keys += ["name", "dtype", "unroll", "data.image_size", "data.num_classes"]
     config.update_from_flattened_dict({key: _changed(before[key]) for key in keys})
-    descriptions.write(config, tmp_path, ("encoder", "judge", "decoder", "statistics", "dit"))
-    found = config_keys.flatten(json.loads(descriptions.read(tmp_path).to_json()))
+    saved_config.write(config, tmp_path, ("encoder", "judge", "decoder", "statistics", "dit"))
+    found = config_keys.flatten(json.loads(saved_config.read(tmp_path).to_json()))
     wanted = config_keys.flatten(json.loads(config.to_json()))
     assert {key: found[key] for key in keys} == {key: wanted[key] for key in keys}
     assert all(found[key] != before[key] for key in keys)
@@ -121,7 +122,7 @@ def test_it_draws_what_the_command_draws_and_so_do_single_steps(folder):
 
 def test_encode_takes_bytes_and_decode_stays_between_0_and_1(folder):
     auto = rae_jax.load_rae(folder)
-    model = build.autoencoder(tiny())
+    model = models.autoencoder(tiny())
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), np.uint8)
     latents = jax.jit(model.encode)(auto.params["encoder"], images / np.float32(255))
     for given in (images, images / np.float32(255)):

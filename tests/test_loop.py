@@ -15,7 +15,8 @@ from etils import epath
 from PIL import Image
 
 import rae_jax
-from rae_jax import build, convert, modes, stages
+from rae_jax import convert, modes
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -72,9 +73,9 @@ def test_statistics_are_those_of_the_latents(run):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
     parts = {name: stages.load(config, name, run, mesh) for name in ("encoder", "statistics")}
-    source = build.source(config, "train")
+    source = models.source(config, "train")
     images = np.stack([source[i]["image"] for i in range(len(source))]) / np.float32(255)
-    latents = np.asarray(build.autoencoder(config).encode(parts["encoder"], images), np.float64)
+    latents = np.asarray(models.autoencoder(config).encode(parts["encoder"], images), np.float64)
     np.testing.assert_allclose(parts["statistics"]["mean"], latents.mean(0), atol=1e-6)
     np.testing.assert_allclose(parts["statistics"]["var"], latents.var(0), rtol=1e-5, atol=1e-6)
 

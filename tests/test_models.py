@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny
 from flax import linen as nn
 
-from rae_jax import build
+from rae_jax.build import models as models_lib
 from rae_jax.models import attention, layers
 from rae_jax.models.dense import Dense
 from rae_jax.training.encoder import magnify_detail
@@ -20,10 +20,10 @@ def _models(**changes):
     config = tiny()
     config.update(changes)
     config.decoder.depth = config.dit.depth = 2
-    autoencoder = build.autoencoder(config)
-    models = {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder, "dit": build.dit(config)}
+    autoencoder = models_lib.autoencoder(config)
+    models = {"encoder": autoencoder.encoder, "decoder": autoencoder.decoder, "dit": models_lib.dit(config)}
     config.dit.head_depth = 0
-    return {**models, "plain_dit": build.dit(config)}
+    return {**models, "plain_dit": models_lib.dit(config)}
 
 
 def _random_params(model, arguments):

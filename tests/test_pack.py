@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import build, probes, stages
+from rae_jax import probes
+from rae_jax.build import models, stages
 from rae_jax.data import decode, packed_images, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed_images import PackedImages
@@ -247,9 +248,9 @@ def test_a_config_names_what_is_packed(folder, tmp_path, tiny_config):
     pack(_parts(folder), tmp_path / "packed", **FORM)
     tiny_config.data.update({"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE})
     with pytest.raises(UserError, match="num_classes=2"):
-        build.source(tiny_config, "train")
+        models.source(tiny_config, "train")
     tiny_config.data.num_classes = 2
-    assert [len(build.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
+    assert [len(models.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
     tiny_config.judge.train.update({"batch_size": 8, "crop": "centre"})
     mesh = sharding.make_mesh(tiny_config.mesh)
     stage = stages.stage(tiny_config, "judge", tmp_path, mesh)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from jax import extend
 
-from rae_jax import perception, perceptual_networks
+from rae_jax import perception
+from rae_jax.build import perceptual_networks
 
 IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 

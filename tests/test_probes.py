@@ -6,7 +6,8 @@ import pytest
 from conftest import one_device, random_like
 from PIL import Image
 
-from rae_jax import build, metrics, probes, stages
+from rae_jax import metrics, probes
+from rae_jax.build import models, stages
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -24,7 +25,7 @@ def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, 
     monkeypatch.setattr(probes, "TRAIN_IMAGES", 12)
     tiny_config.data.update({"num_train": 20, "num_heldout": 12})
     parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
-    sources = [build.source(tiny_config, split) for split in ("train", "heldout")]
+    sources = [models.source(tiny_config, split) for split in ("train", "heldout")]
     examples = [[source[i] for i in range(len(source))] for source in sources]
     images, labels = ([np.stack([one[key] for one in of]) for of in examples] for key in ("image", "label"))
     found = probes.probes(tiny_config, parts, images[1], labels[1], one_device())
@@ -40,7 +41,7 @@ def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, 
         np.testing.assert_array_equal(train_labels, labels[0][order])
         np.testing.assert_array_equal(test_labels, labels[1])
 
-    encode = jax.jit(build.autoencoder(tiny_config).encode)
+    encode = jax.jit(models.autoencoder(tiny_config).encode)
     for seen, of in ((0, images[0][order]), (2, images[1])):
         pooled = np.asarray(encode(parts["encoder"], np.float32(of) / 255)).mean((1, 2))
         np.testing.assert_allclose(given["probe"][seen], pooled, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 
 from configs import small
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.models.dit import DiT
 
@@ -64,7 +64,7 @@ def test_the_models_are_the_papers(name):
     e = config.encoder
     assert (config.evaluate.num_images, config.data.num_classes, config.dtype) == (50_000, 1000, "float32")
     assert config.data.image_size == (512 if name == "dit_xl_512" else 256)
-    dit = build.dit(config)
+    dit = models.dit(config)
     assert (dit.width, dit.depth, dit.num_heads) == DITS[dit_size]
     assert (dit.num_classes, dit.patch_size, dit.qk_norm) == (1000, 2 if name == "sdvae_dit_xl" else 1, False)
     if name in ("plain_dit_xl", "sdvae_dit_xl"):
@@ -72,13 +72,13 @@ def test_the_models_are_the_papers(name):
     else:
         assert (dit.head_width, dit.head_depth, dit.head_num_heads) == (2048, 2, 16)
     if name == "sdvae_dit_xl":
-        assert (e.weights.split(":")[0], build.latent_shape(config)) == ("stabilityai/sd-vae-ft-ema", (32, 32, 4))
+        assert (e.weights.split(":")[0], models.latent_shape(config)) == ("stabilityai/sd-vae-ft-ema", (32, 32, 4))
         assert (e.widths, e.depth) == ((128, 256, 512, 512), 2)
         assert config.decoder.weights == e.weights and config.statistics.weights == "none"
         return
     assert e.weights == "facebook/dinov2-with-registers-base"
     assert (e.input_size, e.layers) == (448 if name == "dit_xl_512" else 224, ())
-    decoder = build.autoencoder(config).decoder
+    decoder = models.autoencoder(config).decoder
     *sizes, giga_products = DECODERS[decoder_size]
     assert [decoder.width, decoder.depth, decoder.num_heads, decoder.hidden] == sizes
     assert (decoder.patch_size, decoder.grid_size) == (16, None)

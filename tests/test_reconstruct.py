@@ -13,7 +13,8 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import build, evaluate, metrics, modes, perception, perceptual_networks, pictures, reconstruct, stages
+from rae_jax import evaluate, metrics, modes, perception, pictures, reconstruct
+from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.errors import UserError
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
@@ -44,7 +45,7 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """The held-out shapes as files in class folders."""
-    source = build.source(_shipped(), "heldout")
+    source = models.source(_shipped(), "heldout")
     for i in range(len(source)):
         kind = source.class_names[source[i]["label"]]
         pictures.save(tmp_path / "images" / kind / "1.png", source[i]["image"])
@@ -99,7 +100,7 @@ def test_metrics_are_those_of_the_rounded_images(tiny_config, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     parts = {part: stages.part_shapes(tiny_config, part) for part in ("encoder", "decoder")}
     parts = random_like(parts, seed=0, scale=0.4)
-    autoencoder, redraw = build.autoencoder(tiny_config), reconstruct.make(tiny_config)
+    autoencoder, redraw = models.autoencoder(tiny_config), reconstruct.make(tiny_config)
 
     @jax.jit
     def redrawn(parts, pixels):

@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub import constants
 from published_cases import KINDS, convert_kind, kind, write
 
-from rae_jax import convert, published, stages
+from rae_jax import convert
+from rae_jax.build import published_weights, stages
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -49,7 +50,7 @@ def _refused(name, source):
     config = config.copy_and_resolve_references()
     config[part].weights = str(source)
     with pytest.raises(UserError) as refusal:
-        published.load(config, part, *_shapes(name))
+        published_weights.load(config, part, *_shapes(name))
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
@@ -117,7 +118,7 @@ def test_parts_that_nobody_else_has(tmp_path):
     with pytest.raises(UserError, match="leave out --parts"):
         convert.export(None, tmp_path, config=small, parts=["decoder"], form="diffusers")
     with pytest.raises(UserError, match="nobody else has a format for 'judge'"):
-        published.tensors_of(small, "judge", {})
+        published_weights.tensors_of(small, "judge", {})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
-from rae_jax import build, samples, stages
+from rae_jax import samples
+from rae_jax.build import models, stages
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -23,7 +24,7 @@ def draw():
     config.sampler.num_steps = 2
     shapes = {part: stages.part_shapes(config, part) for part in ("decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
-    latent = build.latent_shape(config)
+    latent = models.latent_shape(config)
     parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
 
     def run(folder, labels, request=REQUEST, devices=8, batch_size=8, seed=0):

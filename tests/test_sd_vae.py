@@ -16,7 +16,8 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import build, convert, generate, modes, pictures, stages
+from rae_jax import convert, generate, modes, pictures
+from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_uint8
@@ -80,9 +81,9 @@ def test_full_size_is_diffusers_own(tmp_path):
 def test_the_published_config_is_the_published_model():
     config = sdvae_dit_xl.get_config()
     checks.check(config, sharding.make_mesh(config.mesh))
-    assert build.latent_shape(config) == (32, 32, 4)
-    vae = build.autoencoder(config)
-    key, shapes = jax.random.key(0), ((1, 256, 256, 3), (1, *build.latent_shape(config)))
+    assert models.latent_shape(config) == (32, 32, 4)
+    vae = models.autoencoder(config)
+    key, shapes = jax.random.key(0), ((1, 256, 256, 3), (1, *models.latent_shape(config)))
     made = [jax.eval_shape(m.init, key, np.zeros(s)) for m, s in zip((vae.encoder, vae.decoder), shapes, strict=True)]
     assert sum(leaf.size for leaf in jax.tree.leaves(made)) == 83_653_863  # as many as diffusers counts
 

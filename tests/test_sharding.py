@@ -10,7 +10,7 @@ from conftest import tiny, uncached
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_xl
-from rae_jax import stages
+from rae_jax.build import stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models import dense

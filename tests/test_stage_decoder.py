@@ -12,7 +12,7 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny, uncached
 
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
 from rae_jax.training import decoder as decoder_lib
@@ -42,11 +42,11 @@ def _config(**train):
 
 def _stage(config, **changes):
     """(init, step) with a perceptual loss; `changes` of the discriminator."""
-    discriminator = build.discriminator(config)
+    discriminator = models.discriminator(config)
     if discriminator is not None:
         discriminator = dataclasses.replace(discriminator, **changes)
     return decoder_lib.make(
-        autoencoder=build.autoencoder(config),
+        autoencoder=models.autoencoder(config),
         discriminator=discriminator,
         perceptual=_perceptual,
         latent_shape=LATENT,
@@ -130,7 +130,7 @@ class _Oracle:
 
     def __init__(self, game, before, key):
         self.train, self.frozen, self.before = game.config.decoder.train, game.frozen, before
-        self.autoencoder, self.disc = build.autoencoder(game.config), build.discriminator(game.config)
+        self.autoencoder, self.disc = models.autoencoder(game.config), models.discriminator(game.config)
         noise_key, self.fool_key, self.disc_key = jax.random.split(key, 3)
         self.images = _batch()["image"] / np.float32(255)
         self.latents = step_oracles.latents(game.config, self.autoencoder, game.frozen["encoder"], _batch()["image"])
@@ -246,7 +246,7 @@ def test_the_discriminator_sees_clean_8_bit_images_of_the_updated_decoder(game):
 
 def _decode(game, state):
     """Reconstructions without noise."""
-    autoencoder = build.autoencoder(game.config)
+    autoencoder = models.autoencoder(game.config)
 
     @jax.jit
     def decode(params, images):
@@ -266,7 +266,7 @@ def test_the_discriminator_minimises_its_loss(game, name):
     new, metrics = run(game.states[2], game.frozen, _batch(), key)
     fake = np.round(np.clip(_decode(game, new), 0, 1) * 255) / np.float32(255)
     both = np.stack([_batch()["image"] / np.float32(255), fake], 1).reshape(-1, *fake.shape[1:])
-    disc = build.discriminator(game.config)
+    disc = models.discriminator(game.config)
 
     @jax.jit
     def logits(variables, images):
@@ -306,7 +306,7 @@ def _count_products(module):
 def test_the_decoder_runs_forward_twice_and_backward_once(game):
     """Forward for its own update and for the discriminator's images; the adaptive weight costs it nothing."""
     assert game.config.remat == "none" and game.config.decoder.depth == 1
-    autoencoder, state = build.autoencoder(game.config), game.states[0]
+    autoencoder, state = models.autoencoder(game.config), game.states[0]
     latents = jnp.zeros((BATCH, *LATENT))
 
     def products(function, *arguments):

@@ -7,7 +7,7 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny
 
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 
 BATCH = 16
 STEPS = 2  # the second one shows what Adam and the averages remember
@@ -26,7 +26,7 @@ def config():
 
 def _frozen(config):
     """Random weights, and statistics of which some variances are as small as the epsilon."""
-    shape, rng = build.latent_shape(config), np.random.default_rng(3)
+    shape, rng = models.latent_shape(config), np.random.default_rng(3)
     variance = np.exp(rng.uniform(np.log(1e-6), np.log(4.0), shape)).astype(np.float32)
     encoder = random_like(stages.part_shapes(config, "encoder"), seed=7, scale=0.3)
     return {"encoder": encoder, "statistics": {"mean": np.float32(rng.normal(size=shape)), "var": variance}}
@@ -40,7 +40,7 @@ def _batch(number):
 def _examples(config, frozen, batch, key):
     """(x_t, t, labels, target) of a batch, by the equations; draws are the step's."""
     train, statistics = config.dit.train, frozen["statistics"]
-    z = step_oracles.latents(config, build.autoencoder(config), frozen["encoder"], batch["image"])
+    z = step_oracles.latents(config, models.autoencoder(config), frozen["encoder"], batch["image"])
     x = (z - np.float64(statistics["mean"])) / np.sqrt(np.float64(statistics["var"]) + 1e-5)
     time_key, noise_key, drop_key = jax.random.split(key, 3)
     highest = (np.log(0.999 / 0.001) - train.time_mean) / train.time_std  # of a logit; the lowest is minus infinity
@@ -56,8 +56,8 @@ def _examples(config, frozen, batch, key):
 
 def test_whole_steps_are_the_equations(config):
     """Loss, gradients, their norm, clipping, AdamW's moments and parameters, both averages, the count of steps."""
-    frozen, train, model = _frozen(config), config.dit.train, build.dit(config)
-    init, step = build.init_and_step(config, "dit")
+    frozen, train, model = _frozen(config), config.dit.train, models.dit(config)
+    init, step = models.init_and_step(config, "dit")
     run, shapes = jax.jit(step), jax.eval_shape(init, jax.random.key(0))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     for seed, name in enumerate(("params", "ema_params", "more_ema_params")):

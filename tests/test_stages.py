@@ -8,7 +8,7 @@ from conftest import random_like, tiny
 from PIL import Image
 from published_cases import DINO, dino_shapes, write
 
-from rae_jax import build, stages
+from rae_jax.build import models, stages
 from rae_jax.runtime import sharding
 
 STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
@@ -88,7 +88,7 @@ def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
 def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):
     """Without antialiasing: from 48 pixels to 32, each one lies between two, at 1.5 i + 0.25."""
     config = _backbone(tmp_path)
-    backbone = build.discriminator(config).backbone
+    backbone = models.discriminator(config).backbone
     line = np.zeros((32, 48))
     for i in range(32):
         left = int(np.floor(1.5 * i + 0.25))

@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax import build, build_flow, flops, generate, looks, metrics, probes, reconstruct, samples, stages
+from rae_jax import flops, generate, looks, metrics, probes, reconstruct, samples
+from rae_jax.build import models, sampler, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.evaluate import Evaluator
 from rae_jax.models.autoencoder import normalise, to_float
@@ -53,8 +54,8 @@ def _loss(config, workdir, mesh, job):
 def _bounds(config, workdir, mesh, job):
     """On the first training image. Source: paper, theorem 1; the final layer's output has as many dimensions as the DiT
     has channels, so that of Cov(noise - x) over tokens the eigenvalues beyond cannot be said."""
-    image = to_float(build.source(config, "train")[0]["image"][None])
-    latents = build.autoencoder(config).encode(stages.load(config, "encoder", workdir, mesh), image)
+    image = to_float(models.source(config, "train")[0]["image"][None])
+    latents = models.autoencoder(config).encode(stages.load(config, "encoder", workdir, mesh), image)
     tokens = normalise(latents, stages.load(config, "statistics", workdir, mesh))
     tokens = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
     dim, width = tokens.shape[-1], config.dit.width
@@ -72,7 +73,7 @@ def _reconstruction(config, workdir, mesh, job):
         _, redrawn = redraw(parts, batch["image"])
         return {"label": batch["label"], **redrawn}
 
-    source = build.source(config, "heldout")
+    source = models.source(config, "heldout")
     reading = {"batch_size": config.evaluate.batch_size, "num_threads": config.data.num_threads, "name": "look"}
     found = list(looks.look(looks.compiled(view, mesh), parts, looks.batches(source, mesh, **reading)))
     found = {key: np.concatenate([out[key] for out in found]) for key in found[0]}
@@ -92,13 +93,13 @@ def _judged(job, mesh, path, images, labels):
 
 
 def _probe(config, workdir, mesh, job):
-    encode, params = build.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
+    encode, params = models.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
     view = looks.compiled(
         lambda params, batch: {"latent": encode(params, to_float(batch["image"])), "label": batch["label"]}, mesh
     )
     sets = []
     for split in ("train", "heldout"):
-        source = build.source(config, split)
+        source = models.source(config, split)
         chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
         reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
         found = list(looks.look(view, params, looks.batches(probes.Chosen(source, chosen), mesh, **reading)))
@@ -145,7 +146,7 @@ def _flops(config, workdir, mesh, job):
         steps = range(every, train.num_steps + 1, every) if every else ()
         for step in (*steps, 0):  # a backward pass takes two forward ones
             yield step, "training_gflops", 3 * (trunk + rest) * train.batch_size * (step or train.num_steps) / 1e9
-    refreshed = build_flow.refreshed(config, generate.times(config)).sum()
+    refreshed = sampler.refreshed(config, generate.times(config)).sum()
     per_image = trunk * refreshed + rest * config.sampler.num_steps
     match config.guidance.method:
         case "cfg":
@@ -158,7 +159,7 @@ def _flops(config, workdir, mesh, job):
 
 def _forward_flops(config, sizes):
     """(of the trunk, of the rest) for one image; a plain DiT has no trunk of its own."""
-    module = build.dit(config, sizes)
+    module = models.dit(config, sizes)
     x = jax.ShapeDtypeStruct((1, *config_keys.latent_shape(config)), jnp.float32)
     t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), x, t, label)

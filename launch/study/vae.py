@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rae_jax import build
+from rae_jax.build import models
 from rae_jax.data import pipeline
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import checkpoint, sharding
@@ -21,10 +21,15 @@ def train(config, workdir, mesh, *, num_steps, batch_size, learning_rate, kl_wei
     """Train config's VAE in `workdir`, from where it stands, and write WORKDIR/weights."""
     settings = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": "adamw"}
     how = ConfigDict({**config.decoder.train, **settings, "final_learning_rate": learning_rate / 100, "clip_norm": 1.0})
-    init, step = make(build.autoencoder(config), config.data.image_size, how, kl_weight)
+    init, step = make(models.autoencoder(config), config.data.image_size, how, kl_weight)
     reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     batches = pipeline.training_batches(
-        build.source(config, "train"), batch_size=batch_size, seed=config.seed, random_crop=False, flip=False, **reading
+        models.source(config, "train"),
+        batch_size=batch_size,
+        seed=config.seed,
+        random_crop=False,
+        flip=False,
+        **reading,
     )
     stage = Stage("vae", init, step, {}, batches, batch_size, num_steps)
     saving = {"log_every": config.log_every, "checkpoint_every": config.checkpoint.every, "keep": 1}

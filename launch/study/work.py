@@ -157,9 +157,9 @@ def _copy_image(config, folder):
     """The first training image, sixteen times: a folder of one class."""
     from PIL import Image
 
-    from rae_jax import build
+    from rae_jax.build import models
 
-    image = build.source(config, "train")[0]["image"]
+    image = models.source(config, "train")[0]["image"]
     (folder / "one").mkdir(parents=True, exist_ok=True)
     for number in range(16):
         Image.fromarray(image).save(folder / "one" / f"{number:02}.png")

@@ -4,7 +4,7 @@ import functools
 
 import jax.numpy as jnp
 
-from rae_jax import build_flow
+from rae_jax.build import sampler
 from rae_jax.config.keys import input_size, latent_shape
 from rae_jax.data import sources
 from rae_jax.data.packed_images import PackedImages
@@ -253,10 +253,10 @@ def init_and_step(config, name):
                 dit=dit(config),
                 num_classes=classes,
                 latent_shape=latent_shape(config),
-                path=build_flow.path(config),
-                target_fn=build_flow.target_fn(config),
-                time_fn=build_flow.time_fn(config),
-                shift_factor=build_flow.shift_factor(config),
+                path=sampler.path(config),
+                target_fn=sampler.target_fn(config),
+                time_fn=sampler.time_fn(config),
+                shift_factor=sampler.shift_factor(config),
                 train=config.dit.train,
             )
         case other:

@@ -5,12 +5,12 @@ import json
 from etils import epath
 from ml_collections import ConfigDict
 
-from rae_jax import published
+from rae_jax.build import published_weights
 from rae_jax.errors import UserError
 
 FILE = "config.json"
 _SHIPPED = (
-    epath.Path(__file__).parent / "weights" / "small" / FILE
+    epath.Path(__file__).parents[1] / "weights" / "small" / FILE
 )  # every key there is; a test compares it with small.py
 _OF_A_MODEL = ("name", "dtype", "unroll", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
 
@@ -28,7 +28,7 @@ def read(folder):
     except ValueError as error:
         raise UserError(f"{path} is cut off or no JSON ({error}): fetch or write it again") from error
     if "_class_name" in found:
-        found = published.of_diffusers(found)
+        found = published_weights.of_diffusers(found)
     elif "encoder" not in found and "dit" not in found:
         raise UserError(f"{path} describes neither an autoencoder nor a DiT: name another folder")
     return complete(found)

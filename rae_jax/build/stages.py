@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from rae_jax import build, perceptual_networks, published
+from rae_jax.build import models, perceptual_networks, published_weights
 from rae_jax.config.keys import flatten, in_steps, input_size, latent_shape, section
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
@@ -16,7 +16,7 @@ from rae_jax.training import statistics
 from rae_jax.training.loop import Stage
 from rae_jax.weights import safetensors_tree
 
-SHIPPED = epath.Path(__file__).parent / "weights" / "small"
+SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"
 
 
 def stage(config, name, workdir, mesh):
@@ -25,7 +25,7 @@ def stage(config, name, workdir, mesh):
     if from_latents:
         images = packed_latents(config, mesh)
     else:
-        images = build.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
+        images = models.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
     reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     if name == "statistics":
         batch_size = config.statistics.batch_size
@@ -53,13 +53,13 @@ def stage(config, name, workdir, mesh):
     frozen = {part: load(config, part, workdir, mesh) for part in frozen_parts(config, name)}
     if name == "decoder":
         frozen.update(_opponents(config, frozen["encoder"], workdir, mesh))
-    init, step = build.init_and_step(config, name)
+    init, step = models.init_and_step(config, name)
     return Stage(name, init, step, frozen, batches, batch_size, num_steps)
 
 
 def packed_latents(config, mesh):
     """The source of config.data.latents. Raises UserError where the config's encoder would make other ones."""
-    return build.packed_latents(config, latent_form(config, load(config, "encoder", "", mesh)))
+    return models.packed_latents(config, latent_form(config, load(config, "encoder", "", mesh)))
 
 
 def latent_form(config, encoder_params):
@@ -139,9 +139,9 @@ def load(config, name, workdir, mesh, step=None):
     path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{name}.safetensors"
     shapes = part_shapes(config, name)
     placed = sharding.shardings(shapes, mesh)
-    if path.exists() or "://" in weights or not published.tables_of(config, name):
+    if path.exists() or "://" in weights or not published_weights.tables_of(config, name):
         return jax.device_put(safetensors_tree.read(path, shapes), placed)
-    params = published.load(config, name, shapes, placed)
+    params = published_weights.load(config, name, shapes, placed)
     return _without_key_bias(params) if name == "backbone" else params
 
 
@@ -172,15 +172,15 @@ def part_shapes(config, name):
     if name in ("encoder", "backbone"):
         e = section(config, name)
         image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
-        return jax.eval_shape(build.encoder(config, e).init, jax.random.key(0), image)["params"]
+        return jax.eval_shape(models.encoder(config, e).init, jax.random.key(0), image)["params"]
     if name == "decoder":  # whoever cannot train it, for want of a discriminator, may use it
         latents = jnp.zeros((1, *latent_shape(config)))
-        return jax.eval_shape(build.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
+        return jax.eval_shape(models.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
     return jax.eval_shape(used(config, name), _state_shapes(config, name))
 
 
 def _state_shapes(config, name):
-    return jax.eval_shape(build.init_and_step(config, name)[0], jax.random.key(0))
+    return jax.eval_shape(models.init_and_step(config, name)[0], jax.random.key(0))
 
 
 def used(config, name):

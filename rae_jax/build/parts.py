@@ -2,7 +2,7 @@
 
 import contextlib
 
-from rae_jax import perceptual_networks, stages
+from rae_jax.build import perceptual_networks, stages
 from rae_jax.errors import UserError
 
 
