@@ -14,10 +14,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import flops, generate, hlo
+from rae_jax import flops, hlo
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
+from rae_jax.inference import generate
 from rae_jax.runtime import sharding
 from rae_jax.topology import GIB
 from rae_jax.training import loop

@@ -14,8 +14,9 @@ import numpy as np
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from rae_jax import exhibits, pictures
+from rae_jax import exhibits
 from rae_jax.errors import UserError
+from rae_jax.inference import image_grid
 
 STEPS = (5, 10, 25, 50, 100)
 MAX_UPLOAD = 20_000_000  # bytes of a picture
@@ -109,7 +110,7 @@ def _sample_tab(shown, class_names, scale):
         for t, images in shown.trajectory(int(label), int(seed), float(guidance), int(steps)):
             columns.append(images)
             rows = np.stack(columns, 1).reshape(-1, *images.shape[1:])
-            shown_now = _row(images), _enlarged(pictures.grid(rows, len(columns)), SHOWN * 4)
+            shown_now = _row(images), _enlarged(image_grid.grid(rows, len(columns)), SHOWN * 4)
             yield *shown_now, f"t = {t:.3f}"
         yield *shown_now, f"Done, at t = {t:.3f}."
 
@@ -134,7 +135,7 @@ def _reconstruct_tab(shown, held_out, size):
     def show(image):
         again, z, scores = shown.reconstruct(image)
         words = f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}; latents {' x '.join(map(str, z.shape))}"
-        shown_latents = pictures.latent_colours(z)
+        shown_latents = image_grid.latent_colours(z)
         return *map(_enlarged, (image, again, shown_latents, exhibits.error_map(image, again))), words
 
     def of_file(path):
@@ -193,11 +194,11 @@ def _any(source):
 
 
 def _row(images):
-    return _enlarged(pictures.grid(images, len(images)), SHOWN * 4)
+    return _enlarged(image_grid.grid(images, len(images)), SHOWN * 4)
 
 
 def _enlarged(image, side=SHOWN):
-    return pictures.enlarged(image, side)
+    return image_grid.enlarged(image, side)
 
 
 class BoundedBodies:

@@ -9,10 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rae_jax import generate, pictures, reconstruct
 from rae_jax.build import models
 from rae_jax.data import decode
 from rae_jax.errors import UserError
+from rae_jax.inference import generate, image_grid, reconstruct
 from rae_jax.models.autoencoder import denormalise, to_uint8
 
 NUM_IMAGES = 4  # that are drawn at a time
@@ -104,4 +104,4 @@ def read_upload(path, size):
 
 def error_map(image, decoded):
     """uint8 [H, W, 3]: the mean absolute difference of the colours of two uint8 images; white from LARGEST_ERROR on."""
-    return pictures.heat(np.abs(image.astype(np.float32) - decoded).mean(-1) / 255.0, LARGEST_ERROR)
+    return image_grid.heat(np.abs(image.astype(np.float32) - decoded).mean(-1) / 255.0, LARGEST_ERROR)

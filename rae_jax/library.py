@@ -18,11 +18,11 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax import generate
 from rae_jax.build import models, saved_config, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
+from rae_jax.inference import generate
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
 from rae_jax.weights import hub

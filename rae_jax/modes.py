@@ -9,15 +9,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import aot, exhibits, pictures, probes, report, samples, topology
+from rae_jax import aot, exhibits, report, topology
 from rae_jax import benchmark as timing
-from rae_jax import evaluate as evaluation
-from rae_jax import reconstruct as reconstruction
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.build import parts as parts_lib
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
+from rae_jax.inference import evaluator as evaluator_lib
+from rae_jax.inference import image_grid, linear_probes, sample_files
+from rae_jax.inference import reconstruct as reconstruct_lib
 from rae_jax.runtime import (
     atomic_files,
     checkpoint_manifest,
@@ -49,8 +50,8 @@ def run(config, workdir, mesh, do):
     if config.data.latents:
         stages.packed_latents(config, mesh)
     perceptual_networks.find(config)  # and so does a network that would be missed when all is trained
-    probes.find(config)
-    evaluator = evaluation.Evaluator(config, mesh)  # one for all, as it compiles what it needs
+    linear_probes.find(config)
+    evaluator = evaluator_lib.Evaluator(config, mesh)  # one for all, as it compiles what it needs
     with workdir_lock.hold(workdir):
         config_keys.save(config, workdir)
         environment.record(workdir)
@@ -89,13 +90,13 @@ def evaluate(config, workdir, mesh, flags):
     """Metrics of the newest checkpoint, of --step, or of --samples, printed and written to eval/."""
     if flags.samples is not None and flags.step is not None:
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples brings its own images: leave one out")
-    evaluator = evaluation.Evaluator(config, mesh)
+    evaluator = evaluator_lib.Evaluator(config, mesh)
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if parts_lib.there(config, name)))
         parts = {name: stages.load(config, name, workdir, mesh) for name in names}
         _write_results(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
-    probes.find(config)
+    linear_probes.find(config)
     parts = parts_lib.load(config, workdir, mesh, step=flags.step)
     if flags.step is None:
         _measure_trained(evaluator, config, parts, workdir, _of_shipped(config, workdir))
@@ -111,7 +112,7 @@ def sample(config, workdir, mesh, flags):
         raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
     if flags.label is not None and not 0 <= flags.label < classes:
         raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
-    labels = samples.labels_of(flags.labels, flags.num_images, classes, config.seed)
+    labels = sample_files.labels_of(flags.labels, flags.num_images, classes, config.seed)
     if flags.label is not None:
         labels = np.full(flags.num_images, flags.label)
     parts = {
@@ -124,7 +125,7 @@ def sample(config, workdir, mesh, flags):
     }
     folder = workdir / "samples"
     names = _class_names(config)
-    samples.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
+    sample_files.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
     if processes.is_first():
         print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
 
@@ -150,10 +151,10 @@ def reconstruct(config, workdir, mesh, flags):
     names = ("encoder", "decoder", *perceptual_networks.named(config))
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     folder = workdir / "samples" / "reconstructed"
-    results, picture = reconstruction.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
+    results, picture = reconstruct_lib.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
     _write_results(workdir, "reconstruct.json", results)
     if processes.is_first():
-        pictures.save(workdir / "samples" / "reconstructed.png", picture)
+        image_grid.save(workdir / "samples" / "reconstructed.png", picture)
         print(f"picture: {workdir / 'samples' / 'reconstructed.png'}")
         print(f"images:  {folder}")
 
@@ -254,7 +255,7 @@ def _evaluate_in_training(config, stage, workdir, mesh, evaluator):
         for kind, picture in shown.items() if processes.is_first() else ():
             path = workdir / "samples" / stage.name / f"{step:07d}_{kind}.png"
             try:
-                pictures.save(path, picture)
+                image_grid.save(path, picture)
             except Exception as error:  # training goes on, whatever becomes of a picture; a bucket's are of many kinds
                 logs.say(f"cannot write the picture {path} ({atomic_files.reason(error)})")
         return {**results, **_score(config.checkpoint, results, must=last)}
@@ -296,7 +297,7 @@ def _measure(evaluator, config, parts, workdir, name):
     began = time.monotonic()
     results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
     for kind, picture in shown.items() if processes.is_first() else ():
-        pictures.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
+        image_grid.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
     return {**results, "seconds": time.monotonic() - began}
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import benchmark, flops, generate
+from rae_jax import benchmark, flops
 from rae_jax.build import stages
 from rae_jax.errors import UserError
+from rae_jax.inference import generate
 from rae_jax.runtime import sharding
 
 

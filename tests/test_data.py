@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import metrics
 from rae_jax.data import pipeline
 from rae_jax.data.decode import centre_crop, random_crop
 from rae_jax.data.shapes import CLASS_NAMES, Shapes
 from rae_jax.data.sources import image_folder
 from rae_jax.errors import UserError
+from rae_jax.inference import metrics
 
 
 def _shapes(split="train", num_images=100, seed=0):

@@ -17,9 +17,10 @@ import pytest
 from conftest import one_device, random_like, tiny
 from PIL import Image
 
-from rae_jax import exhibits, generate, pictures
+from rae_jax import exhibits
 from rae_jax.build import models, stages
 from rae_jax.errors import UserError
+from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +71,11 @@ def test_reconstructions_and_what_is_between_two(shown):
 def test_colours_tell_tokens_apart():
     latents = np.zeros((4, 4, 16))
     latents[:2, :, 3], latents[:, :2, 5] = 2.0, 1.0
-    colours = pictures.latent_colours(latents)
+    colours = image_grid.latent_colours(latents)
     assert colours.shape == (4, 4, 3) and len(np.unique(colours.reshape(-1, 3), axis=0)) == 4
-    assert pictures.latent_colours(np.ones((1, 1, 2))).shape == (1, 1, 3)
-    np.testing.assert_array_equal(pictures.heat(np.array([[0.0, 0.5, 1.0, 9.0]]), 1.0)[0, :, 1], [0, 128, 255, 255])
-    assert pictures.enlarged(np.zeros((32, 16, 3), np.uint8), 100).shape == (96, 48, 3)
+    assert image_grid.latent_colours(np.ones((1, 1, 2))).shape == (1, 1, 3)
+    np.testing.assert_array_equal(image_grid.heat(np.array([[0.0, 0.5, 1.0, 9.0]]), 1.0)[0, :, 1], [0, 128, 255, 255])
+    assert image_grid.enlarged(np.zeros((32, 16, 3), np.uint8), 100).shape == (96, 48, 3)
     assert exhibits.error_map(np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)).min() == 255
 
 

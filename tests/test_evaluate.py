@@ -14,12 +14,12 @@ from conftest import tiny
 from jax import monitoring
 from PIL import Image
 
-from rae_jax import generate, metrics, perception, pictures
 from rae_jax.build import models, stages
 from rae_jax.errors import UserError
-from rae_jax.evaluate import Evaluator
+from rae_jax.inference import generate, image_grid, metrics, perceptual_metrics
+from rae_jax.inference.evaluator import Evaluator
+from rae_jax.inference.sample_files import labels_of
 from rae_jax.runtime import sharding
-from rae_jax.samples import labels_of
 
 SIZES = {"pool": 12, "spatial": 9, "logits": 10}
 INCEPTION = ("fid", "sfid", "inception_score", "precision", "recall")
@@ -39,9 +39,9 @@ def inception():
     lpips = types.SimpleNamespace(apply=lambda variables, a, b: variables["params"] * jnp.abs(a - b).mean((1, 2, 3)))
     rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perception, "features", features)
-        patch.setattr(perception, "Lpips", lambda: lpips)
-        patch.setattr(perception, "MOMENTS_OF", {name: SIZES[name] for name in ("pool", "spatial")})
+        patch.setattr(perceptual_metrics, "features", features)
+        patch.setattr(perceptual_metrics, "Lpips", lambda: lpips)
+        patch.setattr(perceptual_metrics, "MOMENTS_OF", {name: SIZES[name] for name in ("pool", "spatial")})
         yield {name: jnp.asarray(rng.normal(size=(48, size)), jnp.float32) for name, size in SIZES.items()}
 
 
@@ -121,7 +121,7 @@ def _npz(folder, name="given.npz", save=np.savez, **arrays):
 
 def _features(params, images):
     """{name: [N, D] float64}."""
-    found = perception.features(params, jnp.asarray(images / np.float32(255)))
+    found = perceptual_metrics.features(params, jnp.asarray(images / np.float32(255)))
     return {name: np.float64(values) for name, values in found.items()}
 
 
@@ -148,7 +148,7 @@ def test_the_weights_images_are_judged_alike_from_an_npz_and_from_a_folder(evalu
     compressed = evaluator.images(parts, _npz(tmp_path, save=np.savez_compressed, arr_0=images, arr_1=labels))
     assert compressed == found
     for i, image in enumerate(images):
-        pictures.save(tmp_path / "folder" / f"{i:06d}.png", image)
+        image_grid.save(tmp_path / "folder" / f"{i:06d}.png", image)
     del found["agreement"]  # a folder has no labels
     assert evaluator.images(parts, str(tmp_path / "folder")) == found
     # The picture shows three rows of ten classes, on which nothing but their captions lies.
@@ -302,7 +302,7 @@ def test_a_damaged_first_image_can_be_left_out_as_any_other(evaluated, parts, dr
     config.data.on_error = "skip"
     evaluator = _evaluator(config)
     for i, image in enumerate(drawn[0]):
-        pictures.save(tmp_path / f"{i:06d}.png", image)
+        image_grid.save(tmp_path / f"{i:06d}.png", image)
     (tmp_path / "000000.png").write_bytes(b"\x89PNG\r\n")
     found = evaluator.images(parts, str(tmp_path))
     without = evaluated[0].images(parts, _npz(tmp_path, arr_0=drawn[0][1:]))

@@ -10,9 +10,9 @@ import scipy.stats
 from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
-from rae_jax import generate
 from rae_jax.build import models, sampler, stages
 from rae_jax.diffusion import flow
+from rae_jax.inference import generate
 from rae_jax.models import dit
 from rae_jax.training import dit as dit_lib
 

@@ -13,10 +13,10 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax import evaluate, looks, perception, reconstruct
 from rae_jax.build import stages
 from rae_jax.data.decode import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
+from rae_jax.inference import batched, evaluator, perceptual_metrics, reconstruct
 from rae_jax.models import resize
 from rae_jax.runtime import sharding
 
@@ -40,7 +40,7 @@ def params(config):
 def test_features_are_torch_fidelitys(params):
     for size in cases.SIZES:
         image = cases.image(*size)[None] / np.float32(255)
-        found = jax.jit(perception.features)(params, image)
+        found = jax.jit(perceptual_metrics.features)(params, image)
         for name, values in found.items():
             golden = cases.goldens()[f"{name}{size[0]}"]
             assert values.shape == (1, *golden.shape) and values.dtype == np.float32
@@ -93,7 +93,7 @@ def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
     config.evaluate.reference = str(tmp_path / "reference.npz")
     mesh = _mesh(1)
     parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "inception")}
-    ours = evaluate.Evaluator(config, mesh).images(parts, str(tmp_path / "found.npz"))
+    ours = evaluator.Evaluator(config, mesh).images(parts, str(tmp_path / "found.npz"))
 
     network_file, names = tmp_path / "inception.pth", ["2048", "logits_unbiased"]
     torch.save({k: torch.from_numpy(v) for k, v in cases.arrays_of("inception").items()}, network_file)
@@ -118,9 +118,9 @@ def _moments(config, files, devices, batch_size):
     parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
     redraw, moments = reconstruct.make(config), reconstruct.PairMoments()
     source, shown = ImageFiles(files, config.data.image_size), []
-    batches = looks.batches(source, mesh, batch_size=batch_size, num_threads=2, name="test")
-    view = looks.compiled(lambda parts, batch: redraw(parts, batch["image"])[1], mesh)
-    for out in looks.look(view, parts, batches):
+    batches = batched.batches(source, mesh, batch_size=batch_size, num_threads=2, name="test")
+    view = batched.compiled(lambda parts, batch: redraw(parts, batch["image"])[1], mesh)
+    for out in batched.look(view, parts, batches):
         moments.add(out)
         shown.append(out["decoded"])
     return moments, np.concatenate(shown)

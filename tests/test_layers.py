@@ -24,9 +24,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
     "cli": ("modes",),
     "ui": ("report", "report_figures", "records", "demo", "exhibits"),
     "profiling": ("aot", "hlo", "flops", "topology", "benchmark"),
-    "inference": (
-        *("generate", "samples", "reconstruct", "evaluate", "metrics", "perception", "probes", "looks", "pictures"),
-    ),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

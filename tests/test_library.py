@@ -19,9 +19,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import rae_jax
 from configs import small
-from rae_jax import convert, generate, library
+from rae_jax import convert, library
 from rae_jax.build import models, saved_config, stages
 from rae_jax.config import keys as config_keys
+from rae_jax.inference import generate
 from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.weights import safetensors_tree
 

@@ -13,11 +13,12 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import modes, perception
+from rae_jax import modes
 from rae_jax.build import perceptual_networks, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
+from rae_jax.inference import perceptual_metrics
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
 
@@ -49,7 +50,7 @@ def _with_gradient(params, a, b):
     """Distances as the metrics have them, and the gradient of their sum by the first images."""
 
     def distances(a):
-        found = perception.compare({"lpips": params}, a, b)["lpips"]
+        found = perceptual_metrics.compare({"lpips": params}, a, b)["lpips"]
         return found.sum(), found
 
     (_, found), gradient = jax.value_and_grad(distances, has_aux=True)(a)

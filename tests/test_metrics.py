@@ -8,7 +8,7 @@ import scipy.ndimage
 import scipy.optimize
 import scipy.special
 
-from rae_jax import metrics
+from rae_jax.inference import metrics
 
 
 def _with_moments(rng, mean, root, n=4000):

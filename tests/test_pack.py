@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax import probes
 from rae_jax.build import models, stages
 from rae_jax.data import decode, packed_images, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed_images import PackedImages
 from rae_jax.errors import UserError
+from rae_jax.inference import linear_probes
 from rae_jax.runtime import sharding
 
 SIZE = 16
@@ -72,10 +72,10 @@ def test_random_crops_of_the_packed_are_those_of_the_files_and_probes_need_other
     np.testing.assert_array_equal(heldout[0]["image"], parts["heldout"][0]["image"])
     data = {"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE, "num_classes": 2}
     tiny_config.data.update(data)
-    probes.find(tiny_config)
+    linear_probes.find(tiny_config)
     tiny_config.evaluate.probe = True
     with pytest.raises(UserError, match="or evaluate without probes: --config.evaluate.probe=False"):
-        probes.find(tiny_config)
+        linear_probes.find(tiny_config)
 
 
 def test_jpeg_records_are_close(tmp_path):

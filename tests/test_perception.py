@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax import extend
 
-from rae_jax import perception
 from rae_jax.build import perceptual_networks
+from rae_jax.inference import perceptual_metrics
 
 IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 
@@ -25,8 +25,8 @@ def test_metrics_take_no_short_cuts_in_float32(part, products):
     """A TPU would round float32 to bfloat16, a GPU to TF32; on a CPU there is no difference to be seen."""
     params = perceptual_networks.part_shapes(part)
     programs = {
-        "lpips": lambda params: perception.compare({"lpips": params}, IMAGES, IMAGES)["lpips"],
-        "inception": lambda params: perception.features(params, IMAGES),
+        "lpips": lambda params: perceptual_metrics.compare({"lpips": params}, IMAGES, IMAGES)["lpips"],
+        "inception": lambda params: perceptual_metrics.features(params, IMAGES),
     }
     with jax.default_matmul_precision("default"):
         found = list(_precisions(jax.make_jaxpr(programs[part])(params).jaxpr))

@@ -6,9 +6,9 @@ import pytest
 from conftest import one_device, random_like
 from PIL import Image
 
-from rae_jax import metrics, probes
 from rae_jax.build import models, stages
 from rae_jax.errors import UserError
+from rae_jax.inference import linear_probes, metrics
 from rae_jax.runtime import sharding
 
 
@@ -22,13 +22,13 @@ def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, 
         return name
 
     monkeypatch.setattr(metrics, "linear_probe", linear_probe)
-    monkeypatch.setattr(probes, "TRAIN_IMAGES", 12)
+    monkeypatch.setattr(linear_probes, "TRAIN_IMAGES", 12)
     tiny_config.data.update({"num_train": 20, "num_heldout": 12})
     parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
     sources = [models.source(tiny_config, split) for split in ("train", "heldout")]
     examples = [[source[i] for i in range(len(source))] for source in sources]
     images, labels = ([np.stack([one[key] for one in of]) for of in examples] for key in ("image", "label"))
-    found = probes.probes(tiny_config, parts, images[1], labels[1], one_device())
+    found = linear_probes.probes(tiny_config, parts, images[1], labels[1], one_device())
     assert found == {name: name for name in ("probe", "probe_random", "probe_pixels")}
 
     pixels = [np.float32(of).reshape(len(of), -1) / 255 for of in images]
@@ -65,8 +65,8 @@ def test_an_image_that_cannot_be_read_stops_or_is_left_out(tiny_config, tmp_path
     tiny_config.data.on_error = on_error
     if on_error == "stop":
         with pytest.raises(UserError, match="light/3.png"):
-            probes.probes(tiny_config, parts, images, labels, mesh)
+            linear_probes.probes(tiny_config, parts, images, labels, mesh)
         return
-    found = probes.probes(tiny_config, parts, images, labels, mesh)
+    found = linear_probes.probes(tiny_config, parts, images, labels, mesh)
     assert set(found) == {"probe", "probe_random", "probe_pixels"} and found["probe_pixels"] == 1.0
     assert "light/3.png" in capfd.readouterr().err

@@ -13,9 +13,10 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import evaluate, metrics, modes, perception, pictures, reconstruct
+from rae_jax import modes
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.errors import UserError
+from rae_jax.inference import evaluator, image_grid, metrics, perceptual_metrics, reconstruct
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
 
@@ -48,7 +49,7 @@ def folder(tmp_path):
     source = models.source(_shipped(), "heldout")
     for i in range(len(source)):
         kind = source.class_names[source[i]["label"]]
-        pictures.save(tmp_path / "images" / kind / "1.png", source[i]["image"])
+        image_grid.save(tmp_path / "images" / kind / "1.png", source[i]["image"])
     return tmp_path / "images"
 
 
@@ -64,7 +65,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     names = ("encoder", "decoder", "statistics", "dit", *perceptual_networks.named(config))
     parts = {name: stages.load(config, name, "", mesh) for name in names}
-    results, _ = evaluate.Evaluator(config, mesh).weights(parts)
+    results, _ = evaluator.Evaluator(config, mesh).weights(parts)
     for name in METRICS:
         assert results[name] == pytest.approx(found[name], rel=1e-4), name
 
@@ -95,8 +96,8 @@ def test_metrics_are_those_of_the_rounded_images(tiny_config, monkeypatch):
         return dict.fromkeys(("pool", "spatial"), images.reshape(-1, 4, 8, 4, 8, 3).mean((2, 4)).reshape(-1, 48))
 
     lpips = types.SimpleNamespace(apply=lambda _, a, b: jnp.square(a - b).mean((1, 2, 3)))
-    monkeypatch.setattr(perception, "features", features)
-    monkeypatch.setattr(perception, "Lpips", lambda: lpips)
+    monkeypatch.setattr(perceptual_metrics, "features", features)
+    monkeypatch.setattr(perceptual_metrics, "Lpips", lambda: lpips)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
     parts = {part: stages.part_shapes(tiny_config, part) for part in ("encoder", "decoder")}
     parts = random_like(parts, seed=0, scale=0.4)

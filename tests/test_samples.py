@@ -8,9 +8,9 @@ from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
-from rae_jax import samples
 from rae_jax.build import models, stages
 from rae_jax.errors import UserError
+from rae_jax.inference import sample_files
 from rae_jax.runtime import sharding
 
 REQUEST = {"steps": {"dit": 6}}
@@ -30,7 +30,7 @@ def draw():
     def run(folder, labels, request=REQUEST, devices=8, batch_size=8, seed=0):
         labels, config.evaluate.batch_size, config.seed = np.asarray(labels), batch_size, seed
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-        samples.draw(config, parts, labels, mesh, folder, request=request, class_names=NAMES)
+        sample_files.draw(config, parts, labels, mesh, folder, request=request, class_names=NAMES)
         found = {file.name: file.read_bytes() for file in (folder / "images").glob("*.png")}
         with np.load(folder / "samples.npz") as written:
             assert written["arr_0"].dtype == np.uint8 and len(written["arr_0"]) == len(labels)
@@ -84,13 +84,13 @@ def test_other_labels_and_other_requests_replace_what_they_must(draw, tmp_path):
 
 
 def test_labels(tmp_path):
-    np.testing.assert_array_equal(samples.labels_of("balanced", 4, 3, 0), [0, 1, 2, 0])
-    many = samples.labels_of("random", 500, 10, 7)
-    np.testing.assert_array_equal(many[:50], samples.labels_of("random", 50, 10, 7))
+    np.testing.assert_array_equal(sample_files.labels_of("balanced", 4, 3, 0), [0, 1, 2, 0])
+    many = sample_files.labels_of("random", 500, 10, 7)
+    np.testing.assert_array_equal(many[:50], sample_files.labels_of("random", 50, 10, 7))
     assert set(many) == set(range(10))
     file = tmp_path / "labels.txt"
     file.write_text("2\n0\n1\n")
-    np.testing.assert_array_equal(samples.labels_of(str(file), 2, 3, 0), [2, 0])
+    np.testing.assert_array_equal(sample_files.labels_of(str(file), 2, 3, 0), [2, 0])
     for text, count, message in (
         ("2\n0\n", 3, "holds 2 labels"),
         ("3\n", 1, "labels are 0 to 2"),
@@ -99,6 +99,6 @@ def test_labels(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
-            samples.labels_of(str(file), count, 3, 0)
+            sample_files.labels_of(str(file), count, 3, 0)
     with pytest.raises(UserError, match="balanced, random, or a file"):
-        samples.labels_of(str(tmp_path / "nowhere"), 1, 3, 0)
+        sample_files.labels_of(str(tmp_path / "nowhere"), 1, 3, 0)

@@ -16,10 +16,11 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import convert, generate, modes, pictures
+from rae_jax import convert, modes
 from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
+from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
 from rae_jax.runtime import logs, sharding
 from rae_jax.training.loop import fit
@@ -195,7 +196,7 @@ def _dit_job(folder):
 
 def test_files_are_reconstructed(checkpoint, tmp_path):
     image, _ = cases.inputs(cases.TINY, 32, 32)
-    pictures.save(epath.Path(tmp_path / "image.png"), np.asarray(to_uint8(image[0])))
+    image_grid.save(epath.Path(tmp_path / "image.png"), np.asarray(to_uint8(image[0])))
     workdir, flags = epath.Path(tmp_path), types.SimpleNamespace(images=str(tmp_path / "image.png"))
     modes.reconstruct(_dit_job(checkpoint), workdir, one_device(), flags)
     results = json.loads((workdir / "eval" / "reconstruct.json").read_text())

@@ -19,10 +19,11 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax import flops, generate, looks, metrics, probes, reconstruct, samples
+from rae_jax import flops
 from rae_jax.build import models, sampler, stages
 from rae_jax.config import keys as config_keys
-from rae_jax.evaluate import Evaluator
+from rae_jax.inference import batched, generate, linear_probes, metrics, reconstruct, sample_files
+from rae_jax.inference.evaluator import Evaluator
 from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.runtime import checkpoint, logs, sharding
 
@@ -75,7 +76,7 @@ def _reconstruction(config, workdir, mesh, job):
 
     source = models.source(config, "heldout")
     reading = {"batch_size": config.evaluate.batch_size, "num_threads": config.data.num_threads, "name": "look"}
-    found = list(looks.look(looks.compiled(view, mesh), parts, looks.batches(source, mesh, **reading)))
+    found = list(batched.look(batched.compiled(view, mesh), parts, batched.batches(source, mesh, **reading)))
     found = {key: np.concatenate([out[key] for out in found]) for key in found[0]}
     yield from ((0, name, float(found[name].mean())) for name in ("psnr", "ssim"))
     seen = _judged(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
@@ -94,7 +95,7 @@ def _judged(job, mesh, path, images, labels):
 
 def _probe(config, workdir, mesh, job):
     encode, params = models.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
-    view = looks.compiled(
+    view = batched.compiled(
         lambda params, batch: {"latent": encode(params, to_float(batch["image"])), "label": batch["label"]}, mesh
     )
     sets = []
@@ -102,7 +103,7 @@ def _probe(config, workdir, mesh, job):
         source = models.source(config, split)
         chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
         reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
-        found = list(looks.look(view, params, looks.batches(probes.Chosen(source, chosen), mesh, **reading)))
+        found = list(batched.look(view, params, batched.batches(linear_probes.Chosen(source, chosen), mesh, **reading)))
         sets.append([np.concatenate([out[key] for out in found]) for key in ("latent", "label")])
     for name, features in (("pooled", lambda z: z.mean((1, 2))), ("whole", lambda z: z.reshape(len(z), -1))):
         (train, train_labels), (test, test_labels) = ((features(latents), labels) for latents, labels in sets)
@@ -117,7 +118,7 @@ def _generation(config, workdir, mesh, job):
     last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
     sample = generate.make_sampler(config, mesh)
     count = config.evaluate.num_images
-    labels = samples.labels_of("balanced", count, config.data.num_classes, config.seed)
+    labels = sample_files.labels_of("balanced", count, config.data.num_classes, config.seed)
     how = {"batch_size": config.evaluate.batch_size, "seed": config.seed}
     for step in dict.fromkeys([*kept, last]):
         parts = _generator(config, workdir, mesh, step)

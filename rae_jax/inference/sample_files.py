@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from rae_jax import generate, pictures
 from rae_jax.errors import UserError
+from rae_jax.inference import generate, image_grid
 from rae_jax.runtime import atomic_files, logs, processes
 
 
@@ -61,9 +61,9 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
             future.result()
     if writes:
         _write_npz(folder, labels)
-        shown = pictures.chosen(labels)
+        shown = image_grid.chosen(labels)
         images = np.stack([_read(_path(folder, i)) for i in shown])
-        pictures.save(folder / "sampled.png", pictures.overview(images, labels[shown], class_names))
+        image_grid.save(folder / "sampled.png", image_grid.overview(images, labels[shown], class_names))
 
 
 def _present(folder, request, labels):
@@ -105,7 +105,7 @@ def _path(folder, index):
 def _write(path, image):
     """A file is there whole or not at all."""
     part = path.with_suffix(".part")
-    pictures.save(part, image)
+    image_grid.save(part, image)
     part.replace(path)
 
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import looks, perception, pictures
 from rae_jax.build import models
 from rae_jax.data.decode import ImageFiles, find_images
+from rae_jax.inference import batched, image_grid, perceptual_metrics
 from rae_jax.models.autoencoder import to_float, to_uint8
 
 SHOWN = 10
@@ -27,12 +27,12 @@ def make(config):
         latents = autoencoder.encode(parts["encoder"], images)
         decoded = to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
         again = to_float(decoded)
-        results = {"decoded": decoded, **perception.compare(parts, again, images)}
+        results = {"decoded": decoded, **perceptual_metrics.compare(parts, again, images)}
         if "inception" in parts:
             both = jax.lax.map(  # one after the other: the network is compiled once
-                lambda seen: perception.features(parts["inception"], seen), jnp.stack([images, again])
+                lambda seen: perceptual_metrics.features(parts["inception"], seen), jnp.stack([images, again])
             )
-            results["seen"] = {name: both[name][0] for name in perception.MOMENTS_OF}
+            results["seen"] = {name: both[name][0] for name in perceptual_metrics.MOMENTS_OF}
             results["seen_decoded"] = {"pool": both["pool"][1]}
         return latents, results
 
@@ -46,8 +46,11 @@ class PairMoments:
     """
 
     def __init__(self, *, as_reference=False):
-        self._kinds = perception.MOMENTS_OF if as_reference else ("pool",)
-        self.given, self._decoded = perception.Seen(keep=("pool",) if as_reference else ()), perception.Seen()
+        self._kinds = perceptual_metrics.MOMENTS_OF if as_reference else ("pool",)
+        self.given, self._decoded = (
+            perceptual_metrics.Seen(keep=("pool",) if as_reference else ()),
+            perceptual_metrics.Seen(),
+        )
 
     def add(self, out):
         """Takes in a batch."""
@@ -59,7 +62,7 @@ class PairMoments:
         """{'rfid': Fréchet distance of the reconstructions to the images}; {} without, or of fewer than two."""
         if not self.given.moments:
             return {}
-        return perception.frechet("rfid", self.given.moments["pool"], self._decoded.moments["pool"])
+        return perceptual_metrics.frechet("rfid", self.given.moments["pool"], self._decoded.moments["pool"])
 
 
 def reconstruct(config, parts, path, mesh, folder):
@@ -71,8 +74,8 @@ def reconstruct(config, parts, path, mesh, folder):
     files = find_images(path)
     root = path if path.is_dir() else path.parent
     redraw = make(config)
-    view = looks.compiled(lambda parts, batch: {**batch, **redraw(parts, batch["image"])[1]}, mesh)
-    batches = looks.batches(
+    view = batched.compiled(lambda parts, batch: {**batch, **redraw(parts, batch["image"])[1]}, mesh)
+    batches = batched.batches(
         ImageFiles(files, config.data.image_size),
         mesh,
         batch_size=config.evaluate.batch_size,
@@ -80,16 +83,16 @@ def reconstruct(config, parts, path, mesh, folder):
         name="reconstruct",
     )
     scores, pairs, moments = [], [], PairMoments()
-    for out in looks.look(view, parts, batches):
+    for out in batched.look(view, parts, batches):
         moments.add(out)
         _write(folder, [files[i].relative_to(root) for i in out["index"]], out)
         pairs += list(zip(out["image"], out["decoded"], strict=True))[: SHOWN - len(pairs)]
         scores.append({key: out[key] for key in ("psnr", "ssim", "lpips") if key in out})
     scores = {key: np.concatenate([score[key] for score in scores]) for key in scores[0]}
     results = {**{key: float(of.mean()) for key, of in scores.items()}, **moments.rfid()}
-    picture = pictures.grid(np.concatenate([np.stack(images) for images in zip(*pairs, strict=True)]), len(pairs))
+    picture = image_grid.grid(np.concatenate([np.stack(images) for images in zip(*pairs, strict=True)]), len(pairs))
     results["num_images"] = len(scores["psnr"])
-    return results, pictures.with_captions(picture, ("given", "decoded"), scale=3)
+    return results, image_grid.with_captions(picture, ("given", "decoded"), scale=3)
 
 
 def _write(folder, names, out):
@@ -98,4 +101,4 @@ def _write(folder, names, out):
         return
     with ThreadPoolExecutor() as pool:
         for kind, images in (("given", out["image"]), ("decoded", out["decoded"])):
-            list(pool.map(pictures.save, [folder / kind / f"{name}.png" for name in names], images))
+            list(pool.map(image_grid.save, [folder / kind / f"{name}.png" for name in names], images))

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from rae_jax import metrics
+from rae_jax.inference import metrics
 from rae_jax.models.inception import POOL, SPATIAL, Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import logs, sharding

@@ -6,10 +6,19 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import generate, looks, metrics, perception, pictures, probes, reconstruct, samples
 from rae_jax.build import models
 from rae_jax.data import evaluator_npz
 from rae_jax.errors import UserError
+from rae_jax.inference import (
+    batched,
+    generate,
+    image_grid,
+    linear_probes,
+    metrics,
+    perceptual_metrics,
+    reconstruct,
+    sample_files,
+)
 from rae_jax.models import resize
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
@@ -27,7 +36,7 @@ class Evaluator:
         self._config, self._mesh = config, mesh
         self._autoencoder, self._judge = models.autoencoder(config), models.judge(config)
         self._reconstruct, self._sample = reconstruct.make(config), generate.make_sampler(config, mesh)
-        self._redraw, self._glance = (looks.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
+        self._redraw, self._glance = (batched.compiled(view, mesh) for view in (self._redraw_view, self._glance_view))
         self._images, self._moments = self._open_reference()
         self._known = None  # the encoder's weights, and what was seen of the reference with them
 
@@ -41,7 +50,7 @@ class Evaluator:
         is_reference = "dit" in parts and not config.evaluate.reference
         moments, pairs = reconstruct.PairMoments(as_reference=is_reference), {}
         kept = _Kept("features", "judged", "label", "psnr", "ssim", "lpips", *(("image",) if probe else ()))
-        for out in looks.look(self._redraw, parts, self._batches(self._held_out, "look")):
+        for out in batched.look(self._redraw, parts, self._batches(self._held_out, "look")):
             moments.add(out)
             kept.add(out)
             _add_pairs(pairs, out)
@@ -51,7 +60,7 @@ class Evaluator:
         if "judge" in parts:
             results["judge_accuracy"] = float((held_out["judged"] == held_out["label"]).mean())
         if probe:
-            results.update(probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
+            results.update(linear_probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
         shown = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
             reference = (moments.given, held_out["features"]) if is_reference else self._reference(parts)
@@ -90,7 +99,7 @@ class Evaluator:
             return None, {}
         with _naming(f"config.evaluate.reference={path}"):
             images = self._open(path, labelled=False)
-            moments = evaluator_npz.read_moments(path, perception.MOMENTS_OF)
+            moments = evaluator_npz.read_moments(path, perceptual_metrics.MOMENTS_OF)
             if images is None and not moments:
                 raise UserError(f"it holds neither images ({evaluator_npz.IMAGES}) nor moments (mu and sigma)")
             if images is None and not self._config.evaluate.inception:
@@ -116,9 +125,9 @@ class Evaluator:
 
     def _look_at_reference(self, parts):
         source = self._images if self._config.evaluate.reference else self._held_out
-        seen, kept = perception.Seen(keep=("pool",)), _Kept("features")
+        seen, kept = perceptual_metrics.Seen(keep=("pool",)), _Kept("features")
         if source is not None:
-            for out in looks.look(self._glance, parts, self._batches(source, "reference")):
+            for out in batched.look(self._glance, parts, self._batches(source, "reference")):
                 seen.add(out.get("seen", {}))
                 kept.add(out)
         seen.moments.update(self._moments)
@@ -127,10 +136,10 @@ class Evaluator:
     def _generation(self, parts, reference):
         """({metric: number}, picture) of images that are drawn for it, as many of each class."""
         config = self._config
-        labels = samples.labels_of("balanced", config.evaluate.num_images, config.data.num_classes, config.seed)
-        shown = dict.fromkeys(pictures.chosen(labels).tolist())
+        labels = sample_files.labels_of("balanced", config.evaluate.num_images, config.data.num_classes, config.seed)
+        shown = dict.fromkeys(image_grid.chosen(labels).tolist())
         results = self._compared(parts, self._drawn(parts, labels, shown), reference)
-        picture = pictures.overview(np.stack(list(shown.values())), labels[list(shown)], self._held_out.class_names)
+        picture = image_grid.overview(np.stack(list(shown.values())), labels[list(shown)], self._held_out.class_names)
         return results, picture
 
     def _drawn(self, parts, labels, shown):
@@ -146,14 +155,14 @@ class Evaluator:
 
     def _compared(self, parts, batches, reference):
         """{metric: number} of the images in batches on the devices against a reference."""
-        seen, kept = perception.Seen(keep=("pool", "logits")), _Kept("features", "judged", "label")
-        for out in looks.look(self._glance, parts, batches):
+        seen, kept = perceptual_metrics.Seen(keep=("pool", "logits")), _Kept("features", "judged", "label")
+        for out in batched.look(self._glance, parts, batches):
             seen.add(out.get("seen", {}))
             kept.add(out)
         found, (reference_seen, features) = kept.arrays(), reference
         results = {} if features is None else self._fd(found["features"], features)
         if "inception" in parts:
-            results.update(perception.compare_sets(seen, reference_seen))
+            results.update(perceptual_metrics.compare_sets(seen, reference_seen))
         if "judged" in found and "label" in found:
             results["agreement"] = float((found["judged"] == found["label"]).mean())
         return results
@@ -164,7 +173,7 @@ class Evaluator:
         The latter two are of as many images, all three sets: a distance of fewer would be larger.
         """
         if self._config.evaluate.reference:
-            return perception.frechet("fd", metrics.moments(found), metrics.moments(reference))
+            return perceptual_metrics.frechet("fd", metrics.moments(found), metrics.moments(reference))
         half = len(reference) // 2
         count = min(len(found), half)
         if count < 2:
@@ -173,11 +182,14 @@ class Evaluator:
         order = rng.permutation(half * 2)
         one, other = (metrics.moments(reference[order[start : start + count]]) for start in (0, half))
         found = found[rng.permutation(len(found))[:count]] if len(found) > count else found
-        return {**perception.frechet("fd", metrics.moments(found), one), **perception.frechet("fd_real", other, one)}
+        return {
+            **perceptual_metrics.frechet("fd", metrics.moments(found), one),
+            **perceptual_metrics.frechet("fd_real", other, one),
+        }
 
     def _batches(self, source, name):
         reading = {key: self._config.data[key] for key in ("num_threads", "on_error")}
-        return looks.batches(source, self._mesh, batch_size=self._config.evaluate.batch_size, name=name, **reading)
+        return batched.batches(source, self._mesh, batch_size=self._config.evaluate.batch_size, name=name, **reading)
 
     def _redraw_view(self, parts, batch):
         """Everything about held-out images and their reconstructions."""
@@ -190,7 +202,7 @@ class Evaluator:
         images = to_float(batch["image"])
         out = {"label": batch["label"]} if "label" in batch else {}
         if "inception" in parts:
-            out["seen"] = perception.features(parts["inception"], images)
+            out["seen"] = perceptual_metrics.features(parts["inception"], images)
         size = self._config.data.image_size
         if images.shape[1:3] != (size, size):
             images = jnp.clip(resize.bicubic(images, size, size, antialias=True), 0.0, 1.0)
@@ -237,5 +249,5 @@ def _add_pairs(pairs, out):
 
 def _picture(pairs):
     rows = zip(*(pairs[label] for label in sorted(pairs)), strict=True)
-    picture = pictures.grid(np.concatenate([np.stack(row) for row in rows]), len(pairs))
-    return pictures.with_captions(picture, ("held-out", "decoded"), scale=3)
+    picture = image_grid.grid(np.concatenate([np.stack(row) for row in rows]), len(pairs))
+    return image_grid.with_captions(picture, ("held-out", "decoded"), scale=3)

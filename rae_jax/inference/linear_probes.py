@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import metrics
 from rae_jax.build import models
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
+from rae_jax.inference import metrics
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
