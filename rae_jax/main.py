@@ -12,10 +12,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax import benchmark, modes
+from rae_jax import modes
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
+from rae_jax.profiling import timing
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
 from rae_jax.training.loop import DivergedRun, InterruptedRun
 
@@ -62,7 +63,7 @@ def _define_flags_of_modes():
     flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
     flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
     flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
-    flags.DEFINE_list("only", list(benchmark.PROGRAMS), "benchmark: which programs; all by default.")
+    flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: which programs; all by default.")
     flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
     flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
     flags.DEFINE_string("profile", None, "benchmark: a folder for traces of a few more steps.")

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import aot, exhibits, report, topology
-from rae_jax import benchmark as timing
+from rae_jax import exhibits, report
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.build import parts as parts_lib
 from rae_jax.config import checks
@@ -19,6 +18,8 @@ from rae_jax.errors import UserError
 from rae_jax.inference import evaluator as evaluator_lib
 from rae_jax.inference import image_grid, linear_probes, sample_files
 from rae_jax.inference import reconstruct as reconstruct_lib
+from rae_jax.profiling import chips, timing
+from rae_jax.profiling import compile_ahead as compile_ahead_lib
 from rae_jax.runtime import (
     atomic_files,
     checkpoint_manifest,
@@ -168,10 +169,10 @@ def compile_ahead(config, flags):
     """The run's programs compiled for --topology, with what they need and do; returns whether all fit."""
     if flags.topology is None:
         raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
-    devices, chip = topology.devices(flags.topology, flags.num_slices)
+    devices, chip = chips.devices(flags.topology, flags.num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
     checks.check(config, mesh)
-    return aot.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
+    return compile_ahead_lib.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)
 
 
 def demo(config, workdir, mesh, flags):

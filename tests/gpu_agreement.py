@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import tiny
 
-from rae_jax import benchmark
 from rae_jax.models import attention, dense
+from rae_jax.profiling import timing
 from rae_jax.runtime import sharding
 
 jax.config.update("jax_platforms", "cuda,cpu")  # conftest, imported for the tiny config, has set it to cpu
@@ -58,10 +58,10 @@ def program(name):
 
     def on(device):
         mesh = sharding.make_mesh(config.mesh, [device])
-        found = benchmark.PROGRAMS[name](config, mesh)
+        found = timing.PROGRAMS[name](config, mesh)
         first, *rest = found.arguments
-        first = benchmark.late_state(first) if found.kind == "train" else benchmark.made_up(first)
-        arguments = (first, *map(benchmark.made_up, rest))
+        first = timing.late_state(first) if found.kind == "train" else timing.made_up(first)
+        arguments = (first, *map(timing.made_up, rest))
         return jax.device_get(found.jitted(*arguments))
 
     return difference(on(jax.devices("cuda")[0]), on(jax.devices("cpu")[0]))

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import flops
 from rae_jax.build import models
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models import attention
 from rae_jax.models.dense import PRODUCT
+from rae_jax.profiling import jaxpr_flops
 from rae_jax.runtime import sharding
 
 
@@ -55,7 +55,7 @@ def test_the_backward_pass_makes_the_weights_once_more_and_no_more():
 
     def count(attend):
         block = jax.checkpoint(lambda x: jnp.sin(attend(*x)).sum(), policy=kept)
-        return flops.count(jax.grad(block), inputs)
+        return jaxpr_flops.count(jax.grad(block), inputs)
 
     product = 2 * 2 * 4 * 16 * 16 * 8
     assert count(attention.recomputed) == 7 * product

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax import benchmark, flops
 from rae_jax.build import stages
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
+from rae_jax.profiling import jaxpr_flops, timing
 from rae_jax.runtime import sharding
 
 
 def _report(capsys, config, names):
-    benchmark.report(config, sharding.make_mesh(config.mesh), names, steps=2, warmup=1)
+    timing.report(config, sharding.make_mesh(config.mesh), names, steps=2, warmup=1)
     lines = capsys.readouterr().out.splitlines()
     return lines, json.loads(lines[-1])
 
@@ -47,14 +47,14 @@ def test_a_table_and_one_line_of_json(capsys):
 @pytest.mark.slow
 def test_all_programs(capsys):
     config = tiny()
-    lines, found = _report(capsys, config, benchmark.PROGRAMS)
-    _check(config, lines, found, benchmark.PROGRAMS)
+    lines, found = _report(capsys, config, timing.PROGRAMS)
+    _check(config, lines, found, timing.PROGRAMS)
     cost = {name: result["model_flops"] for name, result in found["programs"].items()}
     assert cost["train_dit"] == cost["train_dit_latents"] + cost["encode"]  # the same batch size
     sample = generate.make_sampler(config, sharding.make_mesh(config.mesh))
     shapes = {name: stages.part_shapes(config, name) for name in ("decoder", "statistics", "dit")}
     numbers = [jax.ShapeDtypeStruct((16,), dtype) for dtype in (jnp.uint32, jnp.int32)]
-    assert cost["sample"] == flops.count(sample, shapes, jax.random.key(0), *numbers)
+    assert cost["sample"] == jaxpr_flops.count(sample, shapes, jax.random.key(0), *numbers)
 
 
 def test_what_the_config_has_not_is_left_out(capsys):
@@ -68,9 +68,9 @@ def test_what_the_config_has_not_is_left_out(capsys):
 
 def test_kernels_and_recomputation_do_not_change_the_model_s_flops():
     config, mesh = tiny(), sharding.make_mesh(tiny().mesh)
-    plain = benchmark.PROGRAMS["encode"](config, mesh)
+    plain = timing.PROGRAMS["encode"](config, mesh)
     config.attention = "flash"  # its kernel could not be counted
-    assert flops.count(benchmark.PROGRAMS["encode"](config, mesh).plain, *plain.arguments) == flops.count(
+    assert jaxpr_flops.count(timing.PROGRAMS["encode"](config, mesh).plain, *plain.arguments) == jaxpr_flops.count(
         plain.plain, *plain.arguments
     )
 
@@ -85,7 +85,7 @@ def test_what_is_made_up_is_where_and_what_it_should_be():
         "kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16, sharding=whole),
         "statistics": None,
     }
-    found = benchmark.made_up(shapes)
+    found = timing.made_up(shapes)
     assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), found) == jax.tree.map(
         lambda s: (s.shape, s.dtype, s.sharding), shapes
     )

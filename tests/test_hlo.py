@@ -9,14 +9,14 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import hlo
+from rae_jax.profiling import hlo_costs
 from rae_jax.runtime import sharding
 
 F32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
 def _costs(function, *arguments, **options):
-    return hlo.Program(jax.jit(function, **options).lower(*arguments).compile().as_text()).costs()
+    return hlo_costs.Program(jax.jit(function, **options).lower(*arguments).compile().as_text()).costs()
 
 
 def test_products_count_as_often_as_loops_run():
@@ -64,10 +64,10 @@ def test_what_the_tpu_compiler_writes():
     """A loop whose count no note tells, a window that is mostly padding, a gather that goes on in a second fusion, a
     scattered sum written as an all-reduce and its slice, what it reckons an instruction takes.
     """
-    program = hlo.Program((Path(__file__).parent / "tpu_program.hlo").read_text())
+    program = hlo_costs.Program((Path(__file__).parent / "tpu_program.hlo").read_text())
     costs = program.costs()
     sent = {"collective-permute": 4 * 256, "all-gather": 256, "reduce-scatter": 3 / 4 * 256}
-    assert costs.sent == {**dict.fromkeys(hlo.COLLECTIVES, 0), **sent}
+    assert costs.sent == {**dict.fromkeys(hlo_costs.COLLECTIVES, 0), **sent}
     assert costs.cycles == 4 * 100 + 1000
     assert costs.flops == 2 * (16 * 8 * 4) * 2  # of the window's four pairs of positions two meet the input
     assert ("bf16", (16, 2, 4)) in program.arrays()

@@ -23,7 +23,6 @@ ROOMS = {  # modules that are not in a folder of their room yet
     "doors": DOORS,
     "cli": ("modes",),
     "ui": ("report", "report_figures", "records", "demo", "exhibits"),
-    "profiling": ("aot", "hlo", "flops", "topology", "benchmark"),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

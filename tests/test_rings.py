@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax import hlo, topology
+from rae_jax.profiling import chips, hlo_costs
 from rae_jax.runtime import collectives, sharding
 
 
@@ -45,14 +45,14 @@ def test_two_steps_are_one(axis, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra 'tpu' is not installed")
 def test_the_tpu_compiler_leaves_them_as_they_are():
     """Rows that fill no tile, over a whole slice of two axes: in one step both would be all-reduces."""
-    mesh = sharding.make_mesh({"data": 1, "fsdp": 64, "tensor": 1}, topology.devices("v6e:8x8")[0])
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 64, "tensor": 1}, chips.devices("v6e:8x8")[0])
     split = NamedSharding(mesh, P("fsdp"))
 
     def sent(function, x, out):
         mapped = jax.shard_map(function, mesh=mesh, in_specs=P("fsdp"), out_specs=out, check_vma=False)
         x = jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=split)
         compiled = jax.jit(lambda x: 2 * mapped(2 * x)).lower(x).compile()
-        return {kind: size for kind, size in hlo.Program(compiled.as_text()).costs().sent.items() if size}
+        return {kind: size for kind, size in hlo_costs.Program(compiled.as_text()).costs().sent.items() if size}
 
     whole = 1152 * 3456 * 2 * 63 / 64
     gathered = sent(lambda part: collectives.gather(part, 0), (1152, 3456), P())

@@ -16,7 +16,7 @@ import step_oracles
 from conftest import tiny, uncached
 
 from launch import compile_table
-from rae_jax import aot, hlo, topology
+from rae_jax.profiling import chips, compile_ahead, hlo_costs
 from rae_jax.runtime import sharding
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 2, 2))
@@ -97,7 +97,7 @@ def _whole(program, mesh, compiled):
     state, _, batch, _ = program.arguments
     stacks = {leaf.shape for leaf in jax.tree.leaves(state["params"]) if leaf.ndim == 3 and leaf.size > 1024}
     size = batch["label"].shape[0]
-    made = hlo.Program(compiled.as_text()).arrays()
+    made = hlo_costs.Program(compiled.as_text()).arrays()
     return {(dtype, shape) for dtype, shape in made if shape in stacks or (size in shape and len(shape) > 1)}
 
 
@@ -126,7 +126,7 @@ def test_kernels_travel_in_the_compute_dtype_once_each_way():
         assert times <= found.count("f32") <= most * times  # inputs have no gradient: their kernels may go once
         assert 0 < found.count("bf16") <= most * (len(kernels) - times)
         assert len(found) == found.count("f32") + found.count("bf16")
-    sent = hlo.Program(lowered.compile().as_text()).costs().sent
+    sent = hlo_costs.Program(lowered.compile().as_text()).costs().sent
     once = 7 / 8 * 4 * sum(leaf.size for leaf in params.values() if leaf.ndim > 1)
     assert once < sent["all-gather"] < 2 * once and 0.9 * once < sent["reduce-scatter"] < once
     assert sent["all-to-all"] + sent["collective-permute"] < 0.01 * once  # activations stay where they are
@@ -135,7 +135,7 @@ def test_kernels_travel_in_the_compute_dtype_once_each_way():
 
 def _only(config, sizes):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)), jax.devices()[: np.prod(sizes)])
-    (program,) = aot.programs(config, mesh, ("train",))
+    (program,) = compile_ahead.programs(config, mesh, ("train",))
     return mesh, program
 
 
@@ -169,9 +169,9 @@ def test_the_command_compiles_for_a_tpu():
 def test_nothing_is_whole_in_the_program_of_a_tpu():
     config = _config()
     config.stages, config.dtype, config.remat = ("dit",), "bfloat16", "dots"
-    devices, chip = topology.devices("v5e:2x2")
+    devices, chip = chips.devices("v5e:2x2")
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, devices)
-    (program,) = aot.programs(config, mesh, ("train",))
+    (program,) = compile_ahead.programs(config, mesh, ("train",))
     compiled = program.jitted.lower(*program.arguments).compile()
     assert not _whole(program, mesh, compiled)
 
@@ -207,7 +207,7 @@ SMALL = "--config=configs/small.py"
     ],
 )
 def test_what_does_not_fit_is_told_from_other_mistakes(said, gib):
-    needed = aot.needed_bytes(said)
+    needed = compile_ahead.needed_bytes(said)
     assert needed == gib or needed / 2**30 == gib
 
 
@@ -234,5 +234,5 @@ def test_mistakes_are_one_line(message):
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(topology.UserError, match=r"pip install -e '.\[tpu\]'"):
-        topology.devices("v5e:4x4")
+    with pytest.raises(chips.UserError, match=r"pip install -e '.\[tpu\]'"):
+        chips.devices("v5e:4x4")

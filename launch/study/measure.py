@@ -19,12 +19,12 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax import flops
 from rae_jax.build import models, sampler, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.inference import batched, generate, linear_probes, metrics, reconstruct, sample_files
 from rae_jax.inference.evaluator import Evaluator
 from rae_jax.models.autoencoder import normalise, to_float
+from rae_jax.profiling import jaxpr_flops
 from rae_jax.runtime import checkpoint, logs, sharding
 
 PROBE_IMAGES = 2_000  # that a probe is fitted to
@@ -166,7 +166,7 @@ def _forward_flops(config, sizes):
     params = jax.eval_shape(module.init, jax.random.key(0), x, t, label)
 
     def of(**method):
-        return flops.count(lambda params, *inputs: module.apply(params, *inputs, **method), params, x, t, label)
+        return jaxpr_flops.count(lambda params, *inputs: module.apply(params, *inputs, **method), params, x, t, label)
 
     trunk = of(method="condition") if sizes.head_depth else 0
     return trunk, of() - trunk

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax import aot, flops
 from rae_jax.build import models, stages
 from rae_jax.config.keys import latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
+from rae_jax.profiling import compile_ahead, jaxpr_flops
 from rae_jax.runtime import processes, sharding
 
 GIB = 2**30
@@ -81,7 +81,7 @@ def measure(program, mesh, peaks, *, steps, warmup, trace=None):
     began = time.perf_counter()
     compiled = program.jitted.lower(*program.arguments).compile()
     compile_seconds = time.perf_counter() - began
-    asked = flops.count(program.plain, *program.arguments)
+    asked = jaxpr_flops.count(program.plain, *program.arguments)
     run = _runner(compiled, program)
     seconds = _timed(run, steps, warmup, ahead=program.kind == "train")
     if trace is not None:
@@ -238,11 +238,11 @@ def _train(config, mesh, *, name, latents=""):
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.stages, config.data.latents = (name,), latents
-    return aot.programs(config, mesh, ("train",))[0]
+    return compile_ahead.programs(config, mesh, ("train",))[0]
 
 
 def _sample(config, mesh):
-    return aot.programs(config, mesh, ("sample",))[0]
+    return compile_ahead.programs(config, mesh, ("sample",))[0]
 
 
 def _encode(config, mesh):
@@ -273,8 +273,8 @@ def _program(config, mesh, kind, stage, make, params, shape, dtype):
     """That of `make(config)`, a function of parameters and a batch."""
     size = sharding.round_up(config.evaluate.batch_size, mesh)
     batch = jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-    jitted, plain = sharding.jit(make(config), mesh), make(aot.plain(config))
-    return aot.Program(kind, stage, size, jitted, plain, (params, batch))
+    jitted, plain = sharding.jit(make(config), mesh), make(compile_ahead.plain(config))
+    return compile_ahead.Program(kind, stage, size, jitted, plain, (params, batch))
 
 
 # name: (config, mesh) -> aot.Program; raises UserError where the config has none.

@@ -14,13 +14,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax import flops, hlo
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
+from rae_jax.profiling import hlo_costs, jaxpr_flops
+from rae_jax.profiling.chips import GIB
 from rae_jax.runtime import sharding
-from rae_jax.topology import GIB
 from rae_jax.training import loop
 
 _SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
@@ -55,7 +55,7 @@ def programs(config, mesh, kinds=("train", "sample")):
 
 def measure(program, mesh, chip):
     """Compile a program; what one device needs, does and sends in one run of it, by name."""
-    asked = flops.count(program.plain, *program.arguments) / mesh.size
+    asked = jaxpr_flops.count(program.plain, *program.arguments) / mesh.size
     began = time.monotonic()
     lowered = program.jitted.lower(*program.arguments)
     found = {"lower_seconds": time.monotonic() - began, "hbm_bytes": int(chip.hbm)}
@@ -77,7 +77,7 @@ def measure(program, mesh, chip):
     kept = sum(sizes.values()) - 2 * sizes["donated_bytes"]
     peak = assigned or kept + memory.temp_size_in_bytes
     sizes |= {"temp_bytes": peak - kept, "code_bytes": memory.generated_code_size_in_bytes}
-    costs = hlo.Program(compiled.as_text()).costs()
+    costs = hlo_costs.Program(compiled.as_text()).costs()
     return {
         **{**found, **sizes, "fits": peak <= chip.hbm, "peak_bytes": peak},
         **{"flops": costs.flops, "model_flops": asked, "flops_ratio": costs.flops / asked},
