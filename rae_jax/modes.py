@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from rae_jax import exhibits, report
 from rae_jax.build import models, perceptual_networks, stages
 from rae_jax.build import parts as parts_lib
 from rae_jax.config import checks
@@ -32,6 +31,7 @@ from rae_jax.runtime import (
 )
 from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
 from rae_jax.training.loop import fit
+from rae_jax.ui import demo_model, report
 from rae_jax.weights import safetensors_tree
 
 
@@ -179,16 +179,16 @@ def demo(config, workdir, mesh, flags):
     """A page on this machine: samples on their way from noise, reconstructions, what is between two pictures."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("--mode=demo needs gradio: pip install -e '.[demo]'")
-    from rae_jax import demo as page  # and only it needs gradio, whose import takes seconds
+    from rae_jax.ui import demo_page  # and only it needs gradio, whose import takes seconds
 
-    page.refuse_more_processes()
+    demo_page.refuse_more_processes()
     sampled = parts_lib.there(config, "dit")
     names = ("encoder", "decoder", *(("statistics", "dit") if sampled else ()))
     parts = {part: stages.load(config, part, workdir, mesh) for part in names}
     if sampled:
         parts.update(parts_lib.guide(config, mesh))
-    built = page.build_page(
-        exhibits.Exhibits(config, parts),
+    built = demo_page.build_page(
+        demo_model.Exhibits(config, parts),
         title=f"rae_jax: {config.name}",
         what=f"weights of {workdir}" if _is_trained(config, workdir) else "weights as the config names them",
         class_names=_class_names(config) if sampled else (),
@@ -196,7 +196,7 @@ def demo(config, workdir, mesh, flags):
         image_size=config.data.image_size,
         scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
     )
-    page.serve(built, host=flags.host, port=flags.port)
+    demo_page.serve(built, host=flags.host, port=flags.port)
 
 
 def _held_out(config):

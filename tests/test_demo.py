@@ -17,11 +17,11 @@ import pytest
 from conftest import one_device, random_like, tiny
 from PIL import Image
 
-from rae_jax import exhibits
 from rae_jax.build import models, stages
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
+from rae_jax.ui import demo_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +33,7 @@ def shown():
     parts = random_like(shapes, seed=0, scale=0.2)
     latent = models.latent_shape(config)
     parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
-    return exhibits.Exhibits(config.lock(), parts), config, parts
+    return demo_model.Exhibits(config.lock(), parts), config, parts
 
 
 def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
@@ -41,12 +41,12 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
     ends = {}
     for steps, scale in ((3, 2.5), (12, 2.5), (3, 1.0)):
         found = list(exhibit.trajectory(4, 9, scale, steps))
-        assert 4 <= len(found) <= min(steps + 1, exhibits.SNAPSHOTS)
+        assert 4 <= len(found) <= min(steps + 1, demo_model.SNAPSHOTS)
         times = [t for t, _ in found]
         assert times[0] == 1.0 and times[-1] == 0.0 and times == sorted(times, reverse=True)
         ends[steps, scale] = np.int32(found[-1][1])
     assert exhibit._step._cache_size() == exhibit._decode._cache_size() == 1
-    indices = np.arange(exhibits.NUM_IMAGES, dtype=np.uint32)
+    indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
     labels = np.full(len(indices), 4)
     wanted = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, labels)
     assert np.abs(ends[3, 2.5] - np.int32(wanted)).max() <= 1
@@ -61,11 +61,11 @@ def test_reconstructions_and_what_is_between_two(shown):
     mse = np.square(decoded / 255.0 - one / 255.0).mean()
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
     between = exhibit.between(one, other)
-    assert between.shape == (exhibits.BETWEEN, *one.shape)
+    assert between.shape == (demo_model.BETWEEN, *one.shape)
     ends = [exhibit.reconstruct(image)[1] for image in (one, other)]
     auto = models.autoencoder(config)
     wanted = to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
-    assert np.abs(np.int32(between[[0, exhibits.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
+    assert np.abs(np.int32(between[[0, demo_model.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
 
 
 def test_colours_tell_tokens_apart():
@@ -76,13 +76,13 @@ def test_colours_tell_tokens_apart():
     assert image_grid.latent_colours(np.ones((1, 1, 2))).shape == (1, 1, 3)
     np.testing.assert_array_equal(image_grid.heat(np.array([[0.0, 0.5, 1.0, 9.0]]), 1.0)[0, :, 1], [0, 128, 255, 255])
     assert image_grid.enlarged(np.zeros((32, 16, 3), np.uint8), 100).shape == (96, 48, 3)
-    assert exhibits.error_map(np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)).min() == 255
+    assert demo_model.error_map(np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)).min() == 255
 
 
 def test_uploads_are_bounded_and_named(tmp_path):
     good = tmp_path / "good.webp"
     Image.new("RGB", (70, 40), "red").save(good)
-    assert exhibits.read_upload(good, 32).shape == (32, 32, 3)
+    assert demo_model.read_upload(good, 32).shape == (32, 32, 3)
     Image.new("1", (8000, 6000)).save(tmp_path / "huge.png")
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "script.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
@@ -96,7 +96,7 @@ def test_uploads_are_bounded_and_named(tmp_path):
         ("half.png", "damaged"),
     ):
         with pytest.raises(UserError, match=words) as error:
-            exhibits.read_upload(tmp_path / name, 32)
+            demo_model.read_upload(tmp_path / name, 32)
         assert str(error.value).startswith(name) and str(tmp_path) not in str(error.value)
 
 

@@ -17,12 +17,11 @@ FLOORS = (
     ("runtime",),
     ("errors",),
 )
-DOORS = ("__init__", "main", "convert", "pack_latents", "library")
+DOORS = ("__init__", "main", "convert", "pack_latents", "report", "library")
 ROOMS = {  # modules that are not in a folder of their room yet
     "errors": ("errors",),
     "doors": DOORS,
     "cli": ("modes",),
-    "ui": ("report", "report_figures", "records", "demo", "exhibits"),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

@@ -8,9 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-from rae_jax import report, report_figures
-from rae_jax.records import Run
 from rae_jax.runtime import environment
+from rae_jax.ui import report, report_figures
+from rae_jax.ui.workdir_reader import Run
 
 
 @pytest.fixture

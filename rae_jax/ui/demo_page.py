@@ -14,9 +14,9 @@ import numpy as np
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from rae_jax import exhibits
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid
+from rae_jax.ui import demo_model
 
 STEPS = (5, 10, 25, 50, 100)
 MAX_UPLOAD = 20_000_000  # bytes of a picture
@@ -129,20 +129,20 @@ def _reconstruct_tab(shown, held_out, size):
                 decoded = _picture("Decoded", "reconstruct-decoded")
             with gr.Row():
                 latents = _picture("Latents: three principal components", "reconstruct-latents")
-                errors = _picture(f"Error: white from {exhibits.LARGEST_ERROR:.0%} on", "reconstruct-errors")
+                errors = _picture(f"Error: white from {demo_model.LARGEST_ERROR:.0%} on", "reconstruct-errors")
     outputs = [given, decoded, latents, errors, said]
 
     def show(image):
         again, z, scores = shown.reconstruct(image)
         words = f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}; latents {' x '.join(map(str, z.shape))}"
         shown_latents = image_grid.latent_colours(z)
-        return *map(_enlarged, (image, again, shown_latents, exhibits.error_map(image, again))), words
+        return *map(_enlarged, (image, again, shown_latents, demo_model.error_map(image, again))), words
 
     def of_file(path):
         if path is None:
             return None, None, None, None, ""
         try:
-            return show(exhibits.read_upload(path, size))
+            return show(demo_model.read_upload(path, size))
         except UserError as error:
             return None, None, None, None, f"**{error}.**"
 
@@ -165,7 +165,7 @@ def _interpolate_tab(shown, held_out, size):
         if None in paths:
             return None, "Choose the other picture as well." if any(paths) else ""
         try:
-            return show(*(exhibits.read_upload(path, size) for path in paths))
+            return show(*(demo_model.read_upload(path, size) for path in paths))
         except UserError as error:
             return None, f"**{error}.**"
 
