@@ -14,8 +14,8 @@ from conftest import tiny
 from ml_collections import ConfigDict
 
 from configs import small
-from rae_jax import modes
 from rae_jax.build import models, stages
+from rae_jax.cli import modes
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError

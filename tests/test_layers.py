@@ -21,7 +21,6 @@ DOORS = ("__init__", "main", "convert", "pack_latents", "report", "library")
 ROOMS = {  # modules that are not in a folder of their room yet
     "errors": ("errors",),
     "doors": DOORS,
-    "cli": ("modes",),
 }
 
 _ROOM = {module: room for room, modules in ROOMS.items() for module in modules}

@@ -15,8 +15,9 @@ from etils import epath
 from PIL import Image
 
 import rae_jax
-from rae_jax import convert, modes
+from rae_jax import convert
 from rae_jax.build import models, stages
+from rae_jax.cli import modes
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError

@@ -13,8 +13,8 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax import modes
 from rae_jax.build import perceptual_networks, stages
+from rae_jax.cli import modes
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError

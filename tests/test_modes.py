@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from launch import toy
-from rae_jax import modes
+from rae_jax.cli import modes
 from rae_jax.runtime import checkpoint
 
 FD = (9.0, 3.0, 7.0, 12.0, 8.0)  # of the first, second, ... evaluation

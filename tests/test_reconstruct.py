@@ -13,8 +13,8 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax import modes
 from rae_jax.build import models, perceptual_networks, stages
+from rae_jax.cli import modes
 from rae_jax.errors import UserError
 from rae_jax.inference import evaluator, image_grid, metrics, perceptual_metrics, reconstruct
 from rae_jax.models.lpips import Lpips

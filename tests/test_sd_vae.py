@@ -16,8 +16,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from configs import encoders, sdvae_dit_xl
-from rae_jax import convert, modes
+from rae_jax import convert
 from rae_jax.build import models, stages
+from rae_jax.cli import modes
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid

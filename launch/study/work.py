@@ -98,7 +98,8 @@ def cpu_seconds(job):
 def perform(job):
     """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
-    from rae_jax import convert, modes
+    from rae_jax import convert
+    from rae_jax.cli import modes
     from rae_jax.config import checks
     from rae_jax.runtime import sharding
 
