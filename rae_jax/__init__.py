@@ -2,14 +2,14 @@
 
     rae, dit = rae_jax.load_rae("small"), rae_jax.load_dit("small")
 
-See rae_jax.library, which is imported when one of its names is first asked for.
+See rae_jax.api, which is imported when one of its names is first asked for.
 """
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rae_jax.api import RAE, DiT, decode, encode, load_dit, load_rae, sample
     from rae_jax.errors import UserError
-    from rae_jax.library import RAE, DiT, decode, encode, load_dit, load_rae, sample
 
 __all__ = ["RAE", "DiT", "UserError", "decode", "encode", "load_dit", "load_rae", "sample"]
 
@@ -17,9 +17,9 @@ __all__ = ["RAE", "DiT", "UserError", "decode", "encode", "load_dit", "load_rae"
 def __getattr__(name):
     if name not in __all__:
         raise AttributeError(f"module 'rae_jax' has no attribute {name!r}")
-    from rae_jax import errors, library
+    from rae_jax import api, errors
 
-    return getattr(errors if name == "UserError" else library, name)
+    return getattr(errors if name == "UserError" else api, name)
 
 
 def __dir__():

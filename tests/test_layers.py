@@ -17,7 +17,7 @@ FLOORS = (
     ("runtime",),
     ("errors",),
 )
-DOORS = ("__init__", "main", "convert", "pack_latents", "report", "library")
+DOORS = ("__init__", "main", "convert", "pack_latents", "report", "api")
 ROOMS = {  # modules that are not in a folder of their room yet
     "errors": ("errors",),
     "doors": DOORS,

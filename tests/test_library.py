@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import rae_jax
 from configs import small
-from rae_jax import convert, library
+from rae_jax import api, convert
 from rae_jax.build import models, saved_config, stages
 from rae_jax.config import keys as config_keys
 from rae_jax.inference import generate
@@ -159,10 +159,10 @@ def test_it_works_inside_jit_and_grad(folder):
 def test_other_values_do_not_compile_anew(folder):
     auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
     rae_jax.sample(auto, dit, LABELS, seed=0, num_steps=2, guidance_scale=1.0)
-    count = library._sample._cache_size()
+    count = api._sample._cache_size()
     for seed, scale in ((1, 1.5), (2, 3.0)):
         rae_jax.sample(rae_jax.load_rae(folder), dit, [1, 2, 3], seed=seed, num_steps=2, guidance_scale=scale)
-    assert library._sample._cache_size() == count
+    assert api._sample._cache_size() == count
 
 
 def test_a_weaker_model_guides(folder):
