@@ -1,7 +1,7 @@
 """Tiny autoencoders with made-up weights, and what diffusers' AutoencoderRAE makes of them.
 
-Shared by test_autoencoder.py, published_cases.py and make_autoencoder_goldens.py. The weights are a function of each
-tensor's name and shape, so that a golden is its shapes and its outputs alone.
+Shared by models/test_autoencoder.py, published_cases.py and make_autoencoder_goldens.py. The weights are a function of
+each tensor's name and shape, so that a golden is its shapes and its outputs alone.
 """
 
 import functools
@@ -17,7 +17,7 @@ from configs import encoders
 from rae_jax.build import stages
 from rae_jax.runtime import sharding
 
-GOLDENS = Path(__file__).parent / "autoencoders.npz"
+GOLDENS = Path(__file__).parent / "goldens" / "autoencoders.npz"
 TOLERANCE = 5e-5
 GRID = 16  # of any other, diffusers stretches the positions to this; the authors' decoder does not
 

@@ -31,13 +31,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 # The files that take longest: begun last, one would keep one core while the other has nothing left.
-_FIRST = ("test_loop.py", "test_scale.py", "test_stage_decoder.py")
+_FIRST = ("training/test_loop.py", "profiling/test_compile_ahead.py", "training/test_decoder_step.py")
 
 
 def pytest_collection_modifyitems(items):
     """For several workers the longest first; for the rest, within a file, and for one process, the order stays."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.path.name not in _FIRST)
+        items.sort(key=lambda item: not item.path.as_posix().endswith(_FIRST))
 
 
 def tiny():

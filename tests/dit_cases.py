@@ -1,7 +1,7 @@
 """Diffusion transformers with made-up weights, and a torch oracle of them written from the published equations.
 
-Shared by test_dit.py, published_cases.py and make_dit_goldens.py. The weights are a function of each tensor's name and
-shape, so that a golden is its outputs alone.
+Shared by models/test_dit.py, published_cases.py and make_dit_goldens.py. The weights are a function of each tensor's
+name and shape, so that a golden is its outputs alone.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import encoder_cases
 import numpy as np
 from conftest import tiny
 
-GOLDENS = Path(__file__).parent / "dits.npz"
+GOLDENS = Path(__file__).parent / "goldens" / "dits.npz"
 NUM_CLASSES = 5
 
 

@@ -1,7 +1,7 @@
 """Encoders of every family with made-up weights, and what transformers' torch modules make of them.
 
-Shared by test_encoders.py and make_encoder_goldens.py. The weights are a function of each tensor's name and shape,
-so that a golden is its shapes and its outputs alone.
+Shared by models/test_encoders.py and make_encoder_goldens.py. The weights are a function of each tensor's name and
+shape, so that a golden is its shapes and its outputs alone.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from configs import encoders
 from rae_jax.build import models, stages
 from rae_jax.runtime import sharding
 
-GOLDENS = Path(__file__).parent / "encoders.npz"
+GOLDENS = Path(__file__).parent / "goldens" / "encoders.npz"
 TOLERANCE = 5e-5  # of tokens whose scale is one
 
 

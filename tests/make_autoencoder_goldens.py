@@ -1,4 +1,7 @@
-"""Writes tests/autoencoders.npz, with torch and diffusers: PYTHONPATH=. python tests/make_autoencoder_goldens.py"""
+"""Writes tests/goldens/autoencoders.npz, with torch and diffusers.
+
+PYTHONPATH=. python tests/make_autoencoder_goldens.py
+"""
 
 import json
 

@@ -1,11 +1,14 @@
-"""Writes tests/dits.npz, with torch: PYTHONPATH=. python tests/make_dit_goldens.py"""
+"""Writes tests/goldens/dits.npz, with torch.
+
+PYTHONPATH=. python tests/make_dit_goldens.py
+"""
 
 import numpy as np
 from dit_cases import GOLDENS, TINY, inputs, outcome, weights
 
 
 def main():
-    """The oracle's outcome of every case. That it is the authors' model, test_dit.py shows on their own golden."""
+    """The oracle's outcome of every case; models/test_dit.py compares the oracle with the authors' own golden."""
     goldens = {}
     for name, case in TINY.items():
         for key, value in outcome(case, weights(case), *inputs(case)).items():

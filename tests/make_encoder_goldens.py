@@ -1,4 +1,7 @@
-"""Writes tests/encoders.npz, with torch and transformers: PYTHONPATH=. python tests/make_encoder_goldens.py"""
+"""Writes tests/goldens/encoders.npz, with torch and transformers.
+
+PYTHONPATH=. python tests/make_encoder_goldens.py
+"""
 
 import json
 import tempfile

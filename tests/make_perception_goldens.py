@@ -1,4 +1,7 @@
-"""Writes tests/perception.npz, with torch and torch-fidelity: PYTHONPATH=. python tests/make_perception_goldens.py"""
+"""Writes tests/goldens/perception.npz, with torch and torch-fidelity.
+
+PYTHONPATH=. python tests/make_perception_goldens.py
+"""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Writes tests/sd_vae.npz, with torch and diffusers: PYTHONPATH=. python tests/make_sd_vae_goldens.py"""
+"""Writes tests/goldens/sd_vae.npz, with torch and diffusers.
+
+PYTHONPATH=. python tests/make_sd_vae_goldens.py
+"""
 
 import json
 import tempfile

@@ -30,7 +30,13 @@ def start(command, count=2, *, devices=1, places=None):
     for index in range(count):
         mine = {**together, "JAX_PROCESS_ID": str(index)} if count > 1 else {}
         place = places[index] if places else ROOT
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **mine}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags,
+            **mine,
+        }
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         words = [sys.executable, *map(str, command)]
         started.append(subprocess.Popen(words, cwd=place, env=environment, **pipe))

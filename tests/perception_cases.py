@@ -1,7 +1,7 @@
 """VGG16, LPIPS and Inception with made-up weights in files as others publish them, and what torch makes of them.
 
-Shared by test_lpips.py, test_inception.py, test_reconstruct.py and make_perception_goldens.py. As in encoder_cases.py,
-weights are a function of each tensor's name and shape.
+Shared by models/test_lpips.py, models/test_inception.py, inference/test_reconstruct.py and make_perception_goldens.py.
+As in encoder_cases.py, weights are a function of each tensor's name and shape.
 """
 
 import functools
@@ -20,7 +20,7 @@ from rae_jax.models.inception import Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.weights import engine, perceptual_tables
 
-GOLDENS = Path(__file__).parent / "perception.npz"
+GOLDENS = Path(__file__).parent / "goldens" / "perception.npz"
 SHARED = Path(__file__).parents[2] / "shared/data"
 LINEAR = SHARED / "reference/lpips_vgg_lin.pth"
 SIZES = ((24, 40), (310, 305))  # of the images that Inception sees: one is enlarged, one is shrunk

@@ -1,4 +1,4 @@
-"""One released file of every kind, with made-up weights: shared by test_convert.py and test_refused.py."""
+"""One released file of every kind, with made-up weights: shared by cli/test_convert.py and weights/test_refused.py."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """A tiny and the published VAE with made-up weights, and what diffusers' AutoencoderKL makes of them.
 
-Shared by test_sd_vae.py and make_sd_vae_goldens.py; the weights are made as those of encoder_cases.py.
+Shared by models/test_sd_vae.py and make_sd_vae_goldens.py; the weights are made as those of encoder_cases.py.
 """
 
 import functools
@@ -17,7 +17,7 @@ from configs import encoders
 from rae_jax.build import models, stages
 
 FILE = "diffusion_pytorch_model.safetensors"
-GOLDENS = Path(__file__).parent / "sd_vae.npz"
+GOLDENS = Path(__file__).parent / "goldens" / "sd_vae.npz"
 TOLERANCE = 1e-4  # in diffusers' units: latents before their scale, images in [-1, 1]
 TINY = {**encoders.sd_vae(), "widths": (32, 64), "depth": 1, "patch_size": 2}
 SIZE = (16, 24)  # of the image that the tiny one sees

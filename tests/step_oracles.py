@@ -1,4 +1,4 @@
-"""Parts of the oracles of test_stage_dit.py and test_stage_decoder.py, written from the equations.
+"""Parts of the oracles of training/test_dit_step.py and training/test_decoder_step.py, written from the equations.
 
 Networks are the project's modules, which other tests compare with PyTorch. All else is NumPy in float64.
 """

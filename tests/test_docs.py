@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # Pages whose commands take too long, or other machines; what runs them in small instead.
 ELSEWHERE = {
-    "docs/benchmark.md": "test_benchmark.py",
-    "docs/scale.md": "test_scale.py",
-    "docs/robustness.md": "test_soak.py",
-    "docs/processes.md": "test_main_processes.py",
-    "docs/study.md": "test_study.py",
+    "docs/benchmark.md": "profiling/test_timing.py",
+    "docs/scale.md": "profiling/test_compile_ahead.py",
+    "docs/robustness.md": "launchers/test_soak.py",
+    "docs/processes.md": "cli/test_main_processes.py",
+    "docs/study.md": "launchers/test_study.py",
 }
 PLACEHOLDERS = {"--mode=MODE": None, "--config.KEY=VALUE": None, "...": None}
 VALUES = {"N": "10", "VIRTUAL_imagenet256_labeled.npz": "README.md", "cudnn": "xla"}  # a file that is there; on a CPU

@@ -299,7 +299,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
 def test_the_command_line_says_it_in_one_line(tmp_path, arguments, message):
     workdir = tmp_path / "run"
     command = [sys.executable, "-m", "rae_jax.main", "--config=configs/small.py", f"--workdir={workdir}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr

@@ -10,7 +10,7 @@ from rae_jax.data import decode, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed_images import PackedImages
 
-PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "imagenet_sample"
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
 FILES = sorted(PHOTOGRAPHS.glob("*/*"))
 pytestmark = pytest.mark.skipif(not FILES, reason="../shared/data/imagenet_sample is not there")
 

@@ -1,6 +1,6 @@
 """LPIPS: its definition in torch, its gradient, and its published files.
 
-The goldens (tests/perception.npz, by make_perception_goldens.py) stand in for torch where it is absent.
+The goldens (tests/goldens/perception.npz, by make_perception_goldens.py) stand in for torch where it is absent.
 """
 
 import jax

@@ -16,7 +16,7 @@ import pytest
 from rae_jax.runtime import logs
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = ("--", "--config=configs/small.py", "--workdir=gs://BUCKET/run", "--config.name=two words")
 TPU = ("--name=b1", "--image=IMAGE", "--accelerator=tpu-v5-lite-podslice", "--topology=4x4")
 GPU = ("--name=b1", "--image=IMAGE", "--accelerator=nvidia-h100-80gb", "--gpus=8", "--hosts=2")

@@ -131,7 +131,7 @@ def test_parts_that_nobody_else_has(tmp_path):
 def test_the_command_line_says_it_in_one_line(tmp_path, arguments, message):
     command = [sys.executable, "-m", "rae_jax.convert", f"--output={tmp_path / 'out'}", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300, env=environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

@@ -17,7 +17,7 @@ from rae_jax.runtime import checkpoint, sharding
 from rae_jax.training import statistics
 from rae_jax.training.loop import fit
 
-PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test.zip"
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "cifar10" / "test.zip"
 RUNS = [(7, 1), (64, 1), (256, 1), (8, 8), (64, 8), (256, 8)]  # batch size, devices
 
 

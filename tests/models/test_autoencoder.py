@@ -1,6 +1,6 @@
 """The whole autoencoder (encode, normalise, decode): parity with diffusers' AutoencoderRAE, and the decoder's grid.
 
-The goldens (tests/autoencoders.npz, by make_autoencoder_goldens.py) stand in for diffusers where it is absent.
+The goldens (tests/goldens/autoencoders.npz, by make_autoencoder_goldens.py) stand in for diffusers where it is absent.
 """
 
 import jax

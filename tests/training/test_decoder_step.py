@@ -34,7 +34,7 @@ def _config(**train):
     """Step 0 has no discriminator, step 1 fools it, step 2 trains it as well."""
     config = tiny()
     config.decoder.hidden = HIDDEN
-    config.unroll = True  # as in test_scale.py
+    config.unroll = True  # as in profiling/test_compile_ahead.py
     config.decoder.train.update({"warmup_steps": 0, "learning_rate": 2e-4, "lpips_weight": 0.5})
     config.decoder.train.update({"adversarial_start": 1, "discriminator_start": 2, **train})
     return config

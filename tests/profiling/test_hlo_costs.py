@@ -64,7 +64,7 @@ def test_what_the_tpu_compiler_writes():
     """A loop whose count no note tells, a window that is mostly padding, a gather that goes on in a second fusion, a
     scattered sum written as an all-reduce and its slice, what it reckons an instruction takes.
     """
-    program = hlo_costs.Program((Path(__file__).parent / "tpu_program.hlo").read_text())
+    program = hlo_costs.Program((Path(__file__).parents[1] / "goldens" / "tpu_program.hlo").read_text())
     costs = program.costs()
     sent = {"collective-permute": 4 * 256, "all-gather": 256, "reduce-scatter": 3 / 4 * 256}
     assert costs.sent == {**dict.fromkeys(hlo_costs.COLLECTIVES, 0), **sent}

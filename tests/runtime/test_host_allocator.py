@@ -25,10 +25,10 @@ def _faults(size, rounds):
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 @pytest.mark.parametrize("size, rounds", [(2**26, 20), pytest.param(3 * 2**29, 3, marks=pytest.mark.slow)])
 def test_freed_memory_is_kept(size, rounds):
-    setups = {"as it is": "", "kept": "malloc.keep_freed_memory(); "}
+    setups = {"as it is": "", "kept": "host_allocator.keep_freed_memory(); "}
     found = {}
     for name, setup in setups.items():
-        code = f"from rae_jax import malloc; import test_malloc; {setup}print(test_malloc._faults({size}, {rounds}))"
+        code = f"from rae_jax.runtime import host_allocator; import test_host_allocator; {setup}print(test_host_allocator._faults({size}, {rounds}))"
         here = Path(__file__).parent
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, check=True)
         found[name] = int(done.stdout)

@@ -179,7 +179,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-# A step on several meshes, and all that it changes, is compared in test_scale.py and test_stage_decoder.py.
+# A step on several meshes, and all that it changes, is compared in profiling/test_compile_ahead.py and
+# training/test_decoder_step.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["decoder", "dit"])
 def test_meshes_agree(run, tmp_path, stage):

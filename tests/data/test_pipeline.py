@@ -11,32 +11,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numbers_source import Numbers
 
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, logs
-
-
-class Numbers:
-    """Image i is full of i; what is random about it can be seen in its pixels. Some of them are broken."""
-
-    def __init__(self, num_images=30, broken=()):
-        self._num_images, self._broken = num_images, broken
-
-    def __len__(self):
-        return self._num_images
-
-    def __getitem__(self, index):
-        if index in self._broken:
-            raise UserError(f"image {index} is broken")
-        image = np.full((2, 2, 3), index, np.uint8)
-        image[:, 0] = 255  # so that a flip shows
-        return {"image": image, "label": np.int32(index)}
-
-    def random_crop(self, index, rng):
-        example = self[index]
-        example["image"][0, 0] = rng.integers(256)
-        return example
 
 
 def _training(source=None, *, batch_size=8, seed=3, process=(0, 1), num_threads=2, **options):
@@ -238,7 +217,7 @@ def test_a_run_whose_worker_is_killed_ends_in_one_line_and_goes_on(tmp_path):
     command += ["--config.stages=('judge',)", "--config.judge.widths=(8,)", "--config.data.num_workers=2"]
     command += ["--config.checkpoint.every=5", "--config.log_every=1", "--config.judge.train.num_steps=100000"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    options = {"cwd": Path(__file__).parents[1], "env": environment, "stderr": subprocess.PIPE, "text": True}
+    options = {"cwd": Path(__file__).parents[2], "env": environment, "stderr": subprocess.PIPE, "text": True}
     metrics = tmp_path / "run" / "metrics" / "judge.jsonl"
     steps = []
     for _ in range(2):  # the second one goes on where the first was left

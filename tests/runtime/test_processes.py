@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pairs
 import pytest
-from test_pipeline import Numbers
+from numbers_source import Numbers
 
 from rae_jax.data import pipeline
 from rae_jax.runtime import processes, sharding

@@ -141,7 +141,7 @@ def _only(config, sizes):
 
 def _compile(*arguments, timeout=600):
     command = [sys.executable, "-m", "rae_jax.main", "--mode=compile", *arguments]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=timeout, env=environment)
 

@@ -23,7 +23,7 @@ from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
 from rae_jax.ui import demo_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Published encoders: parity with transformers' torch modules, bfloat16, resizing, sharding.
 
-The goldens (tests/encoders.npz, by make_encoder_goldens.py) stand in for torch where it is absent.
+The goldens (tests/goldens/encoders.npz, by make_encoder_goldens.py) stand in for torch where it is absent.
 """
 
 import encoder_cases as cases

@@ -17,7 +17,7 @@ from rae_jax import convert
 from rae_jax.build import saved_config
 from rae_jax.errors import UserError
 
-RELEASED_STATISTICS = Path(__file__).parents[2] / "shared/data/reference/dinov2_wreg_base_stat.pt"
+RELEASED_STATISTICS = Path(__file__).parents[3] / "shared/data/reference/dinov2_wreg_base_stat.pt"
 
 
 @pytest.mark.parametrize("suffix, form", [(".safetensors", "released"), (".pt", "released_pt")])

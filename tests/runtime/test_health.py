@@ -186,7 +186,7 @@ def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
             time.sleep(1.2)
     said = [line for line in capfd.readouterr().err.splitlines() if "has taken" in line]
     assert 1 <= len(said) <= 2 and said[0].startswith("toy: step 8 has taken ")
-    assert "wait_for_the_disk (test_health.py" in said[0]
+    assert "wait_for_the_disk (runtime/test_health.py" in said[0]
 
 
 @pytest.mark.parametrize("scored", [False, True])

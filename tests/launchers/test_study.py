@@ -1,7 +1,7 @@
 """The experiments of configs/study/: plans that hold together, verdicts, runs that are taken up again.
 
-    python -m pytest -m by_hand tests/test_study.py -k beginning_to_end    # every experiment at size 'fast'
-    python -m pytest -m by_hand tests/test_study.py -k every_seed          # at full size, what has shown: many minutes
+    python -m pytest -m by_hand tests/launchers/test_study.py -k beginning_to_end  # every experiment at size 'fast'
+    python -m pytest -m by_hand tests/launchers/test_study.py -k every_seed  # at full size: many minutes
 
 One of them, at size 'fast', is among the slow tests that .ci/run runs.
 """
@@ -26,7 +26,7 @@ from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = {"data.source": "image_folder", "data.path": "FOLDER", "data.num_classes": 7}
 
 # What docs/study.md found in each of three seeds, but for times.

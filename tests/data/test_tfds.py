@@ -101,7 +101,7 @@ def test_the_config_names_the_data_set_and_its_splits(tiny_config, monkeypatch, 
 def _command(module, *arguments):
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=500)
 
 

@@ -1,6 +1,6 @@
 """Diffusion transformers: parity with a torch oracle, sizes, initial values, no classes.
 
-The goldens (tests/dits.npz, by make_dit_goldens.py) stand in for torch where it is absent.
+The goldens (tests/goldens/dits.npz, by make_dit_goldens.py) stand in for torch where it is absent.
 """
 
 import math
@@ -21,7 +21,7 @@ from rae_jax.models.dit import DiT, LabelEmbedding
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.runtime import sharding
 
-AUTHORS = Path(__file__).parents[2] / "shared/data/goldens"
+AUTHORS = Path(__file__).parents[3] / "shared/data/goldens"
 
 
 def _ours(case, folder):

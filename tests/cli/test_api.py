@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_readme_s_example_runs_as_written():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(import rae_jax\n.*?)```", text, re.DOTALL)
     assert len([line for line in code.splitlines() if line]) == 5
     names = {}
@@ -61,7 +61,7 @@ def test_importing_is_light():
         "import sys, rae_jax; assert not {'jax', 'numpy'} & set(sys.modules); rae_jax.load_rae; rae_jax.UserError;"
         "assert not {'torch', 'tensorflow', 'gradio', 'wandb'} & set(sys.modules); assert 'sample' in dir(rae_jax)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_the_shipped_weights_are_described_by_small():
@@ -198,7 +198,7 @@ def test_configs_as_values_and_as_files(folder):
     elsewhere = {"attention": "cudnn", "wandb": "project", "evaluate.reference": "/not/here"}
     config.update_from_flattened_dict(elsewhere)  # where it was trained
     jax.tree.map(np.testing.assert_array_equal, rae_jax.load_rae(config).params, there.params)
-    shipped = rae_jax.load_dit(Path(__file__).parent.parent / "configs" / "small.py")
+    shipped = rae_jax.load_dit(Path(__file__).parents[2] / "configs" / "small.py")
     jax.tree.map(np.testing.assert_array_equal, shipped.params, rae_jax.load_dit().params)
 
 

@@ -1,6 +1,6 @@
 """Evaluation of weights, of an npz and of a folder: one code, so one result; and what is said of files that are wrong.
 
-Small networks stand in for Inception and LPIPS, which test_inception.py and test_lpips.py have.
+Small networks stand in for Inception and LPIPS, which models/test_inception.py and models/test_lpips.py have.
 """
 
 import types

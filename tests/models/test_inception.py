@@ -1,6 +1,6 @@
 """FID's InceptionV3: torch-fidelity's features of the same weights, its published file, and rFID.
 
-The goldens (tests/perception.npz, by make_perception_goldens.py) are what torch-fidelity's own network makes.
+The goldens (tests/goldens/perception.npz, by make_perception_goldens.py) are what torch-fidelity's own network makes.
 """
 
 import zipfile

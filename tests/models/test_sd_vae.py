@@ -1,6 +1,6 @@
 """Stable Diffusion's VAE: parity with diffusers, its checkpoints, and the job on its latents.
 
-The goldens (tests/sd_vae.npz, by make_sd_vae_goldens.py) stand in for torch where it is absent.
+The goldens (tests/goldens/sd_vae.npz, by make_sd_vae_goldens.py) stand in for torch where it is absent.
 """
 
 import json
