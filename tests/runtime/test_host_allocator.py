@@ -28,7 +28,8 @@ def test_freed_memory_is_kept(size, rounds):
     setups = {"as it is": "", "kept": "host_allocator.keep_freed_memory(); "}
     found = {}
     for name, setup in setups.items():
-        code = f"from rae_jax.runtime import host_allocator; import test_host_allocator; {setup}print(test_host_allocator._faults({size}, {rounds}))"
+        imports = "from rae_jax.runtime import host_allocator; from test_host_allocator import _faults"
+        code = f"{imports}; {setup}print(_faults({size}, {rounds}))"
         here = Path(__file__).parent
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here, check=True)
         found[name] = int(done.stdout)
