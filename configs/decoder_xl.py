@@ -1,11 +1,12 @@
 """The ViT-XL decoder on DINOv2-B with registers, 256 px.
 
-By the paper rFID 0.57 with the noise (tau 0.8) of this config, 0.49 without (--config.decoder.train.noise_tau=0).
+The paper reports rFID 0.57 with the noise (tau 0.8) of this config, and 0.49 without
+(--config.decoder.train.noise_tau=0).
 
     python -m rae_jax.main --config=configs/decoder_xl.py --workdir=runs/decoder_xl --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val
 
-The released weights draw photographs again by
+The released weights encode and decode photographs by
 
     python -m rae_jax.main --config=configs/decoder_xl.py --workdir=runs/decoder_xl --mode=reconstruct --images=FOLDER
 """
@@ -15,7 +16,7 @@ from configs.dit_b import DECODERS, RELEASED
 
 
 def get_config():
-    """decoder_b with the largest decoder, which was released."""
+    """decoder_b with the largest decoder, the one that was released."""
     c = decoder_b.get_config()
     c.name = "decoder_xl"
     c.decoder.update(DECODERS["xl"])

@@ -3,27 +3,29 @@
     python -m rae_jax.main --config=configs/dit_b.py --workdir=runs/dit_b --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val
 
-Trains the DiT^DH alone, on the released decoder and statistics: 800 epochs at batch 1024. Expect gFID 3.38 after 80
-epochs, unguided (the paper's number; nobody has run this here yet), against ADM's images:
---config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz.
+It trains the DiT^DH alone, with the released decoder and statistics: 800 epochs at batch 1024. The paper reports gFID
+3.38 after 80 epochs, unguided, against ADM's images (--config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz). This
+config has not been run here yet.
 """
 
 from configs import encoders, small
 
 RELEASED = "nyu-visionx/RAE-collections"
 LPIPS = {"vgg": "timm/vgg16.tv_in1k", "linear": "chaofengc/IQA-PyTorch-Weights:LPIPS_v0.1_vgg-a78928a0.pth"}
-INCEPTION = "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of what pytorch-fid releases
+INCEPTION = (
+    "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of the file that pytorch-fid releases
+)
 IMAGENET = 1_281_167  # training images
 
 
 def get_config():
-    """The whole recipe; others change sizes and stages."""
+    """The whole recipe; the other full-size configs change its sizes and stages."""
     c = small.get_config()
     c.name = "dit_b"
     c.stages = ("dit",)
     c.log_every = 100
     c.unroll, c.remat = False, "dots"
-    c.mesh.fsdp = -1  # see small.py: at most 16 devices, the others are data's
+    c.mesh.fsdp = -1  # at most 16 devices, the rest are on the axis data
     c.checkpoint.every = 10 * epoch(1024)
     c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "num_threads": 16})
     c.encoder.update(encoders.dinov2("base"))
@@ -32,7 +34,7 @@ def get_config():
     c.discriminator.update({"backbone": encoders.dino(), "layers": (11, 2, 5, 8, 11)})
     c.statistics.weights = f"{RELEASED}:stats/dinov2/wReg_base/imagenet1k/stat.pt"
     c.dit.update({"weights": "", **DITS["b"], "head_width": 2048, "head_depth": 2, "head_num_heads": 16})
-    c.judge.weights = ""  # none: there is no judge of 1000 classes
+    c.judge.weights = ""  # no judge of 1000 classes exists
     _decoder_recipe(c.decoder.train)
     _dit_recipe(c.dit.train)
     c.sampler.update({"grid": "published", "num_steps": 50})
@@ -56,7 +58,7 @@ DITS = {
 
 
 def epoch(batch_size):
-    """Steps in which ImageNet is seen once."""
+    """Number of steps of one epoch of ImageNet."""
     return IMAGENET // batch_size
 
 

@@ -1,9 +1,9 @@
-"""DiT^DH-S on DINOv2-B, 256 px; the released one, of 14 epochs, guides the larger ones (AutoGuidance).
+"""DiT^DH-S on DINOv2-B, 256 px. The released weights, of 14 epochs, guide the larger models (AutoGuidance).
 
     python -m rae_jax.main --config=configs/dit_s.py --workdir=runs/dit_s --mode=sample
 
-Train it with --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val: gFID 6.07 after 80 epochs, by
-the paper.
+Train it with --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val. The paper reports gFID 6.07 after
+80 epochs.
 """
 
 from configs import dit_b

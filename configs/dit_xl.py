@@ -1,8 +1,8 @@
-"""DiT^DH-XL on DINOv2-B, 256 px: the paper's best model, whose released weights are sampled by
+"""DiT^DH-XL on DINOv2-B, 256 px: the paper's best model. This samples the released weights:
 
     python -m rae_jax.main --config=configs/dit_xl.py --workdir=runs/dit_xl --mode=sample
 
-which needs no data, and the network once. gFID 2.16 after 80 epochs of training, 1.51 after 800, by the paper.
+It needs no data, and the network once. The paper reports gFID 2.16 after 80 epochs of training, 1.51 after 800.
 """
 
 from configs import dit_b

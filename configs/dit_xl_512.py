@@ -1,8 +1,8 @@
-"""DiT^DH-XL at 512 px, on 1024 tokens of DINOv2-B at 448 px; the released weights, of 400 epochs, are sampled by
+"""DiT^DH-XL at 512 px, on 1024 tokens of DINOv2-B at 448 px. This samples the released weights, of 400 epochs:
 
     python -m rae_jax.main --config=configs/dit_xl_512.py --workdir=runs/dit_xl_512 --mode=sample
 
-gFID 1.13 with AutoGuidance, by the paper.
+The paper reports gFID 1.13 with AutoGuidance.
 """
 
 from configs import dit_xl

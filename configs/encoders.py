@@ -1,9 +1,9 @@
-"""The published encoders as values for config.encoder; not a config by itself.
+"""The published encoders as values for config.encoder; this file is not a config by itself.
 
     c.encoder.update(encoders.dinov2("base"))
 
-The weights come from the hub (DINOv3's after its terms were accepted there) or, with c.encoder.weights, from a folder
-that holds the same files.
+The weights come from the hub, or from a folder with the same files that c.encoder.weights names. DINOv3's are on the hub
+after its terms were accepted there.
 """
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -50,10 +50,10 @@ def siglip2(size):
 
 
 def dino():
-    """DINO ViT-S/8, on whose tokens the paper's discriminator judges images of 224 px.
+    """DINO ViT-S/8, the backbone of the paper's discriminator, at 224 px.
 
-    The tanh approximation of its GELU is what that discriminator uses. The weights are the file that was released with
-    the method; facebook/dino-vits8 on the hub is the same model.
+    That discriminator uses the tanh approximation of the GELU. The weights are the file that was released with the
+    method; facebook/dino-vits8 on the hub is the same model.
     """
     return {
         "family": "dino",
@@ -87,7 +87,7 @@ def mae(size):
 def dinov3(size):
     """DINOv3 'small', 'base' or 'large' at 256 px.
 
-    The published multi-layer latent is that of large, with `layers` 11, 13, ..., 23.
+    The published multi-layer latent takes 'large' with `layers` 11, 13, ..., 23.
     """
     return {
         "family": "dinov3",
@@ -96,14 +96,14 @@ def dinov3(size):
         **_MLP,
         "patch_size": 16,
         "input_size": 256,
-        "position_size": 0,  # it has rotations, not a table
+        "position_size": 0,  # it has rotary positions, not a table
         "num_registers": 4,
         **_IMAGENET,
     }
 
 
 def sd_vae():
-    """Stable Diffusion's VAE. The same file holds its decoder, and its latents are not normalised; so a config also has
+    """Stable Diffusion's VAE. The same file holds its decoder, and its latents are not normalised: a config also needs
 
     c.decoder.update({"weights": c.encoder.weights, "patch_size": 8})
     c.statistics.weights = "none"

@@ -1,16 +1,16 @@
-"""A folder of your own images, one subfolder per class, at 32 px: every stage from nothing in minutes on two CPU cores.
+"""A folder of your own images, one subfolder per class, at 32 px: trains every stage in minutes on two CPU cores.
 
     python -m rae_jax.main --config=configs/own_data.py --workdir=runs/mine \
         --config.data.path=FOLDER --config.data.num_classes=N
 
-To see whether the data is read as it is meant, and what the pictures of a run look like: docs/own_data.md.
+docs/own_data.md says how to check that the data is read as intended, and shows what a run writes.
 """
 
 from configs import small
 
 
 def get_config():
-    """The small job on images of a folder, with stages of a few minutes together."""
+    """The small job on images of a folder, with stages that take a few minutes together."""
     c = small.get_config()
     c.name = "own_data"
     c.data.source = "image_folder"

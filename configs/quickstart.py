@@ -1,8 +1,8 @@
-"""Look at the shipped weights, then train decoder and DiT^DH from scratch for a few minutes with the same code.
+"""Evaluate the shipped weights, then train decoder and DiT^DH from scratch for a few minutes with the same code.
 
     bash launch/quickstart.sh [WORKDIR]
 
-Both results stand side by side in eval/quickstart.json: the shipped weights' as they are, the others' with `trained_`.
+eval/quickstart.json has both results: the names of the trained weights' metrics begin with `trained_`.
 """
 
 from configs import small

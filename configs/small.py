@@ -3,6 +3,8 @@
     python -m rae_jax.main --config=configs/small.py --workdir=runs/small
 
 The weights that ship with the package were made by this config. Every other config starts from this one.
+The comment of a key stands above it or behind it. docs/config.md is made from these comments: after a change, run
+`python -m launch.config_page`.
 """
 
 from ml_collections import ConfigDict
@@ -11,35 +13,51 @@ from ml_collections import ConfigDict
 def get_config():
     """Every key there is, with the values of the small job."""
     c = ConfigDict()
-    c.name = "small"  # eval/NAME.json
-    c.seed = 0
-    c.dtype = "float32"  # of matrix products: 'float32' or 'bfloat16'; parameters stay float32
+    c.name = "small"  # name of the config; results are written to `eval/NAME.json`
+    c.seed = 0  # seed of the initial weights, of all noise and of the order of the data
+    # Type of matrix products; parameters, moments and losses are float32 in either case. One of 'float32', 'bfloat16'.
+    c.dtype = "float32"
+    # Stages that the run trains, in this order; a part whose stage is missing takes its `weights`. Any of 'encoder',
+    # 'judge', 'decoder', 'statistics', 'dit'.
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
-    c.log_every = 20
-    c.wandb = ""  # a project of Weights & Biases that is shown the metrics as well; '': none
-    c.unroll = True  # unroll blocks over depth: faster on CPU, slower to compile
-    # What of each block a backward pass computes again, to keep less: 'none'; 'dots', all but attention's result and
-    # the products with kernels, save the one after attention; 'full', all, which is a third more work.
+    c.log_every = 20  # steps between two rows of metrics
+    c.wandb = ""  # project of Weights & Biases that the metrics are sent to as well; '': none
+    c.unroll = True  # unroll the blocks over depth instead of scanning them: faster steps, slower compilation
+    # Activations that the backward pass computes again to save memory: nothing; all but the products with kernels and
+    # the result of attention, except the product after attention; or everything, a third more work. One of 'none',
+    # 'dots', 'full'.
     c.remat = "none"
-    # By XLA; 'cudnn': on NVIDIA Hopper and newer, in bfloat16; 'flash': on TPU, for a thousand tokens and more.
+    # Kernel of the attention. One of 'xla', 'cudnn' (NVIDIA Hopper and newer, bfloat16), 'flash' (TPU, for a thousand
+    # tokens and more).
     c.attention = "xla"
-
-    # Where compiled programs are kept for the next start: '': in ~/.cache; a folder, which hosts may share; 'none'.
+    # Folder of compiled programs for the next start, which hosts may share; '': in ~/.cache; 'none': none is kept.
     c.compilation_cache = ""
-    # Devices: data splits the batch; fsdp does, too, and every kernel, optimiser moment and average; tensor splits the
-    # heads and hidden channels of blocks. -1: those that others leave; of two, fsdp takes at most 16, data the rest.
-    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    c.mesh = {
+        # Devices along the axis that splits the batch. -1: all devices that the other axes leave.
+        "data": -1,
+        # Devices along the axis that splits the batch and every kernel, optimiser moment and average. -1: all that
+        # are left; if `data` is -1 too, at most 16, and `data` takes the rest.
+        "fsdp": 1,
+        "tensor": 1,  # devices along the axis that splits heads and hidden channels of the blocks
+    }
     c.checkpoint = _checkpoint()
     c.health = _health()
     c.data = _data()
     c.encoder = _encoder()
     c.judge = _judge()
     c.decoder = _decoder()
-    # LPIPS, for the decoder's loss and as a metric: weights of VGG16 and of its features; a file, a folder, a hub id or
-    # one file of it, 'ID:FILE'; '': none.
-    c.lpips = ConfigDict({"vgg": "", "linear": ""})
+    c.lpips = {
+        # LPIPS' VGG16, for the decoder's loss and as a metric: a file, a folder, a hub id, or one file of a hub id,
+        # 'ID:FILE'; '': no LPIPS.
+        "vgg": "",
+        "linear": "",  # LPIPS' weights of VGG16's features, named in the same ways
+    }
     c.discriminator = _discriminator()
-    c.statistics = ConfigDict({"weights": "small", "batch_size": 256})  # weights 'none': latents stay as they are
+    c.statistics = {
+        # Statistics if the stage is not run: 'small', a folder, a published file, a hub id; 'none': no normalisation.
+        "weights": "small",
+        "batch_size": 256,  # images at a time, of all devices
+    }
     c.dit = _dit()
     c.sampler = _sampler()
     c.guidance = _guidance()
@@ -48,226 +66,236 @@ def get_config():
 
 
 def _checkpoint():
-    return ConfigDict(
-        {
-            "every": 500,  # steps
-            "keep": 2,  # the newest ones
-            "keep_every": 0,  # and those of every so many-th step; 0: none
-            "best": "",  # and the best one by this metric of config.evaluate.every, 'fd' or 'psnr' say; '': none
-            "best_is": "lowest",  # or 'highest'
-            "on_error": "continue",  # at one that cannot be written: reported, tried again after a pause; or 'stop'
-        }
-    )
+    return {
+        "every": 500,  # steps between two checkpoints
+        "keep": 2,  # number of the newest checkpoints that are kept
+        "keep_every": 0,  # steps; checkpoints at multiples of it are kept for good. 0: none
+        "best": "",  # metric of config.evaluate.every by which the best checkpoint is kept, such as 'fd'; '': none
+        "best_is": "lowest",  # value of that metric that is the best. One of 'lowest', 'highest'.
+        # Reaction to a checkpoint that cannot be written: report it and retry after a pause, or stop. One of
+        # 'continue', 'stop'.
+        "on_error": "continue",
+    }
 
 
 def _health():
-    return ConfigDict(
-        {
-            "skip": 0,  # updates in a row that may be left out as they are not finite; takes a second state's memory
-            "spike": 10.0,  # a loss so many interquartile ranges above the recent ones is reported; 0: none
-            "stalled": 20.0,  # a step that takes so many times as long as usual, and half a minute, is; 0: none
-            "heartbeat": 10.0,  # seconds between two writings of heartbeat.json; 0: none, and no look at stalled steps
-        }
-    )
+    return {
+        # Updates in a row that may be skipped because they are not finite, at the memory of a second state; 0: none.
+        "skip": 0,
+        "spike": 10.0,  # a loss this number of interquartile ranges above the recent ones is reported; 0: never
+        # A step that takes this many times as long as usual, and at least half a minute, is reported; 0: never.
+        "stalled": 20.0,
+        "heartbeat": 10.0,  # seconds between two updates of heartbeat.json; 0: none, and no report of slow steps
+    }
 
 
 def _evaluate():
-    return ConfigDict(
-        {
-            "every": 0,  # steps of the decoder's and the DiT's training between two evaluations; 0: only at the end
-            "num_images": 1000,  # how many are generated
-            "batch_size": 256,
-            "probe": True,  # linear probes of the encoder
-            "shipped": False,  # of the shipped weights as well
-            # FID's InceptionV3, named as LPIPS' weights are; '': no FID, sFID, Inception Score, precision and recall.
-            "inception": "",
-            # What generated images are compared with: an .npz as ADM's (arr_0: images; mu, sigma, mu_s, sigma_s: the
-            # moments that FID and sFID take, where they are there), or a folder of images; '': the held-out images.
-            "reference": "",
-        }
-    )
+    return {
+        "every": 0,  # steps of the decoder's and the DiT's training between two evaluations; 0: only at the end
+        "num_images": 1000,  # number of images that an evaluation generates
+        "batch_size": 256,  # images at a time, of all devices
+        "probe": True,  # train linear probes on the encoder's features at the end
+        "shipped": False,  # evaluate the shipped weights as well
+        # FID's InceptionV3, named as LPIPS' weights are; '': no FID, sFID, Inception Score, precision and recall.
+        "inception": "",
+        # Images that generated images are compared with: a folder of images or an .npz in ADM's format (`arr_0`:
+        # images; `mu`, `sigma`, `mu_s`, `sigma_s`: moments for FID and sFID, if present); '': the held-out images.
+        "reference": "",
+    }
 
 
 def _data():
-    return ConfigDict(
-        {
-            "source": "shapes",  # or 'image_folder', 'array_record' (packed by rae_jax.data.pack), 'tfds'
-            # image_folder: a folder with one subfolder of images per class, a .zip archive of such, or a list with a
-            # line `IMAGE LABEL` for each; array_record: what was packed; tfds: its data_dir ('': TFDS' own)
-            "path": "",
-            "heldout_path": "",  # image_folder: the same for evaluation; empty: every 20th image of path
-            "tfds": {"name": "", "split": "train", "heldout_split": "validation"},
-            "latents": "",  # the DiT trains from what rae_jax.pack_latents put there; '': the encoder runs in its step
-            "on_error": "stop",  # at an image that cannot be read; or 'skip': reported, another one in its place
-            "image_size": 32,
-            "num_classes": 10,
-            "num_train": 50_000,  # shapes: how many there are
-            "num_heldout": 2_000,
-            "num_threads": 2,  # that read images, in this process or in each worker; 0: none besides the main one
-            "num_workers": 0,  # processes that read images; 0: only this one
-        }
-    )
+    return {
+        # Kind of data set. One of 'shapes' (drawn, nothing to download), 'image_folder', 'array_record' (packed by
+        # rae_jax.data.pack), 'tfds'.
+        "source": "shapes",
+        # image_folder: a folder with one subfolder of images per class, a .zip archive of such a folder, or a text
+        # file with a line `IMAGE LABEL` for each image. array_record: the packed folder. tfds: its data_dir, ''
+        # for the default of TFDS.
+        "path": "",
+        "heldout_path": "",  # image_folder: the same for evaluation; '': every 20th image of `path`
+        "tfds": {
+            "name": "",  # name of the data set, such as 'imagenet2012'
+            "split": "train",  # split for training
+            "heldout_split": "validation",  # split for evaluation
+        },
+        "latents": "",  # folder of rae_jax.pack_latents, for the training of the DiT; '': encode images in its step
+        # Reaction to an image that cannot be read: stop and name it, or report it and use another image. One of
+        # 'stop', 'skip'.
+        "on_error": "stop",
+        "image_size": 32,  # height and width in pixels
+        "num_classes": 10,  # number of classes; another number than that of the data set is refused
+        "num_train": 50_000,  # shapes: number of training images
+        "num_heldout": 2_000,  # shapes: number of held-out images
+        "num_threads": 2,  # threads that read images, in this process or in each worker; 0: only the main thread
+        "num_workers": 0,  # processes that read images; 0: only this one
+    }
 
 
 _VIT = {
-    "family": "small",  # 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae': see configs/encoders.py
-    "weights": "small",  # if the stage is not run: 'small' or a folder; a hub id or a folder of a published one
-    "width": 64,
-    "depth": 6,
-    "num_heads": 2,
-    "mlp": "gelu",  # or 'gelu_tanh', 'swiglu'
-    "mlp_ratio": 4.0,  # hidden size over width
-    "patch_size": 4,
-    "input_size": 0,  # images are resized to this before they are encoded; 0: as they are
-    "position_size": 0,  # the image size that the table of positions is for; 0: the encoder's input
-    "num_registers": 4,
-    "mean": (0.5, 0.5, 0.5),  # of the encoder's input
-    "std": (0.25, 0.25, 0.25),
+    # Architecture, see configs/encoders.py. One of 'small', 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae'
+    # (encoder only), 'encoder' (discriminator only: the encoder itself, and the other keys do not matter).
+    "family": "small",
+    "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file or a hub id; '': none
+    "width": 64,  # channels of a token
+    "depth": 6,  # number of blocks
+    "num_heads": 2,  # number of attention heads
+    "mlp": "gelu",  # kind of MLP. One of 'gelu', 'gelu_tanh', 'swiglu'.
+    "mlp_ratio": 4.0,  # hidden size of the MLP over width
+    "patch_size": 4,  # height and width of a patch in pixels
+    "input_size": 0,  # size to which images are resized before they are encoded; 0: not resized
+    "position_size": 0,  # image size that the table of positions is for; 0: the encoder's input size
+    "num_registers": 4,  # number of register tokens
+    "mean": (0.5, 0.5, 0.5),  # mean of the colours, subtracted from the encoder's input
+    "std": (0.25, 0.25, 0.25),  # standard deviation of the colours, by which the encoder's input is divided
 }
 
 
 def _encoder():
-    return ConfigDict(
-        {
-            **_VIT,
-            "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; none: the last
-            "widths": (),  # sd_vae: channels of its levels, the finest first
-            "train": _encoder_train(),
-        }
-    )
+    return {
+        **_VIT,
+        "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; (): the last block alone
+        "widths": (),  # sd_vae: channels of its levels, the finest first
+        "train": _encoder_train(),
+    }
 
 
 def _discriminator():
-    return ConfigDict(
-        {
-            # The frozen transformer whose tokens are judged: 'encoder' is the encoder itself, and the other keys do not
-            # matter; or a published family with the encoder's keys.
-            "backbone": {**_VIT, "family": "encoder", "weights": ""},
-            "layers": (1, 3),  # the backbone's blocks whose tokens are judged, from 0; a head for each
-            "loss": "hinge",  # or 'vanilla'
-            "augment": {"prob": 1.0, "cutout": 0.0},  # probability of each kind; wiped-out square, as a part of a side
-        }
-    )
+    return {
+        "backbone": {**_VIT, "family": "encoder", "weights": ""},
+        "layers": (1, 3),  # blocks of the backbone, from 0, whose tokens are judged, each by a head of its own
+        "loss": "hinge",  # loss of the discriminator. One of 'hinge', 'vanilla'.
+        "augment": {
+            "prob": 1.0,  # probability of each kind of augmentation
+            "cutout": 0.0,  # side of the square that is erased, as a fraction of the image's side
+        },
+    }
 
 
 def _encoder_train():
     train = _train(num_steps=4_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0)
-    train.noise_tau = 0.3
-    train.detail = 4.0  # how much a patch's differences from its mean colour are magnified before they are asked for
-    train.label_weight = 1.0
+    train.noise_tau = 0.3  # largest standard deviation of the noise that is added to latents
+    train.detail = 4.0  # factor by which a patch's differences from its mean colour are magnified in the target
+    train.label_weight = 1.0  # weight of the classification loss
     return train
 
 
 def _judge():
-    return ConfigDict(
-        {
-            "weights": "small",  # '': no judge, and none of its metrics
-            "widths": (32, 64, 128),
-            "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
-        }
-    )
+    return {
+        "weights": "small",  # weights if the stage is not run: 'small' or a folder; '': no judge and no agreement
+        "widths": (32, 64, 128),  # channels of its levels
+        "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
+    }
 
 
 def _decoder():
     train = _train(num_steps=4_000, batch_size=16, learning_rate=2e-3)
-    train.noise_tau = 0.3
-    train.lpips_weight = 0.0
-    train.discriminator_start = 2_800  # of the discriminator's updates
-    train.adversarial_start = 3_000  # from then on the decoder tries to fool it
-    train.adversarial_weight = 0.75  # 0: no discriminator, and no backbone is loaded
-    return ConfigDict(
-        {
-            "weights": "small",  # if the stage is not run: 'small', a folder, a published file, a hub id, or none
-            "width": 96,
-            "depth": 4,
-            "num_heads": 3,
-            "hidden": 384,
-            "patch_size": 4,
-            "grid_size": 0,  # tokens a side, to which latents of another size are resized; 0: as the latents are
-            "train": train,
-        }
-    )
+    train.noise_tau = 0.3  # largest standard deviation of the noise that is added to latents
+    train.lpips_weight = 0.0  # weight of the LPIPS loss; 0: no LPIPS in the loss
+    train.discriminator_start = 2_800  # first step of the discriminator's updates
+    train.adversarial_start = 3_000  # first step of the adversarial loss
+    train.adversarial_weight = 0.75  # weight of the adversarial loss; 0: no discriminator, and no backbone is loaded
+    return {
+        "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file, a hub id; '': none
+        "width": 96,  # channels of a token
+        "depth": 4,  # number of blocks
+        "num_heads": 3,  # number of attention heads
+        "hidden": 384,  # hidden channels of the MLP
+        "patch_size": 4,  # height and width in pixels of what a token draws
+        "grid_size": 0,  # tokens along a side, to which latents of another size are resized; 0: not resized
+        "train": train,
+    }
 
 
 def _dit():
     train = _train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
-    train.time = "logit_normal"  # distribution of training times before the shift; or 'uniform'
-    train.time_mean = 1.0
-    train.time_std = 1.5
-    train.label_dropout = 0.1
-    train.more_ema_decays = ()  # of further averages beside ema_decay's
-    train.microbatches = 1  # a batch's gradient is summed over so many parts of it: less memory
-    sizes = _dit_sizes()
-    # average: whose weights are used. 0: ema_decay's; n: those of the n-th of more_ema_decays.
-    # time_shift: the factor that moves times, of training and sampling, towards noise. 0: sqrt(h w D / 4096), by the
-    # latent's dimension; 1: none.
-    how = {"average": 0, "path": "linear", "prediction": "velocity", "time_shift": 0.0}
-    return ConfigDict({**sizes, **how, "train": train})
+    # Distribution of the training times, before the shift. One of 'logit_normal', 'uniform'.
+    train.time = "logit_normal"
+    train.time_mean = 1.0  # logit_normal: mean of the logits
+    train.time_std = 1.5  # logit_normal: standard deviation of the logits
+    train.label_dropout = 0.1  # probability that a label is replaced by the null label
+    train.more_ema_decays = ()  # decays of further averages of the parameters
+    train.microbatches = 1  # number of parts of a batch whose gradients are computed in turn and summed: less memory
+    return {
+        **_dit_sizes(),
+        # Averaged parameters that are used. 0: those of ema_decay; n: those of the n-th of more_ema_decays.
+        "average": 0,
+        "path": "linear",  # path between data and noise. One of 'linear', 'cosine', 'vp'.
+        "prediction": "velocity",  # output of the model. One of 'velocity', 'noise', 'data'.
+        # Factor that moves times towards noise, in training and sampling. 0: sqrt(h w D / 4096), by the dimension
+        # of the latent; 1: no shift.
+        "time_shift": 0.0,
+        "train": train,
+    }
 
 
 def _dit_sizes():
     return {
-        "weights": "small",
-        "width": 96,
-        "depth": 4,
-        "num_heads": 3,
-        "head_width": 128,
-        "head_depth": 2,  # 0: a plain DiT, without the wide head
-        "head_num_heads": 4,
-        "patch_size": 1,  # of the latent, a side; 2 makes 256 tokens of 32x32 VAE latents
+        "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file, a hub id; '': none
+        "width": 96,  # channels of a token in the trunk
+        "depth": 4,  # number of blocks of the trunk
+        "num_heads": 3,  # number of attention heads of the trunk
+        "head_width": 128,  # channels of a token in the wide head
+        "head_depth": 2,  # number of blocks of the wide head; 0: a plain DiT
+        "head_num_heads": 4,  # number of attention heads of the wide head
+        "patch_size": 1,  # height and width of a patch of the latent; 2 makes 256 tokens of 32x32 VAE latents
         "qk_norm": False,  # normalise queries and keys
-        "class_conditional": True,  # False: every label is the null one
+        "class_conditional": True,  # condition on the class; False: every label is the null label
     }
 
 
 def _sampler():
-    return ConfigDict(
-        {
-            "method": "euler",  # or 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama)
-            "num_steps": 50,
-            "grid": "plain",  # or 'published': num_steps points, so one step less, that end just before data
-            "reuse": 1,  # euler on DiT^DH: steps for which one output of the trunk serves
-            "refresh": (),  # instead of every `reuse`-th: the steps, from 0, that make the trunk's output anew
-            "rtol": 1e-3,  # of the adaptive solver
-            "atol": 1e-6,
-            "diffusion": "sigma",  # sde: or 'constant', 'score_based', 'linear', 'decreasing', 'increasing_decreasing'
-            "last_step": "mean",  # sde: or 'tweedie', 'euler', 'none'
-            "last_step_size": 0.04,  # sde: where the last step starts, before the shift
-        }
-    )
+    return {
+        # Solver. One of 'euler', 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama).
+        "method": "euler",
+        "num_steps": 50,  # number of steps
+        # Times of the steps. One of 'plain', 'published' (num_steps points, one step less, that end just before data).
+        "grid": "plain",
+        "reuse": 1,  # number of euler steps of a DiT^DH that one output of the trunk serves
+        "refresh": (),  # instead of every `reuse`-th: the steps, from 0, that compute the trunk's output again
+        "rtol": 1e-3,  # adaptive: relative tolerance
+        "atol": 1e-6,  # adaptive: absolute tolerance
+        # sde: diffusion coefficient. One of 'constant', 'score_based', 'sigma', 'linear', 'decreasing',
+        # 'increasing_decreasing'.
+        "diffusion": "sigma",
+        "last_step": "mean",  # sde: kind of the last step. One of 'mean', 'tweedie', 'euler', 'none'.
+        "last_step_size": 0.04,  # sde: time at which the last step starts, before the shift
+    }
 
 
 def _guidance():
-    return ConfigDict(
-        {
-            "method": "cfg",  # or 'none', 'autoguidance'
-            "scale": 2.5,
-            "t_min": 0.0,
-            "t_max": 1.0,
-            "dit": {**_dit_sizes(), "weights": ""},  # autoguidance: the weak model
-        }
-    )
+    return {
+        # Guidance. One of 'none', 'cfg' (classifier-free), 'autoguidance' (by a weaker model, config.guidance.dit).
+        "method": "cfg",
+        "scale": 2.5,  # scale of the guidance; 1: none
+        "t_min": 0.0,  # least time at which the guidance acts
+        "t_max": 1.0,  # largest time at which the guidance acts
+        "dit": {**_dit_sizes(), "weights": ""},
+    }
 
 
 def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.998, optimizer="adamw", **extra):
     return ConfigDict(
         {
-            "unit": "step",  # of num_steps, warmup_steps and what ends in _start: 'step', or 'epoch' of the data set
-            "num_steps": num_steps,
-            "batch_size": batch_size,  # global
-            "learning_rate": learning_rate,
-            "final_learning_rate": learning_rate / 100,
-            "warmup_steps": 200,
-            "optimizer": optimizer,  # or 'muon': the blocks' kernels by Muon, the rest by AdamW
-            "decay_start": 0,  # constant between the warm-up and then
-            "decay": "cosine",  # or 'linear', down to the last step
-            "b1": 0.9,
-            "b2": 0.95,
-            "weight_decay": 0.0,
-            "clip_norm": clip_norm,  # 0: no clipping
-            "ema_decay": ema_decay,
-            "crop": "centre",  # or 'random', after a resize to 1.5 times the size
-            "flip": False,  # random horizontal flips
+            # Unit of num_steps, warmup_steps and all keys that end in _start. One of 'step', 'epoch' (of the data set).
+            "unit": "step",
+            "num_steps": num_steps,  # length of the training
+            "batch_size": batch_size,  # images of a step, of all devices
+            "learning_rate": learning_rate,  # learning rate after the warm-up
+            "final_learning_rate": learning_rate / 100,  # learning rate at the last step
+            "warmup_steps": 200,  # length of the linear warm-up; 0: none
+            # Optimiser. One of 'adamw', 'muon' (Muon for the kernels of the blocks, AdamW for the rest).
+            "optimizer": optimizer,
+            "decay_start": 0,  # start of the decay; the learning rate is constant between the warm-up and then
+            "decay": "cosine",  # shape of the decay, down to the last step. One of 'cosine', 'linear'.
+            "b1": 0.9,  # decay of the first moment
+            "b2": 0.95,  # decay of the second moment
+            "weight_decay": 0.0,  # weight decay
+            "clip_norm": clip_norm,  # norm to which gradients are clipped; 0: no clipping
+            "ema_decay": ema_decay,  # decay of the average of the parameters
+            # Crop of training images. One of 'centre', 'random' (after a resize to 1.5 times the size).
+            "crop": "centre",
+            "flip": False,  # flip training images horizontally at random
             **extra,
         }
     )
