@@ -12,9 +12,7 @@ from configs import encoders, small
 
 RELEASED = "nyu-visionx/RAE-collections"
 LPIPS = {"vgg": "timm/vgg16.tv_in1k", "linear": "chaofengc/IQA-PyTorch-Weights:LPIPS_v0.1_vgg-a78928a0.pth"}
-INCEPTION = (
-    "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of the file that pytorch-fid releases
-)
+INCEPTION = "RaphaelLiu/EvalCrafter-Models:pt_inception-2015-12-05-6726825d.pth"  # a copy of pytorch-fid's file
 IMAGENET = 1_281_167  # training images
 
 

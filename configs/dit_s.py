@@ -2,8 +2,8 @@
 
     python -m rae_jax.main --config=configs/dit_s.py --workdir=runs/dit_s --mode=sample
 
-Train it with --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val. The paper reports gFID 6.07 after
-80 epochs.
+Train it with --config.data.path=IMAGENET/train --config.data.heldout_path=IMAGENET/val. The paper reports gFID 6.07
+after 80 epochs.
 """
 
 from configs import dit_b

@@ -2,8 +2,8 @@
 
     c.encoder.update(encoders.dinov2("base"))
 
-The weights come from the hub, or from a folder with the same files that c.encoder.weights names. DINOv3's are on the hub
-after its terms were accepted there.
+The weights come from the hub, or from a folder with the same files that c.encoder.weights names. DINOv3's are on the
+hub once its terms were accepted there.
 """
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
