@@ -10,7 +10,7 @@ set -euo pipefail
 set -m # without it, bash has what it starts in the background ignore SIGINT
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/launch/given.sh"
+source "$root/launch/options.sh"
 
 processes=1
 take "processes" "$@"

@@ -18,7 +18,7 @@ most_restarts=100 # a run that ends at once again and again ends for good
 
 if [[ ${1-} != --in_job ]]; then
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    source "$root/launch/given.sh"
+    source "$root/launch/options.sh"
     options=() dry_run=
     while (($#)) && [[ $1 != -- ]]; do
         case $1 in
@@ -39,7 +39,7 @@ fi
 
 root=$2
 shift 2
-source "$root/launch/given.sh" # SLURM runs a copy of this file
+source "$root/launch/options.sh" # SLURM runs a copy of this file
 status=0
 # One that has ended does not end the others, which are still saving.
 srun --kill-on-bad-exit=0 "$python" -m rae_jax.main "$@" || status=$?

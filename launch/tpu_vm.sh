@@ -19,7 +19,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-source "$root/launch/given.sh"
+source "$root/launch/options.sh"
 
 name='' zone='' type='' project='' spot='' runtime='' env='' stop='' delete=''
 take "name zone type project spot runtime env stop delete" "$@"

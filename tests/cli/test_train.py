@@ -5,8 +5,8 @@ import types
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from stress import toy_stage
 
-from launch import toy
 from rae_jax.cli import modes
 from rae_jax.runtime import checkpoint
 
@@ -52,5 +52,5 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, best_is, best):
     tiny_config.checkpoint.update({"best": "fd", "best_is": best_is})
     evaluate = _evaluate(tiny_config, "dit", _Evaluator())
     how = {"evaluate": lambda state, step: evaluate({"ema_params": state["ema_params"]}, step), "evaluate_every": 1}
-    toy.run(epath.Path(tmp_path), 5, keep=1, scored=True, checkpoint_every=100, **how)
+    toy_stage.run(epath.Path(tmp_path), 5, keep=1, scored=True, checkpoint_every=100, **how)
     assert checkpoint.steps(epath.Path(tmp_path) / "checkpoints" / "toy") == [best, 5]

@@ -1,19 +1,19 @@
-"""A short version of launch/fuzz.py, and what it has found."""
+"""A short run of tests/stress/fuzz.py, and tests of the faults that it has found."""
 
 import zipfile
 
 import numpy as np
 import pytest
+from stress import fuzz
 
-from launch import fuzz
 from rae_jax.data import sources
 from rae_jax.errors import UserError
 from rae_jax.weights import hub
 
 
-def test_damaged_files_and_wrong_configs_are_taken_or_refused_in_one_line(tmp_path):
+def test_damaged_files_and_wrong_configs_are_accepted_or_rejected_in_one_line(tmp_path):
     for tally in (fuzz.images(120, 1), fuzz.files(60, 1, tmp_path), fuzz.configs(40, 1, tmp_path / "run")):
-        assert tally.wrong == [] and tally.refused > 10
+        assert tally.wrong == [] and tally.rejected > 10
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_garbled_members_of_a_torch_file(tmp_path, member, content):
         assert "is not a whole file of tensors" in str(error)
 
 
-def test_what_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+def test_a_zip_bomb_is_rejected(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(21):
             archive.writestr(f"a/{number}.png", bytes(100_000))
@@ -45,8 +45,8 @@ def test_what_unpacks_to_much_is_refused(tmp_path, monkeypatch):
         sources.image_folder(**how)[0]
 
 
-def _fetched(folder, name, content):
-    """A file as the hub's cache holds it."""
+def _cached_file(folder, name, content):
+    """Write a file in the layout of the hub's cache; return its path."""
     blob = folder / "blobs" / name
     blob.parent.mkdir(parents=True)
     blob.write_bytes(content)
@@ -63,15 +63,15 @@ def _fetched(folder, name, content):
         "95d09f2b10159347eece71399a7e2e907ea3df4f",  # git hash-object
     ],
 )
-def test_what_the_hub_sends_is_held_to_its_hash(tmp_path, name):
-    path = _fetched(tmp_path / "whole", name, b"hello world")
+def test_downloads_from_the_hub_are_checked_against_their_hash(tmp_path, name):
+    path = _cached_file(tmp_path / "whole", name, b"hello world")
     assert hub._verified(path) == path
-    path = _fetched(tmp_path / "garbled", name, b"hello worle")
+    path = _cached_file(tmp_path / "garbled", name, b"hello worle")
     with pytest.raises(UserError, match="model.safetensors did not arrive as the hub has it"):
         hub._verified(path)
     assert not path.exists() and not (tmp_path / "garbled" / "blobs" / name).exists()
 
 
-def test_a_file_without_a_published_hash_is_taken(tmp_path):
-    path = _fetched(tmp_path, "other", b"hello world")
+def test_a_file_without_a_published_hash_is_accepted(tmp_path):
+    path = _cached_file(tmp_path, "other", b"hello world")
     assert hub._verified(path) == path

@@ -210,7 +210,7 @@ exit "${statuses[${process#--process_id=}]}"
 )
 def test_what_is_started_again_on_this_machine(tmp_path, statuses, ended, attempts):
     (tmp_path / "launch").mkdir()
-    for name in ("local.sh", "given.sh"):
+    for name in ("local.sh", "options.sh"):
         shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from stress import harness, toy_stage
 
-from launch import toy, trials
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, checkpoint_manifest, sharding
 
@@ -20,7 +20,7 @@ from rae_jax.runtime import checkpoint, checkpoint_manifest, sharding
 def whole(tmp_path_factory):
     """The workdir of a run of 8 steps that was left alone."""
     workdir = epath.Path(tmp_path_factory.mktemp("whole"))
-    toy.run(workdir, 8)
+    toy_stage.run(workdir, 8)
     return workdir
 
 
@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
 def begun(tmp_path):
     """The workdir of a run that ended after 6 steps."""
     workdir = epath.Path(tmp_path / "begun")
-    toy.run(workdir, 6)
+    toy_stage.run(workdir, 6)
     return workdir
 
 
@@ -61,12 +61,12 @@ DAMAGE = {
 def test_a_damaged_newest_one_is_set_aside_and_the_run_ends_the_same(begun, whole, capfd, kind):
     damage, said = DAMAGE[kind]
     damage(_folder(begun) / "6")
-    toy.run(begun, 8)
+    toy_stage.run(begun, 8)
     told = capfd.readouterr().err
     assert "6 is damaged" in told and said in told and "going on from step 4" in told
     assert (_folder(begun) / "6.damaged").exists()  # nothing is deleted
     assert checkpoint.steps(_folder(begun)) == [4, 6, 8]
-    assert trials.differences(begun, whole, ["toy"]) == []
+    assert harness.differences(begun, whole, ["toy"]) == []
 
 
 def test_where_all_are_damaged_nothing_begins_anew(begun):
@@ -74,7 +74,7 @@ def test_where_all_are_damaged_nothing_begins_anew(begun):
         DAMAGE["truncated"][0](_folder(begun) / str(step))
     for _ in range(2):  # and not the second time, either
         with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
-            toy.run(begun, 8)
+            toy_stage.run(begun, 8)
     assert checkpoint.steps(_folder(begun)) == []
 
 
@@ -88,30 +88,30 @@ def test_what_was_half_written_is_not_taken_for_whole(begun, whole):
     unfinished = _folder(begun) / "8.orbax-checkpoint-tmp"
     shutil.copytree(_folder(begun) / "6", unfinished)
     assert checkpoint.latest_step(_folder(begun)) == 6
-    toy.run(begun, 8)
+    toy_stage.run(begun, 8)
     assert not unfinished.exists()
-    assert trials.differences(begun, whole, ["toy"]) == []
+    assert harness.differences(begun, whole, ["toy"]) == []
 
 
 def test_the_newest_every_so_many_and_the_best_stay(tmp_path):
     scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2, 10: 0.3, 12: 0.3}
     how = {"evaluate": lambda state, step: {"score": scores[step], "psnr": 1.0}, "evaluate_every": 2, "scored": True}
-    toy.run(epath.Path(tmp_path), 12, keep=2, keep_every=6, **how)
+    toy_stage.run(epath.Path(tmp_path), 12, keep=2, keep_every=6, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [4, 6, 10, 12]
-    assert all("eval/score" not in row for row in toy.rows(tmp_path))
+    assert all("eval/score" not in row for row in toy_stage.rows(tmp_path))
 
 
 def test_the_best_one_is_kept_although_none_is_due(tmp_path):
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
-    toy.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
+    toy_stage.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
     scores = {1: float("nan"), 2: 0.9, 3: float("inf"), 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
-    toy.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
+    toy_stage.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
     assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
 
 
@@ -147,14 +147,14 @@ def test_other_meshes_restore_the_same(tmp_path):
     states, workdir = [], epath.Path(tmp_path)
     for number, (data, fsdp) in enumerate([(2, 4), (1, 4), (1, 1), (1, 2), (8, 1)]):
         how = {"checkpoint_every": 1, "keep": 20}
-        toy.run(workdir, 4 * number + 3, on=toy.mesh(data, fsdp), **how)
-        mesh, shapes = toy.mesh(data, fsdp), jax.eval_shape(toy.stage(1).init, jax.random.key(0))
+        toy_stage.run(workdir, 4 * number + 3, on=toy_stage.mesh(data, fsdp), **how)
+        mesh, shapes = toy_stage.mesh(data, fsdp), jax.eval_shape(toy_stage.stage(1).init, jax.random.key(0))
         placed = sharding.shardings(shapes, mesh)
         abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
         step = checkpoint.latest_step(_folder(workdir))
         with checkpoint.Checkpoints(_folder(workdir), keep=20) as checkpoints:
-            restored = checkpoints.restore(step, abstract, iter(toy.stage(1).batches))
-        on_disk = trials.read_state(_folder(workdir) / str(step))
+            restored = checkpoints.restore(step, abstract, iter(toy_stage.stage(1).batches))
+        on_disk = harness.read_state(_folder(workdir) / str(step))
         for name in ("params", "ema_params"):
             np.testing.assert_array_equal(restored[name]["kernel"], on_disk[f"['{name}']['kernel']"])
         np.testing.assert_array_equal(
@@ -185,7 +185,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, cap
 
     try:
         how = {"evaluate": lambda state, step: seen(step) or {"x": 1.0}, "evaluate_every": 1}
-        toy.run(workdir, 8, on_error="continue", **how)
+        toy_stage.run(workdir, 8, on_error="continue", **how)
     finally:
         _no_file_above(resource.RLIM_INFINITY)
     told = capsys.readouterr().err
@@ -196,16 +196,16 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, cap
     )
     assert "metrics/toy.jsonl cannot be written" in told and "no line of it is lost" in told
     assert checkpoint.latest_step(_folder(workdir)) == 8
-    assert [row for row in toy.rows(workdir) if "loss" in row] == toy.rows(whole)
+    assert [row for row in toy_stage.rows(workdir) if "loss" in row] == toy_stage.rows(whole)
 
 
 def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
     workdir = epath.Path(tmp_path)
-    toy.run(workdir, 2)
+    toy_stage.run(workdir, 2)
     try:
         _no_file_above(1000)
         with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written .*toy/2, from which"):
-            toy.run(workdir, 8, log_every=100)
+            toy_stage.run(workdir, 8, log_every=100)
     finally:
         _no_file_above(resource.RLIM_INFINITY)
     assert checkpoint.steps(_folder(workdir)) == [2]
@@ -217,7 +217,7 @@ def test_a_state_that_is_donated_at_once_is_written_as_it_was(tmp_path):
     """The write reads what the next step would overwrite."""
     state = {"step": jnp.int32(0), "kernel": jnp.zeros((512, 2048))}
     add = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    iterator = iter(toy.stage(1).batches)
+    iterator = iter(toy_stage.stage(1).batches)
     with checkpoint.Checkpoints(tmp_path, keep=100) as checkpoints:
         for step in range(1, 7):
             state = add(state)
@@ -225,5 +225,5 @@ def test_a_state_that_is_donated_at_once_is_written_as_it_was(tmp_path):
             for _ in range(5):
                 state = add(state)
     for step in range(1, 7):
-        found = trials.read_state(epath.Path(tmp_path) / str(step))
+        found = harness.read_state(epath.Path(tmp_path) / str(step))
         assert (found["['kernel']"] == 6 * step - 5).all()

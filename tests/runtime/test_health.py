@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from stress import harness, toy_stage
 
-from launch import toy, trials
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint, health, heartbeat, logs
 from rae_jax.training import loop
 from rae_jax.training.loop import DivergedRun, InterruptedRun
 
-PLACES = toy.stage(1).batches.places_of_step
+PLACES = toy_stage.stage(1).batches.places_of_step
 BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoch shows once
 
 
@@ -35,23 +35,23 @@ def test_each_step_has_a_key_of_its_own(tmp_path):
     def step(state, frozen, batch, key):
         return {**state, "step": state["step"] + 1}, {"loss": jax.random.uniform(key)}
 
-    stage, how = dataclasses.replace(toy.stage(4), step=step), {"log_every": 1, "checkpoint_every": 2, "keep": 1}
+    stage, how = dataclasses.replace(toy_stage.stage(4), step=step), {"log_every": 1, "checkpoint_every": 2, "keep": 1}
     for num_steps in (2, 4):  # the second time it goes on
         loop.fit(
             dataclasses.replace(stage, num_steps=num_steps),
             workdir=epath.Path(tmp_path),
-            mesh=toy.mesh(),
+            mesh=toy_stage.mesh(),
             key=jax.random.key(5),
             **how,
         )
     expected = [float(jax.random.uniform(jax.random.fold_in(jax.random.key(5), n))) for n in range(4)]
-    assert [row["loss"] for row in toy.rows(epath.Path(tmp_path))] == expected
+    assert [row["loss"] for row in toy_stage.rows(epath.Path(tmp_path))] == expected
 
 
 def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
     workdir = epath.Path(tmp_path)
     with pytest.raises(DivergedRun) as stop:
-        toy.run(workdir, 20, kind={"bad": BAD}, log_every=100, checkpoint_every=1)
+        toy_stage.run(workdir, 20, kind={"nan_image": BAD}, log_every=100, checkpoint_every=1)
     images = PLACES(FIRST)[1]
     assert f"stopped at step {FIRST}, where not all is finite: " in str(stop.value) and "loss nan" in str(stop.value)
     assert f"images {' '.join(map(str, images))} of epoch 0" in str(stop.value) and "\n" not in str(stop.value)
@@ -63,18 +63,20 @@ def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
 
 def test_skipped_updates_leave_the_state_alone(tmp_path, capfd):
     """But for the count of steps; and a run that is interrupted just then ends the same."""
-    how = {"kind": {"bad": BAD}, "care": health.Settings(skip=1), "checkpoint_every": 1, "keep": 50}
+    how = {"kind": {"nan_image": BAD}, "care": health.Settings(skip=1), "checkpoint_every": 1, "keep": 50}
     whole, workdir = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
-    toy.run(whole, 12, **how)
-    toy.run(workdir, FIRST, **how)
-    toy.run(workdir, 12, **how)
-    assert trials.differences(workdir, whole, ["toy"]) == []
-    states = [trials.read_state(whole / "checkpoints" / "toy" / str(step)) for step in (FIRST - 1, FIRST, FIRST + 1)]
+    toy_stage.run(whole, 12, **how)
+    toy_stage.run(workdir, FIRST, **how)
+    toy_stage.run(workdir, 12, **how)
+    assert harness.differences(workdir, whole, ["toy"]) == []
+    states = [harness.read_state(whole / "checkpoints" / "toy" / str(step)) for step in (FIRST - 1, FIRST, FIRST + 1)]
     assert [int(state["['step']"]) for state in states] == [FIRST - 1, FIRST, FIRST + 1]
     kernels = [state["['params']['kernel']"] for state in states]
     assert (kernels[0] == kernels[1]).all() and (kernels[1] != kernels[2]).any()
-    assert all(np.isfinite(value) for row in toy.rows(whole) for value in row.values())
-    assert [row["step"] for row in toy.rows(whole)] == list(range(1, 13)) and "loss" not in toy.rows(whole)[FIRST - 1]
+    assert all(np.isfinite(value) for row in toy_stage.rows(whole) for value in row.values())
+    assert [row["step"] for row in toy_stage.rows(whole)] == list(range(1, 13)) and "loss" not in toy_stage.rows(whole)[
+        FIRST - 1
+    ]
     assert f"the update of step {FIRST} is left out" in capfd.readouterr().err
     assert {incident["step"] for incident in _incidents(whole)} == {
         step for step in range(1, 13) if BAD in PLACES(step)[1]
@@ -87,7 +89,7 @@ def test_one_number_that_is_not_finite_is_enough(tmp_path, bad, value):
     """The update is left out, and the step is reported, whichever of the metrics it is in."""
     good = {"loss": jnp.float32(0.5), "grad_norm": jnp.float32(2.0), "parts": jnp.array([1.0, 3.0])}
     state = {"step": jnp.int32(4), "params": jnp.array([3.0, -1.0])}
-    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    stage = types.SimpleNamespace(name="toy", batches=toy_stage.stage(1).batches)
     watch = health.Watch(stage, health.OFF, health.Incidents(epath.Path(tmp_path), "toy"), str)
 
     def step(state, frozen, batch, key):
@@ -106,7 +108,7 @@ def test_one_number_that_is_not_finite_is_enough(tmp_path, bad, value):
 
 
 def test_no_more_are_skipped_than_may_be(tmp_path):
-    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    stage = types.SimpleNamespace(name="toy", batches=toy_stage.stage(1).batches)
     watch = health.Watch(stage, health.Settings(skip=2), health.Incidents(epath.Path(tmp_path), "toy"), lambda: "none")
     losses = [1.0, np.nan, np.inf, 1.0, np.nan, np.nan, np.nan]
     for step, loss in enumerate(losses[:-1], 1):
@@ -117,7 +119,7 @@ def test_no_more_are_skipped_than_may_be(tmp_path):
 
 
 def test_a_loss_that_leaps_is_reported_once(tmp_path, capfd):
-    stage = types.SimpleNamespace(name="toy", batches=toy.stage(1).batches)
+    stage = types.SimpleNamespace(name="toy", batches=toy_stage.stage(1).batches)
     watch = health.Watch(stage, health.Settings(spike=10.0), health.Incidents(epath.Path(tmp_path), "toy"), str)
     rng = np.random.default_rng(0)
     for step in range(1, 301):
@@ -137,7 +139,7 @@ def test_the_heartbeat_tells_where_a_run_is(tmp_path):
         seen.append(json.loads((tmp_path / "heartbeat.json").read_text()))
         return {"x": 0.0}
 
-    toy.run(epath.Path(tmp_path), 4, care=health.Settings(heartbeat=0.02), evaluate=look, evaluate_every=2)
+    toy_stage.run(epath.Path(tmp_path), 4, care=health.Settings(heartbeat=0.02), evaluate=look, evaluate_every=2)
     assert [(s["stage"], s["step"], s["num_steps"], s["doing"]) for s in seen] == [
         ("toy", 2, 4, "evaluating"),
         ("toy", 4, 4, "evaluating"),
@@ -149,7 +151,7 @@ def test_the_heartbeat_tells_where_a_run_is(tmp_path):
 
 def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "heartbeat.json").mkdir()
-    toy.run(epath.Path(tmp_path), 2, care=health.Settings(heartbeat=0.01))
+    toy_stage.run(epath.Path(tmp_path), 2, care=health.Settings(heartbeat=0.01))
 
 
 def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd):
@@ -164,10 +166,10 @@ def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd)
 
     monkeypatch.setattr(atomic_files, "append_text", append_sometimes)
     workdir = epath.Path(tmp_path)
-    toy.run(workdir, 8)
+    toy_stage.run(workdir, 8)
     told = capfd.readouterr().err
     assert "cannot be written (503 Service Unavailable): training goes on" in told and "no line of it is lost" in told
-    assert [row["step"] for row in toy.rows(workdir)] == list(range(1, 9))
+    assert [row["step"] for row in toy_stage.rows(workdir)] == list(range(1, 9))
 
 
 def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
@@ -200,7 +202,7 @@ def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_pat
         return {"x": float(step), **({"score": scores[step]} if scored else {})}
 
     how = {"evaluate": evaluate, "evaluate_every": 2, "scored": scored, "checkpoint_every": 100, "keep": 1}
-    toy.run(whole, 6, **how)
+    toy_stage.run(whole, 6, **how)
     assert seen == [2, 4, 6]
 
     def write_and_stop(self, step, values):
@@ -212,10 +214,10 @@ def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_pat
     monkeypatch.setattr(logs.Metrics, "write", write_and_stop)
     seen.clear()
     with pytest.raises(InterruptedRun, match="interrupted at step 4"):
-        toy.run(cut, 6, **how)
+        toy_stage.run(cut, 6, **how)
     assert seen == [2] and checkpoint.latest_step(cut / "checkpoints" / "toy") == 4
-    toy.run(cut, 6, **how)
-    assert seen == [2, 4, 6] and toy.rows(cut) == toy.rows(whole)
+    toy_stage.run(cut, 6, **how)
+    assert seen == [2, 4, 6] and toy_stage.rows(cut) == toy_stage.rows(whole)
     kept = [checkpoint.steps(workdir / "checkpoints" / "toy") for workdir in (whole, cut)]
     assert kept == [[4, 6] if scored else [6]] * 2
 
@@ -229,7 +231,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monke
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save_surely", save_while_it_is_told_to_stop)
     with pytest.raises(InterruptedRun, match="interrupted at step 4"):
-        toy.run(epath.Path(tmp_path), 4)
+        toy_stage.run(epath.Path(tmp_path), 4)
     assert checkpoint.latest_step(epath.Path(tmp_path) / "checkpoints" / "toy") == 4
 
 
@@ -247,7 +249,7 @@ def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypa
     began = time.monotonic()
     try:
         with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
-            toy.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=4)
+            toy_stage.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=4)
     finally:
         timer.cancel()  # it would end the tests if the run failed before it
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -259,7 +261,7 @@ def test_either_signal_saves_and_says_which(tmp_path):
         workdir = epath.Path(tmp_path) / number.name
         how = {"evaluate": lambda state, step, n=number: os.kill(os.getpid(), n) or {"x": 0.0}, "evaluate_every": 3}
         with pytest.raises(InterruptedRun) as stop:
-            toy.run(workdir, 8, checkpoint_every=100, **how)
+            toy_stage.run(workdir, 8, checkpoint_every=100, **how)
         # The evaluation is over when it is seen, and the next step has begun.
         assert stop.value.number == number and checkpoint.latest_step(workdir / "checkpoints" / "toy") == 4
     assert jax.devices()

@@ -9,8 +9,8 @@ import jax
 import pairs
 import pytest
 from etils import epath
+from stress import harness, toy_stage
 
-from launch import toy, trials
 from rae_jax.runtime import command_line, logs, processes
 
 STEPS, BOUND = 60, 120.0  # seconds
@@ -21,7 +21,7 @@ def _main(workdir):
     assert len(jax.devices()) == 2
     how = {"evaluate": lambda state, step: time.sleep(0.05) or {"x": 0.0}, "evaluate_every": 1}
     with command_line.peers():
-        toy.run(epath.Path(workdir), STEPS, on=toy.mesh(data=2), checkpoint_every=5, **how)
+        toy_stage.run(epath.Path(workdir), STEPS, on=toy_stage.mesh(data=2), checkpoint_every=5, **how)
 
 
 def _start(workdir):
@@ -33,7 +33,7 @@ def _start(workdir):
 def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     whole, workdir = tmp_path / "whole", tmp_path / "killed"
     said = [process.communicate(timeout=600)[0] for process in _start(whole)]
-    assert len(toy.rows(whole)) == 2 * STEPS, said
+    assert len(toy_stage.rows(whole)) == 2 * STEPS, said
     pair = _start(workdir)
     while len(logs.read(workdir / "metrics" / "toy.jsonl")) < 40:
         assert all(process.poll() is None for process in pair)
@@ -50,7 +50,7 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     pair[victim].communicate()
     said = [process.communicate(timeout=600)[0] for process in _start(workdir)]
     assert "going on from step" in said[0], said
-    assert trials.differences(workdir, whole, ["toy"]) == []
+    assert harness.differences(workdir, whole, ["toy"]) == []
 
 
 if __name__ == "__main__":

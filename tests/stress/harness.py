@@ -1,6 +1,8 @@
-"""Runs of the command in processes of their own, to be killed and hindered: what soak.py and faults.py share.
+"""Start runs in processes of their own that soak.py and faults.py kill or disturb, and compare finished runs.
 
-They come from a server that has imported everything once, and compile into one cache: a start takes a few seconds.
+All processes are forked from a server that has imported JAX once, and share one compilation cache: a start takes a few
+seconds. Modules of this folder import each other relatively, because it is `tests.stress` for `python -m` and `stress`
+for pytest.
 """
 
 import multiprocessing
@@ -11,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-PARTS = ("encoder", "statistics")
+CONFIG = Path(__file__).with_name("tiny_run.py")
+PARTS = ("encoder", "statistics")  # not trained in these runs: their weights are random
 
 
-class Trials:
-    """Starts runs of launch/tiny.py; `folder` keeps the cache and the frozen weights."""
+class Runs:
+    """Start runs of tiny_run.py; `folder` holds the compilation cache and the frozen weights."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -29,16 +31,16 @@ class Trials:
             }
         )
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["rae_jax.main", "launch.tiny", "launch.toy"])
+        self._processes.set_forkserver_preload(["rae_jax.main", f"{__package__}.tiny_run", f"{__package__}.toy_stage"])
 
-    def start(self, workdir, *arguments, devices=1, before=None):
-        """Begin a run; `before` is called in its process first. What it says goes to WORKDIR.log."""
+    def start(self, workdir, *arguments, devices=1, before=()):
+        """Start a run after calling each function of `before` in its process. WORKDIR.log gets its output."""
         if not (self.folder / "weights").exists():
             writer = self._processes.Process(target=_write_weights, args=(self.folder / "weights",))
             writer.start()
             writer.join()
         weights = [f"--config.{part}.weights={self.folder / 'weights'}" for part in PARTS]
-        argv = ["main", f"--config={ROOT / 'launch' / 'tiny.py'}", f"--workdir={workdir}", *weights, *arguments]
+        argv = ["main", f"--config={CONFIG}", f"--workdir={workdir}", *weights, *arguments]
         log = Path(f"{workdir}.log")
         process = self._processes.Process(target=_run, args=(argv, log, devices, before))
         process.log = log
@@ -46,7 +48,7 @@ class Trials:
         return process
 
     def start_toy(self, workdir, stages, num_steps):
-        """Begin a run of toy stages, which is the loop and all that is around it, and steps that cost nothing."""
+        """Start a run of toy stages: the training loop, checkpoints and logs of the command, with cheap steps."""
         process = self._processes.Process(target=_run_toy, args=(workdir, stages, num_steps, Path(f"{workdir}.log")))
         process.log = Path(f"{workdir}.log")
         process.start()
@@ -54,7 +56,7 @@ class Trials:
 
 
 def without_evaluation():
-    """A run's `before`: it ends with its last stage."""
+    """Skip evaluation and report; for `before` of Runs.start."""
     from rae_jax.build import parts
     from rae_jax.cli import modes
     from rae_jax.ui import report
@@ -63,34 +65,31 @@ def without_evaluation():
     report.write_report = lambda workdir: None
 
 
-def said(process):
-    """What a run has written to standard error and output."""
+def output(process):
+    """Standard output and standard error of a run, so far."""
     return process.log.read_text(errors="replace") if process.log.exists() else ""
 
 
 def num_rows(workdir, stage):
-    """Lines of a stage's metrics."""
+    """Number of lines in the metrics of a stage."""
     path = Path(workdir) / "metrics" / f"{stage}.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for(condition, process, limit=3000):
-    """Look every few milliseconds; whether it came true before the process ended."""
+    """Poll `condition` until it is true (returns True) or the process ends (returns False)."""
     began = time.monotonic()
     while not condition():
         if not process.is_alive():
             return False
         if time.monotonic() - began > limit:
-            raise SystemExit(f"nothing happened for {limit} s:\n{said(process)[-2000:]}")
+            raise SystemExit(f"no progress for {limit} s; last output:\n{output(process)[-2000:]}")
         time.sleep(0.003)
     return True
 
 
 def differences(ours, theirs, stages):
-    """What differs between two finished workdirs, in words: arrays of the final states, numbers of the metrics.
-
-    What depends on the clock (perf/) is left out.
-    """
+    """[description] of each array and metric that differs between two finished workdirs, without perf/ metrics."""
     from rae_jax.runtime import checkpoint, logs
 
     found = []
@@ -100,18 +99,19 @@ def differences(ours, theirs, stages):
             folder = Path(workdir) / "checkpoints" / stage
             states.append(read_state(folder / str(checkpoint.latest_step(folder))))
         if states[0].keys() != states[1].keys():
-            found.append(f"{stage}: other entries")
+            found.append(f"{stage}: the states have different keys")
             continue
-        found += [f"{stage}: {key}" for key in states[0] if states[0][key].tobytes() != states[1][key].tobytes()]
+        left, right = states
+        found += [f"{stage}: {key} differs" for key in left if left[key].tobytes() != right[key].tobytes()]
         rows = [logs.read(Path(workdir) / "metrics" / f"{stage}.jsonl") for workdir in (ours, theirs)]
         plain = [[{k: v for k, v in row.items() if not k.startswith("perf/")} for row in part] for part in rows]
         if plain[0] != plain[1]:
-            found.append(f"{stage}: metrics")
+            found.append(f"{stage}: metrics differ")
     return found
 
 
 def read_state(path):
-    """{name: array} of a whole checkpoint's state."""
+    """Return {name: array}: the whole state in a checkpoint."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -123,40 +123,41 @@ def read_state(path):
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
 
 
-def _say_to(log):
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def _redirect_output(log):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
 
 
 def _run_toy(workdir, stages, num_steps, log):
-    """In the run's own process, with the exit statuses of the command."""
-    _say_to(log)
+    """Train the toy stages in the run's own process; exit with the command's statuses."""
+    _redirect_output(log)
     from etils import epath
 
-    from launch import toy
     from rae_jax.runtime import command_line, health, workdir_lock
     from rae_jax.training.loop import InterruptedRun
+
+    from . import toy_stage
 
     try:
         with workdir_lock.hold(workdir):
             for name in stages:
                 care = health.Settings(heartbeat=0.05)
-                toy.run(epath.Path(workdir), num_steps, name=name, keep=2, care=care, on_error="continue")
+                toy_stage.run(epath.Path(workdir), num_steps, name=name, keep=2, care=care, on_error="continue")
     except InterruptedRun:
         sys.exit(command_line.RESTART)
 
 
 def _run(argv, log, devices, before):
-    """In the run's own process."""
-    _say_to(log)
+    """Run the command in the run's own process."""
+    _redirect_output(log)
     flags = "--xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
     from rae_jax import main
 
-    if before is not None:
-        before()
+    for change in before:
+        change()
     sys.argv = argv
     main.main()
 
@@ -164,11 +165,12 @@ def _run(argv, log, devices, before):
 def _write_weights(folder):
     import jax
 
-    from launch import tiny
     from rae_jax.build import stages
     from rae_jax.weights import safetensors_tree
 
-    config = tiny.get_config()
+    from . import tiny_run
+
+    config = tiny_run.get_config()
     for part in PARTS:
         rng = np.random.default_rng(0)
         shapes = stages.part_shapes(config, part)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 XL, XL_512, DECODER = (f"--config=configs/{name}.py" for name in ("dit_xl", "dit_xl_512", "decoder_xl"))
 TRAIN, SAMPLE = "--program=train", "--program=sample"
 GUIDE = {"width": 384, "depth": 12, "num_heads": 6, "head_width": 2048, "head_depth": 2, "head_num_heads": 16}

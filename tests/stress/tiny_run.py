@@ -1,13 +1,13 @@
-"""A run of two stages that starts in seconds and steps in milliseconds, for trials of what goes wrong: launch/soak.py.
+"""Config of a run of two stages that starts in seconds and steps in milliseconds, for soak.py, faults.py and fuzz.py.
 
-Its encoder and statistics are random; launch/trials.py writes them.
+The weights of its encoder and statistics are random; harness.py writes them.
 """
 
 from configs import small
 
 
 def get_config():
-    """The small job with every size cut down."""
+    """Return configs/small.py with every size reduced."""
     c = small.get_config()
     c.name, c.unroll, c.log_every, c.stages = "tiny", False, 1, ("decoder", "dit")
     c.checkpoint.update({"every": 2, "keep": 2})

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from configs import encoders, small
 

@@ -1,11 +1,11 @@
-"""Damaged images, damaged weights and wrong configs by the thousand: each is taken, or refused in one line.
+"""Read damaged images, damaged files of weights and wrong configs: each must be accepted, or rejected in one line.
 
-    python -m launch.fuzz [--images=2000] [--files=500] [--configs=500] [--seed=0]
+    python -m tests.stress.fuzz [--images=2000] [--files=500] [--configs=500] [--seed=0]
 
-Images go through the pipeline's reader; safetensors, npz and torch files through the loaders; random overrides through
-the flags' parser and all checks that come before training, and now and then the shapes of the models. Whatever is
-neither taken nor a UserError, or takes more than `LIMIT` seconds of work, is printed with its number; the exit status
-is 1 then.
+Images go through the reader of the data pipeline; safetensors, npz and torch files through the loaders; random
+overrides of config keys through the flags' parser and the checks before training, one in ten also through the models'
+shapes. An input that raises anything but a UserError of one line, or needs more than `LIMIT` seconds of work, is
+printed with its number, and the exit status is 1.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from launch import tiny
 from rae_jax.build import models, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
@@ -33,41 +32,43 @@ from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, sharding
 from rae_jax.weights import hub, safetensors_tree
 
-LIMIT = 20  # seconds of one core
+from . import tiny_run
+
+LIMIT = 20  # CPU seconds for one input
 
 
 def images(count, seed):
-    """(taken, refused, what went wrong) of mutated images, through the pipeline."""
+    """Read mutated images with the pipeline; return the tally."""
     rng, originals = random.Random(seed), _pictures(np.random.default_rng(seed))
     mutated = [_mutate(rng, rng.choice(originals)) for _ in range(count)]
     source = sources.ImageSource(_InMemory(mutated), ("only",), 16)
     tally = _Tally()
     for number in range(count):
         tally.attempt(f"image {number}", source.random_crop, number, np.random.default_rng(number))
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         batches = list(pipeline.one_pass(source, batch_size=8, num_threads=2, on_error="skip"))
     shown = int(sum(batch["mask"].sum() for batch in batches))
-    if shown + said.getvalue().count("skipped: ") != count:
-        tally.wrong.append(f"the pipeline shows {shown} images and reports others, of {count} in all")
+    if shown + (skipped := stderr.getvalue().count("skipped: ")) != count:
+        tally.wrong.append(f"pipeline: {shown} images read + {skipped} reported as skipped != {count} images")
     return tally
 
 
 def files(count, seed, folder):
-    """The same of mutated files of weights, images and moments, through their loaders."""
+    """Load mutated files of weights, images and moments; return the tally."""
     rng, tally, loaders = random.Random(seed), _Tally(), _loaders(Path(folder))
     for number in range(count):
-        name, path, whole, load = loaders[number % len(loaders)]
+        name, path, intact, load = loaders[number % len(loaders)]
         damaged = path.with_name(f"damaged{number}{path.suffix}")
-        damaged.write_bytes(_mutate(rng, whole))
+        damaged.write_bytes(_mutate(rng, intact))
         tally.attempt(f"{name} {number}", load, damaged)
         damaged.unlink()
     return tally
 
 
 def configs(count, seed, folder):
-    """The same of random overrides of launch/tiny.py's keys, through start-up."""
+    """Start up with random overrides of the keys of tiny_run.py; return the tally."""
     rng, tally = random.Random(seed), _Tally()
-    keys = sorted(config_keys.flatten(tiny.get_config().to_dict()))
+    keys = sorted(config_keys.flatten(tiny_run.get_config().to_dict()))
     for number in range(count):
         chosen = rng.sample(keys, rng.choice((1, 1, 2, 3)))
         arguments = [f"--config.{_misspelt(rng, key)}={rng.choice(_VALUES)}" for key in chosen]
@@ -83,50 +84,51 @@ _VALUES = (
 
 
 class _Tally:
+    """Count of accepted and rejected inputs; `wrong` describes the others."""
+
     def __init__(self):
-        self.taken, self.refused, self.wrong = 0, 0, []
+        self.accepted, self.rejected, self.wrong = 0, 0, []
 
     def attempt(self, name, function, *arguments):
+        """Call the function, which may return, or raise UserError, or exit with status 2."""
         for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, _too_long)
-        signal.setitimer(
-            signal.ITIMER_PROF, LIMIT
-        )  # of work, as others may have the machine; and a wait is bounded, too
-        signal.alarm(20 * LIMIT)
-        said = io.StringIO()
+            signal.signal(number, _raise_too_long)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # CPU time: other programs may use the machine
+        signal.alarm(20 * LIMIT)  # wall-clock time, for an endless wait
+        stderr = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(stderr):
                 function(*arguments)
-            self.taken += 1
+            self.accepted += 1
         except UserError as error:
-            self._refuse(name, f"error: {error}\n")
+            self._reject(name, f"error: {error}\n")
         except SystemExit as status:
-            self._refuse(name, said.getvalue() if status.code == 2 else f"exit status {status.code}")
+            self._reject(name, stderr.getvalue() if status.code == 2 else f"exit status {status.code}")
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            place = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, _TooLong) else -1]
-            where = f"{Path(place.filename).name}:{place.lineno}"
-            self.wrong.append(f"{name}: {type(error).__name__} {str(error)[:300]} ({where})")
+            frame = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, _TooLong) else -1]
+            line = f"{Path(frame.filename).name}:{frame.lineno}"
+            self.wrong.append(f"{name}: {type(error).__name__} {str(error)[:300]} ({line})")
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
 
-    def _refuse(self, name, said):
-        self.refused += 1
-        if not said.startswith("error: ") or said.count("\n") != 1:
-            self.wrong.append(f"{name}: not one line: {said[:300]!r}")
+    def _reject(self, name, message):
+        self.rejected += 1
+        if not message.startswith("error: ") or message.count("\n") != 1:
+            self.wrong.append(f"{name}: not one line: {message[:300]!r}")
 
     def __str__(self):
-        return f"{self.taken} taken, {self.refused} refused in one line, {len(self.wrong)} wrong"
+        return f"{self.accepted} accepted, {self.rejected} rejected in one line, {len(self.wrong)} wrong"
 
 
 class _TooLong(BaseException):
     pass
 
 
-def _too_long(number, frame):
-    raise _TooLong(f"more than {LIMIT} s")
+def _raise_too_long(number, frame):
+    raise _TooLong(f"takes more than {LIMIT} s")
 
 
 def _mutate(rng, data):
@@ -134,7 +136,7 @@ def _mutate(rng, data):
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         place, length = rng.randrange(max(len(data), 1)), rng.choice((1, 1, 2, 4, 8, 64))
         if rng.random() < 0.5:
-            place = min(place, rng.randrange(64))  # headers
+            place = min(place, rng.randrange(64))  # damages the header
         match rng.randrange(6):
             case 0:
                 data[place : place + length] = rng.randbytes(length)
@@ -153,7 +155,7 @@ def _mutate(rng, data):
 
 
 class _InMemory:
-    """A store of the pipeline's sources."""
+    """A store of encoded images for pipeline sources."""
 
     def __init__(self, data):
         self._data = data
@@ -165,7 +167,7 @@ class _InMemory:
         return self._data[index], 0
 
     def name(self, index):
-        return f"number {index}"
+        return f"image {index}"
 
 
 def _pictures(rng):
@@ -187,7 +189,7 @@ def _pictures(rng):
 
 
 def _loaders(folder):
-    """(name, path, its bytes, loader) of each kind of file."""
+    """Write one file of each kind; return [(name, path, bytes, loader)]."""
     rng = np.random.default_rng(0)
     tree = {"a": {"kernel": rng.normal(size=(4, 6)).astype(np.float32)}, "b": np.ones(3, np.float32)}
     safetensors_tree.write(folder / "ours.safetensors", tree)
@@ -224,12 +226,12 @@ def _misspelt(rng, key):
     return key if rng.random() > 0.03 else key[:-1]
 
 
-def _start_up(arguments, folder, deep):
-    """What rae_jax.main does before a training."""
+def _start_up(arguments, folder, with_shapes):
+    """Do what rae_jax.main does before training; `with_shapes`: also compute the shapes of the models."""
     values = flags.FlagValues()
-    path = str(Path(tiny.__file__))
+    path = str(Path(tiny_run.__file__))
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    sys.argv = ["main", f"--config={path}", *arguments]  # where ml_collections looks for overrides
+    sys.argv = ["main", f"--config={path}", *arguments]  # ml_collections reads the overrides here
     command_line.parser(holder, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
@@ -237,13 +239,13 @@ def _start_up(arguments, folder, deep):
     config_keys.check_workdir(config, folder)
     for split in ("train", "heldout"):
         models.source(config, split)
-    if deep:
+    if with_shapes:
         for part in ("encoder", "decoder", "dit"):
             stages.part_shapes(config, part)
 
 
 def main(num_images, num_files, num_configs, seed):
-    """Prints what came of each; returns what went wrong."""
+    """Print a tally for each kind of input; return [description] of what is wrong."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
@@ -261,9 +263,10 @@ def main(num_images, num_files, num_configs, seed):
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 2000), ("files", 500), ("configs", 500), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
-    found = main(given.images, given.files, given.configs, given.seed)
-    print("\n".join(found))
-    sys.exit(bool(found))
+    for name, default in (("images", 2000), ("files", 500), ("configs", 500)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"number of damaged {name}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random damage")
+    args = parser.parse_args()
+    wrong = main(args.images, args.files, args.configs, args.seed)
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))

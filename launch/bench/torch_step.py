@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 
 if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import jax.numpy as jnp
 import torch
-from torch_dit import DiTDH
 
 from configs import dit_b, encoders
+from launch.bench.torch_dit import DiTDH
 from rae_jax.build import models, published_weights, stages
 from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import host_allocator

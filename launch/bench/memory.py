@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def main():
