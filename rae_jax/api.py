@@ -1,15 +1,14 @@
-"""The library: an RAE and a DiT as values, and what they do to images as pure functions of them.
+"""The Python API: load an RAE and a DiT, and encode, decode and sample with them.
 
-`rae` and `dit` are pytrees, their parameters the leaves: they go through jit, grad, vmap and shardings like any other
-argument. Nothing here reads flags or keeps state.
+`RAE` and `DiT` are pytrees of parameters: jit, grad, vmap and shardings take them like any other argument.
+The functions are pure. Nothing here reads flags or keeps state.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import os
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,13 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax.build import models, saved_config, stages
+from rae_jax.build import models, part_weights, saved_config, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.models.autoencoder import to_float
-from rae_jax.runtime import sharding
+from rae_jax.runtime import config_files, sharding
 from rae_jax.weights import hub
 
 Source = str | os.PathLike | ConfigDict
@@ -33,32 +32,34 @@ Source = str | os.PathLike | ConfigDict
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class RAE:
-    """An autoencoder: parameters of 'encoder' and 'decoder', and the config that describes them."""
+    """An autoencoder: parameters of 'encoder' and 'decoder', and their config."""
 
-    params: dict
+    params: dict[str, Any]
     config: FrozenConfigDict
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "guide"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class DiT:
-    """A diffusion transformer: parameters of 'dit', 'statistics' of its latents (None: none), and their config.
+    """A diffusion transformer: parameters of 'dit', 'statistics' of its latents or None, and their config.
 
-    `guide` holds the parameters of AutoGuidance's weaker model, where the config asks for it; else None.
+    `guide` holds the parameters of the weaker model if the config names AutoGuidance; otherwise None.
     """
 
-    params: dict
-    guide: dict | None
+    params: dict[str, Any]
+    guide: dict[str, Any] | None
     config: FrozenConfigDict
 
 
 def load_rae(source: Source = "small", *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> RAE:
-    """The autoencoder of `source`.
+    """Load the autoencoder of `source`, which is one of
+    - 'small': the weights that ship with the package;
+    - a folder: the workdir of a run (local or gs://), or weights written by rae_jax.convert or by diffusers;
+    - the hub id, OWNER/NAME, of a folder of weights;
+    - the name of a config that ships with the package ('dit_xl'), a config file, or a config.
 
-    That is 'small' (the weights that ship with the package), a run's workdir (local or gs://), a folder that
-    rae_jax.convert wrote or diffusers saved (AutoencoderRAE, AutoencoderKL), a hub id of such a folder, a config file
-    (configs/dit_xl.py), or a config. `dtype` ('float32', 'bfloat16') is that of matrix products, by default config's.
-    Parameters go to the first local device, or over `mesh`. Raises UserError, whose one line names the mend.
+    `dtype` ('float32' or 'bfloat16') of matrix products is the config's by default. Parameters are put on the first
+    local device, or sharded over `mesh`. Raises UserError; its message is one line that names the fix.
     """
     config, workdir = _open(source, ("encoder", "decoder"), dtype)
     parts = _load(config, workdir, ("encoder", "decoder"), mesh)
@@ -66,7 +67,7 @@ def load_rae(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
 
 
 def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> DiT:
-    """The diffusion transformer of `source`, as `load_rae` takes it, with the statistics of its latents."""
+    """Load the diffusion transformer of `source` (see load_rae), with the statistics of its latents."""
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
     weaker = config.guidance.method == "autoguidance"
@@ -75,7 +76,7 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
 
 
 def encode(rae: RAE, images: ArrayLike) -> jax.Array:
-    """Latents [B, h, w, D] of images [B, H, W, 3], floats in [0, 1] or uint8."""
+    """Return latents [B, h, w, D] of images [B, H, W, 3], floats in [0, 1] or uint8."""
     images = jnp.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"images of shape {images.shape} cannot be encoded: they must be [B, H, W, 3]")
@@ -88,7 +89,7 @@ def encode(rae: RAE, images: ArrayLike) -> jax.Array:
 
 
 def decode(rae: RAE, latents: ArrayLike) -> jax.Array:
-    """Images [B, H, W, 3] in [0, 1] of latents [B, h, w, D]."""
+    """Return images [B, H, W, 3] in [0, 1] of latents [B, h, w, D]."""
     latents = jnp.asarray(latents)
     width = rae.config.encoder.width
     if latents.ndim != 4 or latents.shape[-1] != width:
@@ -106,22 +107,22 @@ def sample(
     guidance_scale: ArrayLike | None = None,
     guide: DiT | None = None,
 ) -> jax.Array:
-    """Images [B, H, W, 3] in [0, 1] for labels [B]; the same as --mode=sample draws with that config.seed.
+    """Return images [B, H, W, 3] in [0, 1] for labels [B], the same as --mode=sample draws with config.seed=`seed`.
 
-    `num_steps` (of a fixed grid) and `guidance_scale` are the config's unless given. With `guide`, a weaker DiT, the
-    scale is that of AutoGuidance; without, of what the config names, classifier-free guidance where that is none.
-    `seed` and `guidance_scale` may be traced, and another value does not compile anew; `num_steps` may not, and does.
-    Raises UserError for labels that are not there, too few steps, and a DiT or a guide of other latents.
+    `num_steps` (of a fixed grid) and `guidance_scale` are the config's by default. With `guide`, a weaker DiT, guidance
+    is AutoGuidance. Otherwise it is the config's, or classifier-free if a scale is given and the config has none.
+    `seed` and `guidance_scale` may be traced: a new value does not compile again. A new value of `num_steps` does.
+    Raises UserError for labels out of range, too few steps, and a DiT or a guide of other latents.
     """
     labels, classes = jnp.asarray(labels), dit.config.data.num_classes
     if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise UserError(f"labels of shape {labels.shape} and type {labels.dtype} cannot work: they must be whole, [B]")
+        raise UserError(f"labels of shape {labels.shape} and type {labels.dtype} cannot work: give integers [B]")
     if not isinstance(labels, jax.core.Tracer) and bool(((labels < 0) | (labels >= classes)).any()):
-        raise UserError(f"labels={np.asarray(labels).tolist()} cannot work: they are 0 to {classes - 1}")
+        raise UserError(f"labels={np.asarray(labels).tolist()} cannot work: choose from 0 to {classes - 1}")
     theirs, ours = (config_keys.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
-        raise UserError(f"the RAE's latents are {theirs}, the DiT was made for {ours}: load both from one source")
-    least = 2 if dit.config.sampler.grid == "published" else 1  # there, they are points
+        raise UserError(f"the RAE's latents are {theirs}, the DiT's are {ours}: load both from one source")
+    least = 2 if dit.config.sampler.grid == "published" else 1  # the published grid counts points, not steps
     if num_steps is not None and num_steps < least:
         raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
     if guide is not None:
@@ -130,7 +131,7 @@ def sample(
 
 
 def _check_guide(dit, guide):
-    """Raise UserError where the two cannot be told the same."""
+    """Raise UserError if the guide's inputs or outputs differ from the DiT's."""
     ours, theirs = (
         {
             "latents": config_keys.latent_shape(model.config),
@@ -141,7 +142,7 @@ def _check_guide(dit, guide):
     )
     for key, value in ours.items():
         if theirs[key] != value:
-            raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: take one that was trained alike")
+            raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: load a guide that has the same")
 
 
 @jax.jit
@@ -173,16 +174,8 @@ def _sample(rae, dit, guide, labels, seed, scale, *, num_steps):
 
 
 def _open(source, parts, dtype):
-    """(config, workdir or '') of a source."""
-    if isinstance(source, ConfigDict):
-        config, workdir = ConfigDict(source.to_dict()), ""
-    elif str(source).endswith(".py"):
-        config, workdir = _config_file(source), ""
-    elif source == "small":
-        config, workdir = saved_config.read(stages.SHIPPED), ""
-    else:
-        folder = epath.Path(source) if epath.Path(source).is_dir() else hub.fetch_folder(str(source), _files(parts))
-        config, workdir = saved_config.read(folder), folder
+    """Return (config, workdir or '') of a source."""
+    config, workdir = _find(source, parts)
     if dtype is not None:
         config.dtype = dtype
     if workdir and not (epath.Path(workdir) / "checkpoints").exists():
@@ -190,7 +183,7 @@ def _open(source, parts, dtype):
         workdir = ""
     if not workdir:
         config.stages = ()
-    # What a run was watched and measured by, and ran on, is of no matter here.
+    # Settings of the run's machine and of its evaluation are not used here.
     config.wandb, config.evaluate.reference, config.checkpoint.best = "", "", ""
     if {"cudnn": "gpu", "flash": "tpu"}.get(config.attention) != jax.default_backend():
         config.attention = "xla"
@@ -198,35 +191,40 @@ def _open(source, parts, dtype):
     return config, workdir
 
 
+def _find(source, parts):
+    """Return (config, folder or '') of a source."""
+    if isinstance(source, ConfigDict):
+        return ConfigDict(source.to_dict()), ""
+    name = str(source)
+    if name == "small":
+        return saved_config.read(part_weights.SHIPPED), ""
+    if epath.Path(source).is_dir():
+        return saved_config.read(source), epath.Path(source)
+    if name.endswith(".py") or name in config_files.names():
+        return ConfigDict(config_files.load(name).to_dict()), ""
+    if "/" not in name:
+        raise UserError(
+            f"source={name!r} is neither a folder here nor a hub id (OWNER/NAME) nor a config: "
+            f"{config_files.nearest(name)}"
+        )
+    folder = hub.fetch_folder(name, _files(parts))
+    return saved_config.read(folder), folder
+
+
 def _files(parts):
     return saved_config.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
 
 
 def _take_weights_from(config, parts, folder):
-    """Let the config name what is in a converted folder, whole autoencoders of diffusers included."""
+    """Set the config's weights to the folder for each part that it holds; diffusers' folders hold all parts."""
     whole = (epath.Path(folder) / hub.DIFFUSERS).exists()
     for part in parts:
         if whole or (epath.Path(folder) / f"{part}.safetensors").exists():
             config[part].weights = str(folder)
 
 
-def _config_file(path):
-    """What get_config() of a config file returns. Configs import each other as `configs`, from beside them."""
-    spec = importlib.util.spec_from_file_location("config_of_the_library", path)
-    beside = str(epath.Path(path).resolve().parent.parent)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.append(beside)
-    try:
-        spec.loader.exec_module(module)
-    except FileNotFoundError as error:
-        raise UserError(f"cannot load the config {path}: name a file such as configs/small.py") from error
-    finally:
-        sys.path.remove(beside)
-    return ConfigDict(module.get_config().to_dict())
-
-
 def _load(config, workdir, parts, mesh):
-    return {part: stages.load(config, part, workdir, _mesh(mesh)) for part in parts}
+    return {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
 
 
 def _mesh(mesh):

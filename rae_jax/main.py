@@ -1,6 +1,8 @@
 """The command line: flags -> config -> mode.
 
 python -m rae_jax.main --config=configs/small.py --workdir=runs/small [--mode=train] [--config.KEY=VALUE ...]
+
+The same as `rae-jax --config=small ...`.
 """
 
 import os
@@ -12,7 +14,8 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from rae_jax.cli import modes
+from rae_jax.cli import benchmark, demo, evaluate, reconstruct, sample, train
+from rae_jax.cli import compile as compile_mode
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -21,12 +24,12 @@ from rae_jax.runtime import atomic_files, command_line, host_allocator, processe
 from rae_jax.training.loop import DivergedRun, InterruptedRun
 
 MODES = {
-    **{"train": modes.train, "evaluate": modes.evaluate, "sample": modes.sample, "reconstruct": modes.reconstruct},
-    **{"benchmark": modes.benchmark, "demo": modes.demo},
+    **{"train": train.run, "evaluate": evaluate.run, "sample": sample.run, "reconstruct": reconstruct.run},
+    **{"benchmark": benchmark.run, "demo": demo.run},
 }
 DOES_NOT_FIT = 1  # exit status of --mode=compile
-DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can mend
-INTERRUPTED = 130  # after Ctrl-C, with all saved; after SIGTERM it is command.RESTART
+DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can fix
+INTERRUPTED = 130  # after Ctrl-C and the last save; after SIGTERM the status is command_line.RESTART
 
 
 def main():
@@ -35,68 +38,75 @@ def main():
 
 
 def _define_flags():
-    """Define the command's flags; returns that of the config."""
-    config = config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
+    """Define the command's flags and return the config's."""
+    config = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config: a file (configs/dit_b.py) or the name of a config that ships with rae_jax (dit_b). "
+        "--config.KEY=VALUE overrides a key.",
+    )
     flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
-    flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "What to do.")
-    flags.DEFINE_bool("debug", False, "Show the traceback of a mistake, and what libraries log.")
+    flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "Task to run.")
+    flags.DEFINE_bool("debug", False, "Show the traceback of an error, and the log messages of libraries.")
     flags.mark_flag_as_required("config")
     without_workdir = ("compile", "benchmark")
     flags.register_multi_flags_validator(
         ["workdir", "mode"],
         lambda given: given["workdir"] is not None or given["mode"] in without_workdir,
-        message="flag --workdir=None: this mode needs a folder",
+        message="flag --workdir=None: this mode needs the folder of a run",
     )
     _define_flags_of_modes()
     return config
 
 
 def _define_flags_of_modes():
-    flags.DEFINE_integer("step", None, "evaluate, sample: checkpoint of the last stage; the newest by default.")
+    flags.DEFINE_integer("step", None, "evaluate, sample: step of the last stage's checkpoint; the newest by default.")
     flags.DEFINE_string(
-        "samples", None, "evaluate: an .npz with arr_0, or a folder of images, judged instead of the model's own."
+        "samples", None, "evaluate: .npz with arr_0, or folder of images, to evaluate instead of the model's samples."
     )
     flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
-    flags.DEFINE_integer("num_images", 80, "sample: how many.")
-    flags.DEFINE_string("labels", "balanced", "sample: balanced (classes in turn), random, or a file of labels.")
-    flags.DEFINE_integer("label", None, "sample: a single class.")
-    flags.DEFINE_string("topology", None, "compile: the TPU slice to compile for, such as v5e:16x16.")
-    flags.DEFINE_integer("num_slices", 1, "compile: how many such slices.")
-    flags.DEFINE_multi_enum("program", ["train", "sample"], ["train", "sample"], "compile: which; both by default.")
-    flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: which programs; all by default.")
-    flags.DEFINE_integer("timed_steps", 10, "benchmark: how many steps of each are timed,", lower_bound=1)
-    flags.DEFINE_integer("warmup_steps", 2, "benchmark: after so many.", lower_bound=0)
-    flags.DEFINE_string("profile", None, "benchmark: a folder for traces of a few more steps.")
-    flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of the first; found by itself in a cluster.")
-    flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
-    flags.DEFINE_integer("process_id", None, "Several processes: which one this is, from 0.")
-    flags.DEFINE_string("host", "127.0.0.1", "demo: the address to listen on; 0.0.0.0 lets other machines in.")
-    flags.DEFINE_integer("port", 7860, "demo: the port to listen on.", lower_bound=1, upper_bound=65535)
+    flags.DEFINE_integer("num_images", 80, "sample: number of images.")
+    flags.DEFINE_string("labels", "balanced", "sample: 'balanced' (classes in turn), 'random', or a file of labels.")
+    flags.DEFINE_integer("label", None, "sample: draw this class only.")
+    flags.DEFINE_string("topology", None, "compile: TPU slice to compile for, such as v5e:16x16.")
+    flags.DEFINE_integer("num_slices", 1, "compile: number of slices.")
+    flags.DEFINE_multi_enum(
+        "program", ["train", "sample"], ["train", "sample"], "compile: program to compile; both by default."
+    )
+    flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: programs to time; all by default.")
+    flags.DEFINE_integer("timed_steps", 10, "benchmark: timed steps of each program.", lower_bound=1)
+    flags.DEFINE_integer("warmup_steps", 2, "benchmark: steps before the timed ones.", lower_bound=0)
+    flags.DEFINE_string("profile", None, "benchmark: folder for traces of some further steps.")
+    flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0; found by itself on a cluster.")
+    flags.DEFINE_integer("num_processes", None, "Several processes: number of processes.")
+    flags.DEFINE_integer("process_id", None, "Several processes: index of this process, from 0.")
+    flags.DEFINE_string("host", "127.0.0.1", "demo: address to listen on; 0.0.0.0 accepts other machines.")
+    flags.DEFINE_integer("port", 7860, "demo: port to listen on.", lower_bound=1, upper_bound=65535)
 
 
 def _run(argv):
-    """Run one mode; a user's mistake ends as one line and exit status 2."""
+    """Run one mode; a mistake of the user is one line on stderr and exit status 2."""
     given = flags.FLAGS
     logging.set_verbosity(logging.INFO if given.debug else logging.FATAL)
-    signal.signal(signal.SIGTERM, _terminate)  # where the loop does not handle it
+    signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop, which handles it
     try:
         with shutdown.together((DivergedRun, InterruptedRun)):
             _run_mode(given)
     except DivergedRun as stop:
-        print(f"error: {stop}; lower that stage's learning_rate, or set clip_norm", file=sys.stderr)
+        print(f"error: {stop}; lower the stage's learning_rate, or set clip_norm", file=sys.stderr)
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
-        print(f"{stop}; saved: run the same command again to go on", file=sys.stderr)
+        print(f"{stop}; saved: run the same command again to resume", file=sys.stderr)
         sys.exit(command_line.RESTART if stop.number == signal.SIGTERM else INTERRUPTED)
 
 
 def _run_mode(given):
-    """What a person can mend ends in one line."""
+    """Run the mode; an error that the user can fix is one line."""
     try:
         config = given.config
         if given.mode == "compile":
-            sys.exit(0 if modes.compile_ahead(config, given) else DOES_NOT_FIT)
-        workdir = epath.Path(given.workdir or ".")  # a benchmark has none
+            sys.exit(0 if compile_mode.run(config, given) else DOES_NOT_FIT)
+        workdir = epath.Path(given.workdir or ".")  # --mode=benchmark needs none
         host_allocator.keep_freed_memory()
         processes.start(**{name: given[name].value for name in processes.SETTINGS})
         shutdown.watch()
@@ -106,7 +116,7 @@ def _run_mode(given):
         if given.workdir is not None:
             config_keys.check_workdir(config, workdir)
         with command_line.peers():
-            processes.wait_for_all("checked")  # before the first one writes there
+            processes.wait_for_all("checked")  # before process 0 writes to the workdir
             MODES[given.mode](config.lock(), workdir, mesh, given)
             processes.wait_for_all("done")
     except UserError as error:
@@ -117,20 +127,20 @@ def _run_mode(given):
         if given.debug or "://" not in str(given.workdir):
             raise
         command_line.fail(
-            f"--workdir={given.workdir}: {atomic_files.reason(error)}; pip install -e '.[gcs]' brings what gs:// needs"
+            f"--workdir={given.workdir}: {atomic_files.reason(error)}; gs:// needs an extra: pip install -e '.[gcs]'"
         )
-    except KeyboardInterrupt as stop:  # where no stage is at its steps
-        print("interrupted: run the same command again to go on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # outside of the training loop
+        print("interrupted: run the same command again to resume from the last checkpoint", file=sys.stderr)
         sys.exit(command_line.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if given.debug or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         command_line.fail("the devices are out of memory: lower batch_size, or raise config.mesh.fsdp or microbatches")
-    except (OSError, MemoryError) as error:  # the machine's, not the program's
+    except (OSError, MemoryError) as error:  # of the machine, not of the program
         if given.debug:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        command_line.fail(f"{reason}; run again with --debug to see where, or to go on from the last checkpoint")
+        command_line.fail(f"{reason}; run again to resume from the last checkpoint, or with --debug for the traceback")
 
 
 class _Terminated(KeyboardInterrupt):
@@ -142,10 +152,10 @@ def _terminate(number, frame):
 
 
 def _keep_compiled(folder):
-    """Have JAX keep what it compiles for the next start; where JAX_COMPILATION_CACHE_DIR says, if that is set.
+    """Keep compiled programs for the next start, in JAX_COMPILATION_CACHE_DIR if that is set, otherwise in `folder`.
 
-    Programs of several simulated CPU devices are not kept: when XLA loads such a program, the order between collectives
-    inside a loop and after the loop is lost (tests/stress/collectives.py).
+    Programs for several simulated CPU devices are not kept: when XLA loads such a program, the order between
+    collectives inside a loop and after the loop is lost (tests/stress/collectives.py).
     """
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)

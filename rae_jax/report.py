@@ -1,4 +1,4 @@
-"""The command `python -m rae_jax.report`: see rae_jax.ui.report."""
+"""Door of the command `python -m rae_jax.report`: see rae_jax.ui.report."""
 
 from rae_jax.ui.report import main
 

@@ -1,4 +1,4 @@
-"""What the commands share: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
+"""Flags and ends of all commands: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
 
 import contextlib
 import os
@@ -6,44 +6,42 @@ import re
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import processes, shutdown
+from rae_jax.runtime import config_files, processes, shutdown
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 def parser(config_flag, values=flags.FLAGS):
-    """absl's parser for a command whose --config is `config_flag`, with ml_collections' complaints as one line."""
+    """absl's parser for a command whose --config is `config_flag`, a file or a config's name."""
+    values[config_flag.name].parser = config_files.FlagParser()
 
     def parse(argv):
         try:
-            arguments = values(argv)
-            if config_flag.value is not None:
-                config_flag.value.stages  # noqa: B018  a file that could not be loaded complains only when it is used
+            return _without_words(values(argv))
+        except UserError as error:
+            fail(str(error))
         except flags.Error as error:
             fail(_one_line(error))
-        except OSError:
-            path = config_flags.get_config_filename(values["config"])
-            fail(f"cannot load --config={path}: name a file such as configs/small.py")
         except (AttributeError, KeyError) as error:
             fail(f"unknown config key {_one_line(error)}")
         except (TypeError, ValueError) as error:
             fail(f"in a --config flag: {_one_line(error)}")
-        if len(arguments) > 1:
-            fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
-        return arguments
 
     return parse
 
 
 def plain_parser(argv):
-    """absl's parser for a command without a config, with its complaints as one line."""
+    """absl's parser for a command without a config; a mistake is one line."""
     try:
-        arguments = flags.FLAGS(argv)
+        return _without_words(flags.FLAGS(argv))
     except flags.Error as error:
         fail(_one_line(error))
+
+
+def _without_words(arguments):
+    """The program's name, which is all that may be left when the flags are taken."""
     if len(arguments) > 1:
         fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
     return arguments
@@ -51,9 +49,9 @@ def plain_parser(argv):
 
 @contextlib.contextmanager
 def peers():
-    """Where one of several processes is gone, the others cannot go on: say so, and end at once with status RESTART.
+    """If another process of the run is lost: report it, and end at once with status RESTART.
 
-    Without the usual end of a program, which would wait for all processes.
+    The usual end of a program would wait for all processes.
     """
     try:
         yield
@@ -63,8 +61,8 @@ def peers():
         shutdown.follow()
         reason = " ".join(str(error).split())[:300]
         print(
-            f"another process of this run is gone, or cannot be reached ({reason}): run the same command again on all "
-            f"hosts, which goes on from the last checkpoint",
+            f"another process of this run is lost or cannot be reached ({reason}): run the same command again on all "
+            f"hosts; it resumes from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -72,7 +70,7 @@ def peers():
 
 
 class Failed(SystemExit):
-    """The end of a command that a `message` explains; exit status 2."""
+    """Exit with status 2 after a `message`."""
 
     def __init__(self, message):
         super().__init__(2)
@@ -80,7 +78,7 @@ class Failed(SystemExit):
 
 
 def fail(message):
-    """End the command."""
+    """Print the message and end the command."""
     print(f"error: {message}", file=sys.stderr)
     raise Failed(message)
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import rae_jax
 from configs import small
 from rae_jax import api, convert
-from rae_jax.build import models, saved_config, stages
+from rae_jax.build import models, part_weights, saved_config
 from rae_jax.config import keys as config_keys
 from rae_jax.inference import generate
 from rae_jax.models.autoencoder import denormalise, to_uint8
@@ -33,8 +33,8 @@ LABELS = [0, 3, 9]
 def folder(tmp_path_factory):
     """As convert writes it, with random weights; the guidance is the small job's, of scale 2.5."""
     folder, config = tmp_path_factory.mktemp("converted"), tiny()
-    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
-    latent = models.latent_shape(config)
+    shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
+    latent = config_keys.latent_shape(config)
     parts = random_like(shapes, seed=0, scale=0.2)
     parts["statistics"] = {"mean": np.full(latent, 0.1, np.float32), "var": np.full(latent, 0.5, np.float32)}
     for part, tree in parts.items():
@@ -66,7 +66,7 @@ def test_importing_is_light():
 
 def test_the_shipped_weights_are_described_by_small():
     """Where a key was added: write the file anew from json.loads(small.get_config().to_json()), with an indent of 2."""
-    there = json.loads((stages.SHIPPED / "config.json").read_text())
+    there = json.loads((part_weights.SHIPPED / "config.json").read_text())
     assert there == json.loads(small.get_config().to_json())
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_drawn_is_refused(folder):
         config = ConfigDict(dit.config.to_dict())
         config.update_from_flattened_dict({key: value})
         guide = dataclasses.replace(dit, config=FrozenConfigDict(config))
-        with pytest.raises(rae_jax.UserError, match="the guide has .* take one that was trained alike"):
+        with pytest.raises(rae_jax.UserError, match="the guide has .* load a guide that has the same"):
             rae_jax.sample(auto, dit, LABELS, guide=guide)
 
 
@@ -229,7 +229,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
     (half / "config.json").write_text('{"encod')
     for mistake, words in (
         (lambda: rae_jax.sample(auto, dit, [10]), "0 to 9"),
-        (lambda: rae_jax.sample(auto, dit, [0.5]), "whole"),
+        (lambda: rae_jax.sample(auto, dit, [0.5]), "integers"),
         (lambda: rae_jax.sample(auto, rae_jax.load_dit("small"), [0]), "one source"),
         (lambda: rae_jax.encode(auto, np.zeros((32, 32, 3))), "B, H, W, 3"),
         (lambda: rae_jax.encode(auto, np.zeros((1, 30, 32, 3))), "multiples of 4"),

@@ -1,0 +1,92 @@
+"""Config files: found by path or by name, and loaded."""
+
+import contextlib
+import difflib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from rae_jax.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel configs/ is a folder of the package (launch/wheel.py); in a checkout it is next to the package.
+FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+
+
+class FlagParser(flags.ArgumentParser):
+    """Parser of --config=SOURCE or --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
+
+    def parse(self, text):
+        source, *arguments = text.split(":", 1)
+        return load(source, *arguments).lock()
+
+
+def names():
+    """Names of the configs that ship with rae_jax."""
+    return sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef get_config(" in path.read_text())
+
+
+def find(source):
+    """Path of a config file, named by its path or, without '.py', as one that ships with rae_jax.
+
+    Raises UserError, which names the nearest configs, if no such file exists.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if str(source) in names():
+        return FOLDER / f"{source}.py"
+    raise UserError(f"cannot load the config {source}: neither a file nor the name of a config; {nearest(path.stem)}")
+
+
+def nearest(name):
+    """Part of a message: the configs with names close to `name`, or all if none is close."""
+    known = names()
+    found = difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(found)}?" if found else f"choose from {', '.join(known)}"
+
+
+def load(source, *arguments):
+    """Config that get_config(*arguments) of a file returns. `source`: see find."""
+    path = find(source)
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    with _importable(path):
+        try:
+            spec.loader.exec_module(module)
+            config = module.get_config(*arguments) if hasattr(module, "get_config") else None
+        except OSError as error:
+            raise UserError(f"cannot load the config {source}: {error}") from error
+    if not isinstance(config, ConfigDict) or "stages" not in config:
+        raise UserError(
+            f"cannot load the config {source}: get_config() must return a ConfigDict as configs/small.py's does"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _importable(path):
+    """Let a config file import its neighbours, and the configs that ship with rae_jax, as `configs`.
+
+    A package of another project that has the name `configs` is neither used nor lost.
+    """
+    configs = types.ModuleType("configs")
+    places = [path.resolve().parent.parent, *sys.path]
+    configs.__path__ = [*(str(Path(place, "configs")) for place in places), str(FOLDER)]
+    others = _take_out("configs")
+    sys.modules["configs"] = configs
+    try:
+        yield
+    finally:
+        _take_out("configs")
+        sys.modules.update(others)
+
+
+def _take_out(package):
+    """Remove a package and its modules from sys.modules; returns {name: module}."""
+    found = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
+    return {name: sys.modules.pop(name) for name in found}
