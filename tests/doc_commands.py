@@ -1,4 +1,4 @@
-"""Commands as the pages say them: taken from their blocks by bash itself, and brought to where work would begin."""
+"""Commands of the pages: bash itself reads them from their blocks, and each runs up to the point where work begins."""
 
 import importlib
 import json
@@ -11,21 +11,21 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NEEDS = "# needs"  # a block that begins so takes what the tests do not have
+NEEDS = "# needs"  # start of a block that needs something that the tests do not have
 _PROGRAMS = ("python", ".venv/bin/python", "pip", "bash", "source", "docker", "uv", "srun", "mpirun", "sleep")
-# Stands in place of all programs, and writes down how it was called.
+# Replaces all programs, and records the calls.
 _RECORD = """
 record() { printf '%s\\0' "$@" $'\\1' >> "$CALLS"; }
 """ + "\n".join(f'{program}() {{ record {program} "$@"; }}' for program in _PROGRAMS)
 
 
 def blocks(page):
-    """[text] of a page's blocks of commands."""
+    """Return the blocks of commands of a page."""
     return re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands(block):
-    """[[word, ...]] of the programs that a block calls, as bash reads it. What stands in [brackets] counts."""
+    """Return [[word, ...]] of the programs that a block calls, as bash reads it; [optional] words included."""
     with tempfile.NamedTemporaryFile() as calls:
         script = f"set -f\n{_RECORD}\n{block}\nwait"
         done = subprocess.run(
@@ -33,13 +33,13 @@ def commands(block):
         )
         said = Path(calls.name).read_text()
     if done.returncode or done.stderr:
-        raise ValueError(f"bash does not read it ({done.stderr}):\n{block}")
+        raise ValueError(f"bash cannot read the block ({done.stderr}):\n{block}")
     found = [call.split("\0")[:-1] for call in said.split("\1\0")[:-1]]
     return [[word.strip("[]") for word in call] for call in found]
 
 
 def check(calls):
-    """{number: what is wrong} of calls (module, arguments): flags, config keys, values, as the programs see them."""
+    """Return {number: error} of calls (module, arguments): flags, config keys and values, as the programs see them."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-c", "import doc_commands; doc_commands._check()"],
@@ -51,8 +51,8 @@ def check(calls):
 
 
 def _check():
-    """In a process of its own, which imports once; each call is tried in a fork of it, up to where the work begins."""
-    for name in ("rae_jax.modes", "rae_jax.published", "rae_jax.data.pack"):
+    """Run in a process of its own, which imports once; each call runs in a fork, up to the point where work begins."""
+    for name in ("rae_jax.main", "rae_jax.convert", "rae_jax.data.pack"):
         importlib.import_module(name)
     wrong = {}
     for number, (module, arguments) in enumerate(json.load(sys.stdin)):

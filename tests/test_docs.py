@@ -1,4 +1,4 @@
-"""README and docs: every command in them is read as it stands, and those that need nothing special run, in small."""
+"""README and docs: every command is checked as written, and the commands that need nothing special run, in small."""
 
 import os
 import re
@@ -18,7 +18,8 @@ from rae_jax.config import keys as config_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# Pages whose commands take too long, or other machines; what runs them in small instead.
+INDEX = "docs/README.md"
+# Pages whose commands take too long or need other machines, and the test that runs them in small instead.
 ELSEWHERE = {
     "docs/benchmark.md": "profiling/test_timing.py",
     "docs/scale.md": "profiling/test_compile_ahead.py",
@@ -27,19 +28,19 @@ ELSEWHERE = {
     "docs/study.md": "launchers/test_study.py",
 }
 PLACEHOLDERS = {"--mode=MODE": None, "--config.KEY=VALUE": None, "...": None}
-VALUES = {"N": "10", "VIRTUAL_imagenet256_labeled.npz": "README.md", "cudnn": "xla"}  # a file that is there; on a CPU
+VALUES = {"N": "10", "VIRTUAL_imagenet256_labeled.npz": "README.md", "cudnn": "xla"}  # a file that exists; on a CPU
 LAUNCHERS = ("launch/local.sh", "launch/slurm.sh", "launch/tpu_vm.sh", "launch.gke", "launch.xm")
 
 
 def _words(command):
-    """The words of a command with values for what the page leaves open."""
+    """Return the words of a command, with values for placeholders."""
     words = [PLACEHOLDERS.get(word, word) for word in command]
     split = [word.partition("=") for word in words if word is not None]
     return [f"{name}{equals}{VALUES.get(value, value)}" for name, equals, value in split]
 
 
 def _all():
-    """(page, block, command) of all pages."""
+    """Yield (page, block, command) of all pages."""
     for page in PAGES:
         for block in doc_commands.blocks(page):
             for command in doc_commands.commands(block):
@@ -47,7 +48,7 @@ def _all():
 
 
 def _called(command):
-    """What of this project a command calls: a module or script, and its arguments; (None, words) where it is none."""
+    """Return (module or script of this project, arguments) of a command; (None, words) for other programs."""
     match command:
         case ["python" | ".venv/bin/python", "-m", module, *arguments] if module.startswith(("rae_jax", "launch")):
             return module, arguments
@@ -56,7 +57,7 @@ def _called(command):
     return None, command
 
 
-def test_every_command_is_one_that_there_is():
+def test_every_command_exists():
     """Flags, config keys and their values, extras, launchers' options: as the programs themselves see them."""
     pages, calls, wrong = [], [], []
     for page, block, command in _all():
@@ -86,7 +87,7 @@ def _dry_run(page, name, arguments):
 
 
 def _known(page, block, command):
-    """Programs of others: pip's extras are there; all else needs something, or is harmless."""
+    """Check a command of another program: extras of pip exist; the rest needs something, or is harmless."""
     match command:
         case ["pip", "install", *words]:
             extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
@@ -100,7 +101,7 @@ def _known(page, block, command):
             assert block.startswith(doc_commands.NEEDS), (page, command)
 
 
-def test_a_wrong_command_would_be_seen():
+def test_a_wrong_command_is_detected():
     (block,) = ["python -m rae_jax.main --config=configs/small.py --workdir=DIR \\\n  --config.dit.wide=3 # comment\n"]
     (command,) = doc_commands.commands(block)
     assert command == [
@@ -118,13 +119,19 @@ def test_a_wrong_command_would_be_seen():
     assert "wide" in wrong[0] and "config.dit.width=95" in wrong[2] and "steps" in wrong[3]
 
 
-def test_links_lead_somewhere():
+def test_links_lead_somewhere_and_the_index_has_every_page():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), (page, target)
-    readme = (ROOT / "README.md").read_text()
-    assert all(page in readme for page in PAGES[1:]), "a page that the README does not name"
+    index = (ROOT / INDEX).read_text()
+    others = [Path(page).name for page in PAGES if page.startswith("docs/") and page != INDEX]
+    assert [name for name in others if f"]({name})" not in index] == []
+    assert INDEX in (ROOT / "README.md").read_text()
     assert all((ROOT / "tests" / test).exists() for test in ELSEWHERE.values())
+
+
+def test_the_readme_is_read_in_three_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 # Run for real.
@@ -137,9 +144,9 @@ def _tiny_flags():
 
 
 def _in_small(name, arguments):
-    """Arguments of a call with sizes that take seconds."""
+    """Return the arguments of a call, with sizes that take seconds."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    if name == "rae_jax.main" and given.get("--workdir") == "runs/first":  # the shipped weights, as they are
+    if name == "rae_jax.main" and given.get("--workdir") == "runs/first":  # the shipped weights
         return [*arguments, "--num_images=8", "--config.evaluate.batch_size=8", "--config.sampler.num_steps=2"]
     if name == "rae_jax.main":
         return [*arguments, *_tiny_flags(), *(["--num_images=8"] if "sample" in given.get("--mode", "") else [])]
@@ -147,7 +154,7 @@ def _in_small(name, arguments):
         few = {"data.num_train": 128, "data.num_heldout": 32, "judge.train.num_steps": 2, "sampler.num_steps": 2}
         few |= {"evaluate.num_images": 8, "evaluate.batch_size": 8, "evaluate.probe": False}
         flags = [f"--config.{key}={value}" for key, value in few.items()]
-        return [*arguments, "--config.stages=('judge',)", *flags]  # of the rest the shipped weights, as they are
+        return [*arguments, "--config.stages=('judge',)", *flags]  # the other parts are the shipped weights
     return arguments
 
 
@@ -166,7 +173,7 @@ def test_the_commands_of_a_page_run(page, tmp_path):
     for block in doc_commands.blocks(page):
         for command in [] if block.startswith(doc_commands.NEEDS) else doc_commands.commands(block):
             name, arguments = _called(_words(command))
-            if name is None or "quickstart.sh" in name or "test.sh" in name:  # test_main runs the first
+            if name is None or "quickstart.sh" in name or "test.sh" in name:  # tests/cli runs the quickstart
                 continue
             program = ["bash", str(ROOT / name)] if name.endswith(".sh") else [sys.executable, "-m", name]
             done = subprocess.run(

@@ -17,7 +17,7 @@ FIGURES = {"1_reconstruct": 1, "2_sample": 2, "3_train_and_look": 6}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_is_in_git_has_no_outputs_and_is_plain_python(path):
+def test_notebooks_have_no_outputs_and_are_plain_python(path):
     notebook = json.loads(path.read_text())
     assert notebook["nbformat"] == 4
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -31,7 +31,7 @@ def test_what_is_in_git_has_no_outputs_and_is_plain_python(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_it_runs_from_top_to_bottom(name, tmp_path):
-    """RAE_JAX_SHOTS names a folder for its figures, for people."""
+    """Run a notebook; RAE_JAX_SHOTS names a folder that keeps its figures."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     folder = Path(os.environ.get("RAE_JAX_SHOTS", tmp_path))
     environment = {
