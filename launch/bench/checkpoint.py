@@ -1,79 +1,80 @@
-"""How long the loop stands still for a checkpoint, beside how long its write takes.
+"""Measure how long the training loop stalls for a checkpoint, compared with the time to write it.
 
-    python -m launch.bench_checkpoint [--megabytes=500] [--saves=3] [--folder=FOLDER]
+    python -m launch.bench.checkpoint [--megabytes=500] [--saves=3] [--folder=FOLDER]
 
-The stall is the time that saving keeps the loop, and what the step after it takes longer than usual: its state, which
-would be overwritten, is still being read. Prints a line for each save; the last line printed is JSON. On CPU, steps and
-write share the cores, so that steps are slower meanwhile; that is printed, too, and is no part of the stall.
+The stall is the time in `save`, plus the delay of the next step, which must not overwrite the state before it is
+copied. On CPU, steps and the write share the cores: the slowdown of steps during the write is printed, but is not part of the
+stall. Prints a line for each save; the last line printed is one JSON object.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
-import time
 
 import jax
 
+from launch.bench import harness
 from rae_jax.runtime import checkpoint, host_allocator
 
-LIMIT = 0.1  # of the write, that the loop may stand still
+LIMIT = 0.1  # largest stall, as a part of the write
 
 
-class _Nowhere:
-    """The position of no data."""
+def main():
+    """Parse the command line and print the medians."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--megabytes", type=int, default=500, help="size of the state")
+    parser.add_argument("--saves", type=int, default=3, help="number of measured saves")
+    parser.add_argument("--folder", help="empty folder for the checkpoints; default: a new temporary folder")
+    args = parser.parse_args()
+    if args.folder and os.path.exists(args.folder) and os.listdir(args.folder):
+        parser.error(f"--folder={args.folder} is not empty: choose another folder")
+    with tempfile.TemporaryDirectory() as temporary:
+        harness.print_json(measure(args.megabytes, args.saves, args.folder or temporary))
 
-    def get_state(self):
-        return {"position": 0}
 
-
-def _timed(function, *arguments):
-    began = time.monotonic()
-    result = jax.block_until_ready(function(*arguments))
-    return result, time.monotonic() - began
-
-
-def main(megabytes, saves, folder):
-    """Returns {'stall', 'write', 'ratio'}: medians in seconds, and the median of their ratios."""
+def measure(megabytes, saves, folder):
+    """Return {'stall', 'write', 'ratio', ...}: medians in seconds, and the median of their ratios."""
     host_allocator.keep_freed_memory()
+    # Random numbers, as in trained weights: equal numbers would compress to nothing and be written at once.
     parts = max(1, megabytes // 10)
-    # Random, as trained weights nearly are: numbers that are all the same are written in no time, compressed.
     state = {f"kernel{i}": jax.random.normal(jax.random.key(i), (1000, 2500)) for i in range(parts)}
-    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1.0, state), donate_argnums=0)
-    state, _ = _timed(step, state)
+    compiled = jax.jit(lambda state: jax.tree.map(lambda x: x + 1.0, state), donate_argnums=0)
+
+    def step(state):
+        return jax.block_until_ready(compiled(state))
+
+    state = step(state)
     usual, rows = [], []
     with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-        for number in range(saves + 1):  # the first one warms up
+        for number in range(saves + 1):  # the first save is a warm-up
             for _ in range(5):
-                state, seconds = _timed(step, state)
-                usual.append(seconds)
-            began = time.monotonic()
-            checkpoints.save(number, state, _Nowhere())
-            saved = time.monotonic() - began
-            state, first = _timed(step, state)
-            stall, meanwhile = saved + max(0.0, first - statistics.median(usual)), []
-            while not checkpoints.finished:
-                state, seconds = _timed(step, state)
-                meanwhile.append(seconds)
-            write = time.monotonic() - began
-            slower = statistics.median(meanwhile or [first]) / statistics.median(usual)
+                state, seconds = harness.timed(step, state)
+                usual.append(seconds.wall)
+            state, stall, write, slowdown = _save(checkpoints, number, step, state, statistics.median(usual))
             if number:
-                print(f"save {number}: stall {stall:.3f} s, write {write:.2f} s, ratio {stall / write:.3f}; "
-                      f"steps meanwhile take {slower:.1f} times as long")  # fmt: skip
                 rows.append((stall, write, stall / write))
+                times = f"stall {stall:.3f} s, write {write:.2f} s, ratio {stall / write:.3f}"
+                print(f"save {number}: {times}; steps during the write take {slowdown:.1f} times as long")
     stall, write, ratio = (statistics.median(column) for column in zip(*rows, strict=True))
     size = sum(leaf.nbytes for leaf in state.values()) / 1e6
     return {"megabytes": size, "stall": stall, "write": write, "ratio": ratio, "within_limit": ratio < LIMIT}
 
 
+def _save(checkpoints, number, step, state, usual):
+    """Save, and step until the checkpoint is written; return (state, stall, write, slowdown of steps meanwhile)."""
+
+    def save_and_wait(state):
+        _, saving = harness.timed(checkpoints.save, number, state, harness.NoData())
+        state, first = harness.timed(step, state)
+        during = []
+        while not checkpoints.finished:
+            state, seconds = harness.timed(step, state)
+            during.append(seconds.wall)
+        return state, saving.wall + max(0.0, first.wall - usual), statistics.median(during or [first.wall]) / usual
+
+    (state, stall, slowdown), write = harness.timed(save_and_wait, state)
+    return state, stall, write.wall, slowdown
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=500)
-    parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--folder", default=None, help="for the checkpoints; by default a new one, removed afterwards")
-    given = parser.parse_args()
-    if given.folder and os.path.exists(given.folder) and os.listdir(given.folder):
-        parser.error(f"--folder={given.folder} is not empty: checkpoints of the same steps would not be written")
-    with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(main(given.megabytes, given.saves, given.folder or temporary)))
+    main()

@@ -1,17 +1,18 @@
-"""The table of docs/scale.md: DiT^DH-XL and its decoder compiled for TPUs that are not here, one after the other.
+"""Compile DiT^DH-XL and its decoder ahead of time for TPUs, and print the table of docs/scale.md.
 
-    python launch/compile_table.py [--folder=runs/compiled] [--only=NAME ...] [--timeout=SECONDS]
+    python -m launch.bench.compile_table [--folder=runs/compiled] [--only NAME ...] [--timeout=SECONDS]
 
-Each row is a run of `python -m rae_jax.main --mode=compile`, which takes minutes; what it found is kept in the folder
-as NAME.json, and not compiled again by the next call. Prints a Markdown table of the rows that are there. Exit
-status 1: a row is missing, does not fit or takes more than 90 % of the memory.
+Each row is a run of `python -m rae_jax.main --mode=compile`, which takes minutes. The folder keeps the result as
+NAME.json; the next call does not compile this row again. Prints a Markdown table of the results in the folder. The exit
+status is 1 when a row is missing, does not fit, or needs more than 90 % of the memory.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from launch.bench import harness
 
 ROOT = Path(__file__).parents[2]
 XL, XL_512, DECODER = (f"--config=configs/{name}.py" for name in ("dit_xl", "dit_xl_512", "decoder_xl"))
@@ -37,15 +38,16 @@ ROWS = {  # name: (topology, arguments)
     "decoder": ("v5e:8x8", [DECODER, TRAIN, "--config.data.image_size=512", "--config.encoder.input_size=448"]),
     "slices": ("v5e:16x16", [XL, TRAIN, *FOUR_SLICES]),
 }
+HEADER = ["program", "mesh (data x fsdp)", "images", "peak, GiB", "TFLOP", "of the model's", "sent, GiB", "compiled in"]
 GIB = 2**30
 
 
 def main():
-    """Compile what the folder lacks, then print what it has."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/compiled"))
-    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--timeout", type=float, help="seconds after which a row is given up")
+    """Compile the rows that are missing in the folder, then print the table."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/compiled"), help="keeps the results")
+    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows to compile; default: all")
+    parser.add_argument("--timeout", type=float, help="seconds after which the compilation of a row is stopped")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.only:
@@ -53,8 +55,8 @@ def main():
             _compile(name, args.folder, args.timeout)
     found = {name: json.loads(path.read_text()) for name in ROWS if (path := args.folder / f"{name}.json").exists()}
     print("\n".join(table(found)))
-    fine = [name in found and found[name]["peak_bytes"] <= 0.9 * found[name]["hbm_bytes"] for name in args.only]
-    sys.exit(int(not all(fine)))
+    fits = [name in found and found[name]["peak_bytes"] <= 0.9 * found[name]["hbm_bytes"] for name in args.only]
+    sys.exit(int(not all(fits)))
 
 
 def _compile(name, folder, timeout):
@@ -66,7 +68,7 @@ def _compile(name, folder, timeout):
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout)
         (result,) = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        print(f"{name}: nothing found ({type(error).__name__})", file=sys.stderr, flush=True)
+        print(f"{name}: no result ({type(error).__name__})", file=sys.stderr, flush=True)
         return
     written = folder / f"{name}.json.part"
     written.write_text(json.dumps(result, indent=1))
@@ -74,27 +76,24 @@ def _compile(name, folder, timeout):
 
 
 def table(found):
-    """Lines of Markdown from {name: what the command found}."""
-    lines = [
-        "| program | mesh (data x fsdp) | images | peak, GiB | TFLOP | of the model's | sent, GiB | compiled in |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in found.items():
-        slices = f"{row['num_slices']} slices of " if row["num_slices"] > 1 else ""
-        latents = " from latents" if name == "latents" else ""
-        px = " at 512 px" if name in ("512px", "decoder") else ""
-        what = f"{row['program']} {row['stage']}{latents}{px}, {slices}{row['topology']}, batch {row['batch_size']}"
-        if row["remat"] != "dots":
-            what += f", remat={row['remat']}"
-        mesh, gib = row["mesh"], {key: f"{row[f'{key}_bytes'] / GIB:.2f}" for key in ("peak", "hbm")}
-        cells = [what, f"{mesh['data']} x {mesh['fsdp']}", f"{row['batch_size'] // (mesh['data'] * mesh['fsdp'])}"]
-        if not row["fits"]:
-            cells += [f"{gib['peak']} of {gib['hbm']}: does not fit", "", "", "", ""]
-        else:
-            cells += [f"{gib['peak']} of {gib['hbm']}", f"{row['flops'] / 1e12:.2f}", f"{row['flops_ratio']:.3f}"]
-            cells += [f"{row['collective_bytes'] / GIB:.2f}", f"{row['compile_seconds']:.0f} s"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    """Return the lines of the Markdown table. `found`: {name: result of --mode=compile}."""
+    return harness.markdown_table(HEADER, [_cells(name, row) for name, row in found.items()])
+
+
+def _cells(name, row):
+    slices = f"{row['num_slices']} slices of " if row["num_slices"] > 1 else ""
+    latents = " from latents" if name == "latents" else ""
+    px = " at 512 px" if name in ("512px", "decoder") else ""
+    program = f"{row['program']} {row['stage']}{latents}{px}, {slices}{row['topology']}, batch {row['batch_size']}"
+    if row["remat"] != "dots":
+        program += f", remat={row['remat']}"
+    data, fsdp = row["mesh"]["data"], row["mesh"]["fsdp"]
+    cells = [program, f"{data} x {fsdp}", f"{row['batch_size'] // (data * fsdp)}"]
+    memory = f"{row['peak_bytes'] / GIB:.2f} of {row['hbm_bytes'] / GIB:.2f}"
+    if not row["fits"]:
+        return [*cells, f"{memory}: does not fit", "", "", "", ""]
+    cells += [memory, f"{row['flops'] / 1e12:.2f}", f"{row['flops_ratio']:.3f}"]
+    return [*cells, f"{row['collective_bytes'] / GIB:.2f}", f"{row['compile_seconds']:.0f} s"]
 
 
 if __name__ == "__main__":

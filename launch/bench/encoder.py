@@ -1,55 +1,42 @@
-"""Full-size DINOv2 with registers, ours beside transformers' in torch: seconds, peak memory, largest difference.
+"""Compare our full-size DINOv2 with registers with transformers' in torch: seconds, peak memory, largest difference.
 
-    python launch/bench_encoder.py [--num_images=64] [--size=base] [--rounds=3]
+    python -m launch.bench.encoder [--num_images=64] [--size=base] [--rounds=3]
 
-Needs torch and transformers, no network: the weights are random. Either encodes the same images with the same weights
-in processes of its own, in turn, on the cores that this one may use. The last line printed is one JSON object.
+Needs torch and transformers, but no network: the weights are random. Both encode the same images with the same weights,
+in turn, in processes of their own, on the cores that this process may use. The last line printed is one JSON object.
 """
 
-import argparse
 import json
-import os
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from configs import encoders, small
+from launch.bench import harness
 
-SIDE = 224
+IMAGE_SIZE = 224
 
 
 def main():
-    """Make the weights, run both sides in turn, print what they took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_images", type=int, default=64)
-    parser.add_argument("--size", choices=("small", "base", "large"), default="base")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of either side")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    """Write the weights, measure both encoders in turn, print the smallest values."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--num_images", type=int, default=64, help="images in the batch")
+    parser.add_argument("--size", choices=("small", "base", "large"), default="base", help="size of the encoder")
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each encoder")
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(_measure(args)))
-        return
     with tempfile.TemporaryDirectory() as folder:
-        _write_weights(args.size, folder)
-        runs = {side: [] for side in SIDES}
+        harness.call_in_own_process(_write_weights, args.size, folder)
+        runs = {name: [] for name in ENCODERS}
         for _ in range(args.rounds):
-            for side in SIDES:
-                runs[side].append(_in_own_process(side, args, folder))
-                print(side, json.dumps(runs[side][-1]), flush=True)
-        ours, theirs = (np.load(Path(folder) / f"{side}.npy") for side in SIDES)
-    results = {side: {key: min(run[key] for run in runs[side]) for key in runs[side][0]} for side in SIDES}
+            for name in ENCODERS:
+                runs[name].append(harness.call_in_own_process(_measure, name, args.size, args.num_images, folder))
+                print(name, json.dumps(runs[name][-1]), flush=True)
+        ours, theirs = (np.load(Path(folder) / f"{name}.npy") for name in ENCODERS)
+    results = {name: {key: min(run[key] for run in runs[name]) for key in runs[name][0]} for name in ENCODERS}
     results["max_difference"] = float(np.abs(ours - theirs).max())
-    results["cores"] = len(os.sched_getaffinity(0))
-    print(json.dumps({"encoder": f"dinov2-with-registers-{args.size}", "num_images": args.num_images, **results}))
+    results["cores"] = harness.num_cores()
+    harness.print_json({"encoder": f"dinov2-with-registers-{args.size}", "num_images": args.num_images, **results})
 
 
 def _write_weights(size, folder):
@@ -68,52 +55,38 @@ def _write_weights(size, folder):
     Dinov2WithRegistersModel(config).save_pretrained(folder)
 
 
-def _in_own_process(side, args, folder):
-    command = [sys.executable, __file__, f"--side={side}", f"--folder={folder}"]
-    command += [f"--num_images={args.num_images}", f"--size={args.size}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _measure(name, size, num_images, folder):
+    """Return the seconds of the first call, which compiles, and of the fastest of three more; peak memory."""
+    images = np.random.default_rng(0).random((num_images, IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    encode = ENCODERS[name](size, folder)
+    tokens, first = harness.timed(encode, images)
+    seconds = min(harness.wall_times(lambda: encode(images), 3))
+    np.save(Path(folder) / f"{name}.npy", tokens)
+    return {"first_seconds": first.wall, "seconds": seconds, "peak_mib": harness.peak_bytes() / 2**20}
 
 
-def _measure(args):
-    """Seconds of the first encode, with compiling, and of the quickest of three more; peak memory of the process."""
-    images = np.random.default_rng(0).random((args.num_images, SIDE, SIDE, 3), np.float32)
-    encode = SIDES[args.side](args)
-    began = time.perf_counter()
-    tokens = encode(images)
-    first = time.perf_counter() - began
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        encode(images)
-        seconds.append(time.perf_counter() - began)
-    np.save(Path(args.folder) / f"{args.side}.npy", tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"first_seconds": first, "seconds": min(seconds), "peak_mib": peak}
-
-
-def _ours(args):
+def _our_encoder(size, folder):
     import jax
 
-    from rae_jax.build import models, stages
+    from rae_jax.build import models, part_weights
     from rae_jax.runtime import host_allocator, sharding
 
     host_allocator.keep_freed_memory()
     config = small.get_config()
-    config.stages, config.unroll, config.data.image_size = (), False, SIDE
-    config.encoder.update({**encoders.dinov2(args.size), "weights": args.folder})
-    params = stages.load(config, "encoder", "", sharding.make_mesh(config.mesh))
+    config.stages, config.unroll, config.data.image_size = (), False, IMAGE_SIZE
+    config.encoder.update({**encoders.dinov2(size), "weights": folder})
+    params = part_weights.load(config, "encoder", "", sharding.make_mesh(config.mesh))
     encode = jax.jit(models.autoencoder(config).encode)
     return lambda images: np.asarray(encode(params, images)).reshape(len(images), -1, config.encoder.width)
 
 
-def _theirs(args):
+def _transformers_encoder(size, folder):
     import torch
     from transformers import Dinov2WithRegistersModel
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = Dinov2WithRegistersModel.from_pretrained(args.folder).eval()  # its norm starts as one without affine
-    ours = encoders.dinov2(args.size)
+    torch.set_num_threads(harness.num_cores())
+    model = Dinov2WithRegistersModel.from_pretrained(folder).eval()  # its last norm has the initial scale 1 and bias 0
+    ours = encoders.dinov2(size)
     mean, std = (np.asarray(ours[key], np.float32) for key in ("mean", "std"))
 
     def encode(images):
@@ -124,7 +97,7 @@ def _theirs(args):
     return encode
 
 
-SIDES = {"rae_jax": _ours, "transformers": _theirs}
+ENCODERS = {"rae_jax": _our_encoder, "transformers": _transformers_encoder}
 
 if __name__ == "__main__":
     main()

@@ -1,95 +1,73 @@
-"""Host memory while a DiT stage's state is made, written and restored, against the bytes of this process's shards.
+"""Measure the host memory in which the state of a DiT stage is initialised, written and restored.
 
-    python launch/bench_memory.py [--size=s] [--devices=8] [--folder=/tmp]
+    python -m launch.bench.memory [--size=s] [--devices=8] [--folder=FOLDER]
 
-On simulated CPU devices, whose memory is the host's as well; a process for each of the two. The state is that of the
-full recipe, float32: parameters, two moments, one average. The limit that the project keeps is 1.3 times the shards
-and 2 GB. The last line printed is one JSON object; exit status 1 where the limit was passed.
+Runs on simulated CPU devices, whose memory is host memory. Initialising and restoring each have a process of their own.
+The state is the full recipe's in float32: parameters, two moments, one average. The limit of the project is 1.3 times
+the shards of the process plus 2 GB; the exit status is 1 above it. The last line printed is one JSON object.
 """
 
-import argparse
 import json
 import os
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+from configs import dit_b
+from launch.bench import harness
 
 
 def main():
-    """Make and write in one process, restore in another; compare their peaks with the limit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=("s", "b", "l", "xl"), default="s")
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--folder", help="where there is room for the checkpoint; by default the temporary folder")
-    parser.add_argument("--what", choices=("init", "restore"), help=argparse.SUPPRESS)
+    """Measure both processes, and compare the larger peak with the limit."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--size", choices=("s", "b", "l", "xl"), default="s", help="size of the DiT")
+    parser.add_argument("--devices", type=int, default=8, help="number of simulated devices")
+    parser.add_argument("--folder", help="holds the checkpoint; default: the temporary folder of the system")
     args = parser.parse_args()
-    if args.what:
-        print(json.dumps(_measure(args)))
-        return
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = {}
-        for what in ("init", "restore"):
-            command = [sys.executable, __file__, f"--what={what}", f"--folder={folder}", f"--size={args.size}"]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found[what] = json.loads(done.stdout.splitlines()[-1])
-            print(what, json.dumps(found[what]), flush=True)
+        for phase in ("init", "restore"):
+            found[phase] = harness.call_in_own_process(_measure, phase, args.size, args.devices, folder)
+            print(phase, json.dumps(found[phase]), flush=True)
     shards = found["init"]["shard_bytes"]
     limit = 1.3 * shards + 2e9
-    peak = max(f["peak_bytes"] for f in found.values())
-    print(json.dumps({"size": args.size, "devices": args.devices, "shard_bytes": shards, "limit": limit, **found}))
+    peak = max(of["peak_bytes"] for of in found.values())
+    harness.print_json({"size": args.size, "devices": args.devices, "shard_bytes": shards, "limit": limit, **found})
     sys.exit(int(peak > limit))
 
 
-def _measure(args):
+def _measure(phase, size, devices, folder):
+    """Initialise and write the state, or restore it; return {what: bytes}."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
     import jax
 
-    from configs import dit_b
-    from rae_jax.build import models
+    from rae_jax.build import objectives
     from rae_jax.config.keys import in_steps
     from rae_jax.runtime import checkpoint, host_allocator, sharding
 
     host_allocator.keep_freed_memory()
     config = dit_b.get_config()
-    config.dit.update(dit_b.DITS[args.size])
+    config.dit.update(dit_b.DITS[size])
     config.mesh.update({"data": 1, "fsdp": len(jax.devices())})
     mesh = sharding.make_mesh(config.mesh)
-    init, _ = models.init_and_step(in_steps(config, "dit", dit_b.IMAGENET), "dit")
+    init, _ = objectives.init_and_step(in_steps(config, "dit", dit_b.IMAGENET), "dit")
     key = jax.random.key(0)
     shapes = jax.eval_shape(init, key)
-    placed = sharding.shardings(shapes, mesh)
-    before = _peak()
-    with checkpoint.Checkpoints(Path(args.folder) / "dit", keep=1) as checkpoints:
-        if args.what == "init":
-            state = jax.block_until_ready(jax.jit(init, out_shardings=placed)(key))
+    shardings = sharding.shardings(shapes, mesh)
+    before = harness.peak_bytes()
+    with checkpoint.Checkpoints(Path(folder) / "dit", keep=1) as checkpoints:
+        if phase == "init":
+            state = jax.block_until_ready(jax.jit(init, out_shardings=shardings)(key))
         else:
-            abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-            state = jax.block_until_ready(checkpoints.restore(1, abstract, _Position()))
-        made = _peak()
-        if args.what == "init":
-            checkpoints.save(1, state, _Position())
+            abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+            state = jax.block_until_ready(checkpoints.restore(1, abstract, harness.NoData()))
+        peak = harness.peak_bytes()
+        if phase == "init":
+            checkpoints.save(1, state, harness.NoData())
     shards = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-    return {"shard_bytes": shards, "before_bytes": before, "peak_bytes": made, "peak_bytes_to_the_end": _peak()}
-
-
-class _Position:
-    """Stands for the data iterator."""
-
-    def get_state(self):
-        return {"position": 0}
-
-    def set_state(self, position):
-        pass
-
-
-def _peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    at_end = harness.peak_bytes()
+    return {"shard_bytes": shards, "before_bytes": before, "peak_bytes": peak, "peak_bytes_to_the_end": at_end}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""DiT^DH in PyTorch, after the paper's description, for bench_torch.py: it takes the released weights' names.
+"""DiT^DH in plain PyTorch after the paper's description, for torch_step.py, with the released files' parameter names.
 
-Written for that comparison, as fast as plain PyTorch does it: fused qkv, scaled_dot_product_attention, SwiGLU.
+Fused qkv, scaled_dot_product_attention and SwiGLU make it as fast as plain PyTorch allows.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class DiTDH(nn.Module):
-    """Velocity [B, D, h, w] of x_t [B, D, h, w] at times t [B] for labels [B]; one latent element is one token."""
+    """Velocity [B, D, h, w] for x_t [B, D, h, w], times t [B] and labels [B]; one latent element is one token."""
 
     def __init__(self, *, trunk, head, channels, grid, num_classes):
         """`trunk` and `head`: (width, depth, number of attention heads)."""
@@ -24,7 +24,7 @@ class DiTDH(nn.Module):
         sizes = [(width, heads)] * depth + [(head_width, head_heads)] * head_depth
         self.blocks = nn.ModuleList(_Block(*size) for size in sizes)
         self.final_layer = _FinalLayer(head_width, channels)
-        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)  # of the file
+        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)  # read from the file
         for name, size in (("enc_feat_rope", width // heads), ("dec_feat_rope", head_width // head_heads)):
             tables = {f"freqs_{part}": nn.Buffer(torch.empty(grid * grid, size)) for part in ("cos", "sin")}
             self.add_module(name, _Rotation(**tables))

@@ -1,158 +1,144 @@
-"""DiT^DH or decoder, ours beside PyTorch's on the same weights and cores: equal? and how fast?
+"""Compare DiT^DH or decoder with PyTorch's on the same weights and cores: largest difference of the output, seconds.
 
-    python launch/bench_torch.py [--model=dit] [--size=s] [--batch=4] [--rounds=5] [--authors=FOLDER]
+    python -m launch.bench.torch_step [--model=dit] [--size=s] [--batch=4] [--rounds=5] [--authors=FOLDER]
 
-Needs torch (and diffusers for the decoder); no network, the weights are random. Float32. The same batch goes through
-either in turn, forward and forward with the gradients of all weights, each side in a process of its own that waits for
-the others: in one they would share a heap, and what one keeps of it the other has to have mapped anew. --authors: a
-checkout of the code of RAE's authors, whose DiT^DH is then timed as a third side. The last line printed is one JSON
-object; `times_as_fast` divides PyTorch's median by ours. The encoder: bench_encoder.py.
+Needs torch (and diffusers for the decoder), but no network: the weights are random. Float32. All sides compute the same
+batch in turn, forward, and forward with the gradients of all weights. Each side waits in a process of its own, because
+one process would share its heap between them. --authors: a checkout of the code of RAE's authors, whose DiT^DH is timed
+as a third side. The last line printed is one JSON object; `times_as_fast` is PyTorch's median divided by ours. The
+encoder: launch.bench.encoder.
 """
 
-import argparse
-import dataclasses
+import contextlib
 import functools
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-
-if __name__ == "__main__":  # started by its path: configs/ is used from the checkout
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 from configs import dit_b, encoders
+from launch.bench import harness
 from launch.bench.torch_dit import DiTDH
-from rae_jax.build import models, published_weights, stages
+from rae_jax.build import models, part_weights, published_weights
 from rae_jax.config.keys import latent_shape
 from rae_jax.runtime import host_allocator
 from rae_jax.weights import engine, tables
 
 
-@dataclasses.dataclass(frozen=True)
-class Side:
-    """`forward()` -> output as ours is shaped; `backward()` -> (loss, gradients). Both wait for the result."""
+class Settings(NamedTuple):
+    """Values of the command line."""
+
+    model: str
+    size: str | None
+    batch: int
+    authors: str | None
+
+
+class Side(NamedTuple):
+    """`forward()` -> output in our layout; `backward()` -> (loss, gradients). Both wait for the result."""
 
     forward: Callable
     backward: Callable
 
 
 def main():
-    """Start all sides, time them in turn, print what they took."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=("dit", "decoder"), default="dit")
-    parser.add_argument("--size", default=None, help="s, b, l or xl; by default S for the DiT, B for the decoder")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--authors", help="a checkout of the authors' code, whose DiT^DH is timed as well")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--output", help=argparse.SUPPRESS)
+    """Compile each side in its process, time them in turn, print the results."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--model", choices=("dit", "decoder"), default="dit", help="network to compare")
+    parser.add_argument("--size", default=None, help="s, b, l or xl; default: s for the DiT, b for the decoder")
+    parser.add_argument("--batch", type=int, default=4, help="images in the batch")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
+    parser.add_argument("--authors", help="a checkout of the authors' code, to time their DiT^DH too")
     args = parser.parse_args()
-    if args.side:
-        _serve(args)
-        return
+    settings = Settings(args.model, args.size, args.batch, args.authors)
     names = ["rae_jax", "diffusers"] if args.model == "decoder" else ["rae_jax", "torch"]
     names += ["authors"] if args.authors else []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: f"{folder}/{name}.npy" for name in names}
-        workers = {name: _start(name, file) for name, file in files.items()}
-        outputs = {name: np.load(file) for name, file in files.items()}
-    results = {"model": args.model, "batch": args.batch, "cores": len(os.sched_getaffinity(0))}
-    results["max_difference"] = _differences(outputs)
-    for kind in ("forward", "backward"):
-        results[kind] = _alternate(kind, workers, args.rounds)
-    print(json.dumps(results))
+    results = {"model": args.model, "batch": args.batch, "cores": harness.num_cores()}
+    with contextlib.ExitStack() as stack:
+        processes = {name: stack.enter_context(harness.own_process()) for name in names}
+        outputs = {name: process.submit(_compile, settings, name).result() for name, process in processes.items()}
+        results["max_difference"] = _differences(outputs)
+        for kind in ("forward", "backward"):
+            results[kind] = _alternate(kind, processes, settings, args.rounds)
+    harness.print_json(results)
 
 
-def _start(name, output):
-    """A process that has compiled its side and written its output; it runs it when asked to, see `_serve`."""
-    command = [sys.executable, *sys.argv, f"--side={name}", f"--output={output}"]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if worker.stdout.readline() != "ready\n":
-        sys.exit(f"{name} could not be started")
-    return worker
-
-
-def _serve(args):
-    """For each line of the input, 'forward' or 'backward', run it and print what it took: seconds, CPU seconds."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print
+def _compile(settings, name):
+    """Compile a side; return its output."""
     host_allocator.keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    side = {"dit": _dits, "decoder": _decoders}[args.model](args)[args.side]()
-    np.save(args.output, side.forward())
+    torch.set_num_threads(harness.num_cores())
+    side = _side(settings, name)
+    output = side.forward()
     side.backward()
-    print("ready", file=answers, flush=True)
-    for kind in sys.stdin:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        getattr(side, kind.strip())()
-        took = time.perf_counter() - began, time.process_time() - cpu_began
-        print(json.dumps(took), file=answers, flush=True)
+    return output
 
 
-def _alternate(kind, workers, rounds):
-    """{side: {median, min, cpu}} seconds of calls in turn, after one of each; and how many times as fast ours is.
+def _time(settings, name, kind):
+    """Return the Seconds of 'forward' or 'backward'."""
+    return harness.timed(getattr(_side(settings, name), kind))[1]
 
-    `cpu`: median of what all threads worked, which other programs on the machine disturb less.
+
+@functools.cache  # the process of a side keeps it
+def _side(settings, name):
+    sides = {"dit": _dit_sides, "decoder": _decoder_sides}[settings.model](settings)
+    return sides[name]()
+
+
+def _alternate(kind, processes, settings, rounds):
+    """Time the sides in turn, after one untimed call of each.
+
+    Returns {side: {'median', 'min', 'cpu'}} in seconds (`cpu`: median over all threads), and `times_as_fast`.
     """
-    seconds, worked = ({name: [] for name in workers} for _ in range(2))
-    for n in range(rounds + 1):
-        for name, worker in workers.items():
-            print(kind, file=worker.stdin, flush=True)
-            took, cpu = json.loads(worker.stdout.readline())
-            if n:
+    seconds = {name: [] for name in processes}
+    for number in range(rounds + 1):
+        for name, process in processes.items():
+            took = process.submit(_time, settings, name, kind).result()
+            if number:
                 seconds[name].append(took)
-                worked[name].append(cpu)
-    found = {
-        name: {"median": statistics.median(of), "min": min(of), "cpu": statistics.median(worked[name])}
-        for name, of in seconds.items()
-    }
-    for name, of in found.items():
-        print(
-            f"{kind:9} {name:12} median {of['median']:.3f} s, fastest {of['min']:.3f} s, CPU {of['cpu']:.3f} s",
-            flush=True,
-        )
+    found = {}
+    for name, of in seconds.items():
+        wall, cpu = zip(*of, strict=True)
+        found[name] = {"median": statistics.median(wall), "min": min(wall), "cpu": statistics.median(cpu)}
+        times = "median {median:.3f} s, fastest {min:.3f} s, CPU {cpu:.3f} s".format(**found[name])
+        print(f"{kind:9} {name:12} {times}", flush=True)
     ours = found["rae_jax"]["median"]
     return {**found, "times_as_fast": {n: of["median"] / ours for n, of in found.items() if n != "rae_jax"}}
 
 
 def _differences(outputs):
-    """{side: largest difference of its output to ours, relative to the largest of ours}."""
+    """Return {side: largest difference to our output, divided by our largest value}."""
     ours = outputs.pop("rae_jax")
     return {name: float(np.abs(found - ours).max() / np.abs(ours).max()) for name, found in outputs.items()}
 
 
-def _config(args):
+def _config(settings):
     config = dit_b.get_config()
-    config.unroll, config.remat = True, "none"  # as for any CPU; PyTorch recomputes nothing either
-    config.dit.update(dit_b.DITS[args.size or "s"])
-    config.decoder.update(dit_b.DECODERS[(args.size or "b") if args.model == "decoder" else "b"])
+    config.unroll, config.remat = True, "none"  # PyTorch recomputes nothing either
+    config.dit.update(dit_b.DITS[settings.size or "s"])
+    config.decoder.update(dit_b.DECODERS[(settings.size or "b") if settings.model == "decoder" else "b"])
     config.encoder.update(encoders.dinov2("base"))
     return config
 
 
 def _weights(config, part):
-    """Random everywhere, that nothing is hidden behind zeros; norms and the like around one."""
+    """Return random weights without zeros, which would hide faults; scales and frequencies are around one."""
     random = np.random.default_rng(0)
 
     def draw(path, leaf):
         one = 1.0 if path[-1].key in ("scale", "frequencies") else 0.0
         return np.float32(one + 0.02 * random.standard_normal(leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(draw, stages.part_shapes(config, part))
+    return jax.tree_util.tree_map_with_path(draw, part_weights.shapes(config, part))
 
 
-def _ours(function, params, inputs):
-    """`function(params, *inputs)` compiled; the loss is the mean square."""
+def _jax_side(function, params, inputs):
+    """Return the side of `function(params, *inputs)`; the loss is the mean square of the output."""
     params = jax.device_put(params)
     forward = jax.jit(function)
     backward = jax.jit(jax.value_and_grad(lambda params, *inputs: jnp.square(function(params, *inputs)).mean()))
@@ -163,13 +149,13 @@ def _ours(function, params, inputs):
 
 
 def _loaded(module, tensors):
-    """The module with these arrays as its weights; of what they lack it keeps its own."""
+    """Load {name: array} into the module, which keeps its other weights."""
     module.load_state_dict({**module.state_dict(), **{name: torch.tensor(array) for name, array in tensors.items()}})
     return module.eval()
 
 
-def _theirs(module, inputs, output):
-    """A torch module; `output` brings what it returns into our shape."""
+def _torch_side(module, inputs, output):
+    """Return the side of a torch module; `output` converts its result to our layout."""
 
     def forward():
         with torch.inference_mode():
@@ -183,15 +169,18 @@ def _theirs(module, inputs, output):
     return Side(forward, backward)
 
 
-def _dits(args):
-    """{side: function that makes it}."""
-    config = _config(args)
+def _dit_sides(settings):
+    """Return {side: function that makes it}."""
+    config = _config(settings)
     params = _weights(config, "dit")
     random = np.random.default_rng(1)
-    x = random.standard_normal((args.batch, *latent_shape(config)), np.float32)
-    t, labels = np.linspace(0.1, 0.9, args.batch, dtype=np.float32), np.arange(args.batch) % config.data.num_classes
+    x = random.standard_normal((settings.batch, *latent_shape(config)), np.float32)
+    t = np.linspace(0.1, 0.9, settings.batch, dtype=np.float32)
+    labels = np.arange(settings.batch) % config.data.num_classes
     model = models.dit(config)
-    sides = {"rae_jax": lambda: _ours(lambda p, *inputs: model.apply({"params": p}, *inputs), params, (x, t, labels))}
+    sides = {
+        "rae_jax": lambda: _jax_side(lambda p, *inputs: model.apply({"params": p}, *inputs), params, (x, t, labels))
+    }
     inputs = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(t), torch.from_numpy(labels)
     tensors = published_weights.tensors_of(config, "dit", params)
     c, (grid, _, channels) = config.dit, latent_shape(config)
@@ -200,27 +189,27 @@ def _dits(args):
     sizes = {"channels": channels, "grid": grid, "num_classes": config.data.num_classes}
 
     def authors():
-        sys.path.insert(0, str(Path(args.authors) / "src"))
+        sys.path.insert(0, str(Path(settings.authors) / "src"))
         from stage2.models.DDT import DiTwDDTHead
 
-        their_sizes = {"input_size": grid, "in_channels": channels, "num_classes": config.data.num_classes}
-        return DiTwDDTHead(**their_sizes, hidden_size=widths, depth=depths, num_heads=list(heads))
+        authors_sizes = {"input_size": grid, "in_channels": channels, "num_classes": config.data.num_classes}
+        return DiTwDDTHead(**authors_sizes, hidden_size=widths, depth=depths, num_heads=list(heads))
 
     for name, module in {"torch": lambda: DiTDH(trunk=trunk, head=head, **sizes), "authors": authors}.items():
-        sides[name] = functools.partial(_their_dit, module, tensors, inputs)
+        sides[name] = functools.partial(_torch_dit, module, tensors, inputs)
     return sides
 
 
-def _their_dit(module, tensors, inputs):
-    return _theirs(_loaded(module(), tensors), inputs, lambda v: v.permute(0, 2, 3, 1))
+def _torch_dit(module, tensors, inputs):
+    return _torch_side(_loaded(module(), tensors), inputs, lambda v: v.permute(0, 2, 3, 1))
 
 
-def _decoders(args):
+def _decoder_sides(settings):
     from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 
-    config = _config(args)
+    config = _config(settings)
     params, d = _weights(config, "decoder"), config.decoder
-    latents = np.random.default_rng(1).standard_normal((args.batch, *latent_shape(config)), np.float32)
+    latents = np.random.default_rng(1).standard_normal((settings.batch, *latent_shape(config)), np.float32)
     decoder = models.autoencoder(config).decoder
     module = functools.partial(
         RAEDecoder,
@@ -236,13 +225,13 @@ def _decoders(args):
     tokens = torch.from_numpy(latents).flatten(1, 2)
     side, p = latents.shape[1], d.patch_size
 
-    def image(found):
-        patches = found.logits.unflatten(-1, (p, p, 3)).unflatten(1, (side, side))
+    def image(output):
+        patches = output.logits.unflatten(-1, (p, p, 3)).unflatten(1, (side, side))
         return patches.permute(0, 1, 3, 2, 4, 5).reshape(-1, side * p, side * p, 3)
 
     return {
-        "rae_jax": lambda: _ours(lambda p, x: decoder.apply({"params": p}, x), params, (latents,)),
-        "diffusers": lambda: _theirs(_loaded(module(), tensors), (tokens,), image),
+        "rae_jax": lambda: _jax_side(lambda p, x: decoder.apply({"params": p}, x), params, (latents,)),
+        "diffusers": lambda: _torch_side(_loaded(module(), tensors), (tokens,), image),
     }
 
 
