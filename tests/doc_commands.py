@@ -1,5 +1,6 @@
 """Commands of the pages: bash itself reads them from their blocks, and each runs up to the point where work begins."""
 
+import argparse
 import importlib
 import json
 import os
@@ -83,7 +84,13 @@ def _begin(module):
             checks.check(given, sharding.make_mesh(given.mesh))
         os._exit(0)
 
-    app.run = stop
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser):
+        parse_args(parser)
+        os._exit(0)
+
+    app.run, argparse.ArgumentParser.parse_args = stop, parse_and_stop
     try:
         runpy.run_module(module, run_name="__main__")
     except BaseException as error:

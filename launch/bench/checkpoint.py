@@ -3,8 +3,8 @@
     python -m launch.bench.checkpoint [--megabytes=500] [--saves=3] [--folder=FOLDER]
 
 The stall is the time in `save`, plus the delay of the next step, which must not overwrite the state before it is
-copied. On CPU, steps and the write share the cores: the slowdown of steps during the write is printed, but is not part of the
-stall. Prints a line for each save; the last line printed is one JSON object.
+copied. On CPU, steps and the write share the cores: the slowdown of steps during the write is printed, but does not
+count as stall. Prints a line for each save; the last line printed is one JSON object.
 """
 
 import os
