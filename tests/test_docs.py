@@ -130,6 +130,13 @@ def test_links_lead_somewhere_and_the_index_has_every_page():
     assert all((ROOT / "tests" / test).exists() for test in ELSEWHERE.values())
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/from_pytorch.md"])  # which names their files
+def test_files_that_a_page_names_exist(page):
+    named = set(re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|sh|yaml|toml|ipynb))`", (ROOT / page).read_text()))
+    places = [ROOT, *(ROOT / folder for folder in ("rae_jax", "configs", "tests", "launch/bench"))]
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
+
+
 def test_the_readme_is_read_in_three_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
