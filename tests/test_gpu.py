@@ -11,17 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from rae_jax.models import dense
+from rae_jax.models import mesh_matmul
 
 
 def test_products_of_odd_sizes_are_products():
     """As GPUs run them, filled up with zeros to whole loads."""
     x, kernel, dy = jax.random.normal(jax.random.key(0), (2, 5, 13)), *jax.random.normal(jax.random.key(1), (2, 13, 21))
     dy = np.stack([dy[:5], dy[5:10]])
-    np.testing.assert_allclose(dense._times_aligned(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mesh_matmul._times_aligned(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
     outer = np.einsum("bnd,bnf->df", x, dy)
-    np.testing.assert_allclose(dense._outer_aligned(x, dy), outer, rtol=1e-5, atol=1e-5)
-    assert dense._aligned(x).shape == (2, 5, 16) and dense._aligned(kernel, -2).shape == (16, 21)
+    np.testing.assert_allclose(mesh_matmul._outer_aligned(x, dy), outer, rtol=1e-5, atol=1e-5)
+    assert mesh_matmul._aligned(x).shape == (2, 5, 16) and mesh_matmul._aligned(kernel, -2).shape == (16, 21)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU")

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from rae_jax.models.dense import PRODUCT
+from rae_jax.models.derivatives import with_backward
 from rae_jax.runtime import sharding
 
 LANES = 128  # of a TPU: the flash kernel's blocks are multiples
@@ -33,26 +34,25 @@ def xla(q, k, v):
     return jax.lax.platform_dependent(q, k, v, cpu=heads_first, default=jax.nn.dot_product_attention)
 
 
-@jax.custom_vjp
 def recomputed(q, k, v):
-    """The same with a backward pass that keeps no N x N weights: it computes them once more, and nothing else.
+    """`xla` with a backward pass that keeps no N x N weights: it computes the weights once more, and nothing else.
 
-    Left to itself, XLA makes what was not kept anew in each product that needs it: in a head of DiT^DH-XL ten times.
+    Without it XLA computes what was not kept again for each product: in a head of DiT^DH-XL ten times.
     """
-    return xla(q, k, v)
+    return with_backward(xla, _recomputed_forward, _recomputed_backward, xla)(q, k, v)
 
 
-def _forward(q, k, v):
+def _recomputed_forward(q, k, v):
     logits = _logits(_heads(q), _heads(k))
     norm = jax.nn.logsumexp(logits, -1, keepdims=True)
     weights = jnp.exp(logits - norm).astype(v.dtype)
     x = _heads(jnp.einsum("bhqs,bhsk->bhqk", weights, _heads(v)))
     x, norm = (checkpoint_name(a, PRODUCT) for a in (x, norm))
-    return x, (q, k, v, x, norm)
+    return x, (x, norm)
 
 
-def _backward(kept, dx):
-    *inputs, x, norm = kept
+def _recomputed_backward(inputs, residuals, dx):
+    x, norm = residuals
     q, k, v, x, dx = (_heads(a) for a in (*inputs, x, dx))
     # The barrier: computed once, for both products that need them.
     weights = jax.lax.optimization_barrier(jnp.exp(_logits(q, k) - norm).astype(v.dtype))
@@ -65,9 +65,6 @@ def _backward(kept, dx):
     return tuple(_heads(a) for a in (dq, dk, dv))
 
 
-recomputed.defvjp(_forward, _backward)
-
-
 def _heads(x):
     """[B, N, H, K] -> [B, H, N, K], and back."""
     return x.transpose(0, 2, 1, 3)
@@ -77,17 +74,22 @@ def _logits(q, k):
     return jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
+def _kernel(function, differentiable):
+    """A kernel's attention, with the kernel's own gradients, which `differentiable` has, and `xla`'s derivatives."""
+    forward = functools.partial(jax.vjp, differentiable)
+    return with_backward(function, forward, lambda _, pullback, dx: pullback(dx), xla)
+
+
 _by_cudnn = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
-@jax.custom_vjp
 def cudnn(q, k, v):
-    """By cuDNN's flash attention: NVIDIA GPUs from Hopper on, bfloat16, K a multiple of 8."""
-    return _by_cudnn(q, k, v)
+    """Attention by cuDNN: NVIDIA GPUs from Hopper on, bfloat16, K a multiple of 8."""
+    return _kernel(_by_cudnn, _cudnn_even)(q, k, v)
 
 
 def _cudnn_even(q, k, v):
-    """The same for what has gradients: JAX takes even numbers of tokens there, so one more is masked out."""
+    """The same with gradients, which JAX has for even numbers of tokens only: a masked token makes odd numbers even."""
     length = q.shape[1]
     if length % 2 == 0:
         return _by_cudnn(q, k, v)
@@ -96,15 +98,17 @@ def _cudnn_even(q, k, v):
     return _by_cudnn(q, k, v, **lengths)[:, :length]
 
 
-cudnn.defvjp(functools.partial(jax.vjp, _cudnn_even), lambda pullback, dx: pullback(dx))
-
-
 def flash(q, k, v, *, interpret=False):
-    """By JAX's splash kernel for TPU, which pays for sequences of a thousand tokens and more.
+    """Attention by JAX's splash kernel for TPU, which is faster for sequences of a thousand tokens and more.
 
     Inside sharding.jit each device runs it on its part of the batch and, where the mesh divides them, of the heads.
-    `interpret`: step by step on any platform, for tests.
+    `interpret` runs the kernel step by step on any platform, for tests.
     """
+    function = functools.partial(_flash_on_mesh, interpret=interpret)
+    return _kernel(function, function)(q, k, v)
+
+
+def _flash_on_mesh(q, k, v, *, interpret):
     mesh = jax.sharding.get_abstract_mesh()
     kernel = functools.partial(_flash, interpret=interpret)
     if mesh.empty or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.runtime import sharding
+from rae_jax.models.mesh_matmul import gathered
 
 KERNEL = 9
 SPECTRAL_EPS = 1e-12
@@ -29,7 +29,7 @@ class SpectralConv(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
         weight = self.param("kernel", uniform, (self.kernel, channels, self.features))
-        weight = sharding.gathered(weight, "kernel")
+        weight = gathered(weight, "kernel")
         bias = self.param("bias", uniform, (self.features,))
         weight = weight / self._largest_singular_value(weight)
         # As one matrix product over shifted copies: XLA's own convolution is many times slower on CPU.

@@ -124,9 +124,7 @@ def gathered(kernel, name):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
-    return _gathered(
-        kernel, _spec(name, kernel.shape, mesh.shape), _spec(name, kernel.shape, {**mesh.shape, "fsdp": 1})
-    )
+    return _gathered(kernel, spec(name, kernel.shape, mesh.shape), spec(name, kernel.shape, {**mesh.shape, "fsdp": 1}))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -182,7 +180,7 @@ def shardings(shapes, mesh):
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _spec(name, leaf.shape, mesh.shape))
+        return NamedSharding(mesh, spec(name, leaf.shape, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
@@ -220,7 +218,7 @@ def place(name, shape, sizes):
     return (fitting[0] if fitting and ways > 1 else None), tensor
 
 
-def _spec(name, shape, sizes):
+def spec(name, shape, sizes):
     """How a leaf is kept. Columns of several parts are kept by rows: each part has its own columns split in use."""
     fsdp, tensor = place(name, shape, sizes)
     by = {-2: [], -1: []}

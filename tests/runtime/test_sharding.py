@@ -10,10 +10,10 @@ from conftest import tiny, uncached
 from jax.sharding import PartitionSpec as P
 
 from configs import dit_xl
-from rae_jax.build import stages
+from rae_jax.build import part_weights
 from rae_jax.config import checks
 from rae_jax.errors import UserError
-from rae_jax.models import dense
+from rae_jax.models import mesh_matmul
 from rae_jax.runtime import sharding
 
 
@@ -27,7 +27,7 @@ def _slices(platform, count, each):
 
 
 def _specs(config, mesh, stage="dit"):
-    shapes = stages.part_shapes(config, stage)
+    shapes = part_weights.shapes(config, stage)
     leaves = jax.tree.leaves_with_path(sharding.shardings(shapes, mesh))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): placed.spec for path, placed in leaves}
 
@@ -57,13 +57,13 @@ def test_every_large_kernel_of_the_full_size_model_is_split():
     config = dit_xl.get_config()
     for sizes in ({"data": 4, "fsdp": 64, "tensor": 1}, {"data": 2, "fsdp": 128, "tensor": 1}):
         mesh = types.SimpleNamespace(shape=sizes)
-        shapes = jax.tree.leaves_with_path(stages.part_shapes(config, "dit"))
+        shapes = jax.tree.leaves_with_path(part_weights.shapes(config, "dit"))
         for path, leaf in shapes:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            split = "fsdp" in str(sharding._spec(name, leaf.shape, mesh.shape))
+            split = "fsdp" in str(sharding.spec(name, leaf.shape, mesh.shape))
             assert split or leaf.size < 2**19, (name, leaf.shape)
     with pytest.raises(UserError, match=r"config.mesh.fsdp=256 divides no axis of .* take 128, and config.mesh.data"):
-        sharding._spec("blocks/attention/qkv/kernel", (28, 1152, 3456), {"data": 1, "fsdp": 256, "tensor": 1})
+        sharding.spec("blocks/attention/qkv/kernel", (28, 1152, 3456), {"data": 1, "fsdp": 256, "tensor": 1})
 
 
 def test_pairs_of_products_are_split_as_in_megatron():
@@ -124,7 +124,7 @@ def test_a_product_and_its_gradients_are_the_same_on_a_mesh(sizes, name, shape, 
     kernel = rng.normal(size=shape).astype(np.float32)
 
     def product(x, kernel):
-        return jnp.concatenate(dense._parts(*dense.product(x, kernel, name, parts), parts), -1)
+        return jnp.concatenate(mesh_matmul.split_parts(*mesh_matmul.product(x, kernel, name, parts), parts), -1)
 
     def run(x, kernel, dy):
         y, pullback = jax.vjp(product, x, kernel)
