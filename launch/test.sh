@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# The tests, on CPU: bash launch/test.sh [pytest arguments], for instance `-k sampling`; or `-m "slow and not by_hand"`: those
-# that take longer, as .ci/run does; or `-m by_hand -n 0`: those that take minutes and much memory, one after the other.
-# Makes .venv and installs on the first run.
+# Run the tests on CPU: bash launch/test.sh [pytest arguments]
+#     bash launch/test.sh                          the default tests
+#     bash launch/test.sh tests/data -k order      some of them
+#     bash launch/test.sh -m "slow and not by_hand"    the slow tests of .ci/run
+#     bash launch/test.sh -m by_hand -n 0          tests of many minutes or much memory, one after the other
+# The first run makes .venv and installs.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax.build import models, part_weights, saved_config, stages
+from rae_jax.build import models, part_weights, saved_config
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -26,7 +26,7 @@ from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import config_files, sharding
 from rae_jax.weights import hub
 
-Source = str | os.PathLike | ConfigDict
+Source: TypeAlias = str | os.PathLike[str] | ConfigDict
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
@@ -71,7 +71,7 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
     weaker = config.guidance.method == "autoguidance"
-    guide = stages.load_guide(config, _mesh(mesh)) if weaker else None
+    guide = part_weights.load(config, "guide", "", _mesh(mesh)) if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
 
 
@@ -130,7 +130,7 @@ def sample(
     return _sample(rae, dit, guide, labels, seed, guidance_scale, num_steps=num_steps)
 
 
-def _check_guide(dit, guide):
+def _check_guide(dit: DiT, guide: DiT) -> None:
     """Raise UserError if the guide's inputs or outputs differ from the DiT's."""
     ours, theirs = (
         {
@@ -146,18 +146,27 @@ def _check_guide(dit, guide):
 
 
 @jax.jit
-def _encode(rae, images):
+def _encode(rae: RAE, images: jax.Array) -> jax.Array:
     images = to_float(images) if images.dtype == jnp.uint8 else images
     return models.autoencoder(rae.config).encode(rae.params["encoder"], images)
 
 
 @jax.jit
-def _decode(rae, latents):
+def _decode(rae: RAE, latents: jax.Array) -> jax.Array:
     return jnp.clip(models.autoencoder(rae.config).decode(rae.params["decoder"], latents), 0.0, 1.0)
 
 
 @functools.partial(jax.jit, static_argnames="num_steps")
-def _sample(rae, dit, guide, labels, seed, scale, *, num_steps):
+def _sample(
+    rae: RAE,
+    dit: DiT,
+    guide: DiT | None,
+    labels: jax.Array,
+    seed: ArrayLike,
+    scale: ArrayLike | None,
+    *,
+    num_steps: int | None,
+) -> jax.Array:
     config = ConfigDict(dit.config.to_dict())
     if num_steps is not None:
         config.sampler.num_steps = num_steps
@@ -173,7 +182,7 @@ def _sample(rae, dit, guide, labels, seed, scale, *, num_steps):
     return _decode(rae, latents)
 
 
-def _open(source, parts, dtype):
+def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[ConfigDict, epath.Path | str]:
     """Return (config, workdir or '') of a source."""
     config, workdir = _find(source, parts)
     if dtype is not None:
@@ -191,7 +200,7 @@ def _open(source, parts, dtype):
     return config, workdir
 
 
-def _find(source, parts):
+def _find(source: Source, parts: Sequence[str]) -> tuple[ConfigDict, epath.Path | str]:
     """Return (config, folder or '') of a source."""
     if isinstance(source, ConfigDict):
         return ConfigDict(source.to_dict()), ""
@@ -211,11 +220,11 @@ def _find(source, parts):
     return saved_config.read(folder), folder
 
 
-def _files(parts):
+def _files(parts: Sequence[str]) -> tuple[str, ...]:
     return saved_config.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
 
 
-def _take_weights_from(config, parts, folder):
+def _take_weights_from(config: ConfigDict, parts: Sequence[str], folder: epath.Path | str) -> None:
     """Set the config's weights to the folder for each part that it holds; diffusers' folders hold all parts."""
     whole = (epath.Path(folder) / hub.DIFFUSERS).exists()
     for part in parts:
@@ -223,10 +232,12 @@ def _take_weights_from(config, parts, folder):
             config[part].weights = str(folder)
 
 
-def _load(config, workdir, parts, mesh):
+def _load(
+    config: ConfigDict, workdir: epath.Path | str, parts: Sequence[str], mesh: jax.sharding.Mesh | None
+) -> dict[str, Any]:
     return {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
 
 
-def _mesh(mesh):
+def _mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh:
     one = {"data": 1, "fsdp": 1, "tensor": 1}
     return mesh or sharding.make_mesh(one, jax.local_devices()[:1])

@@ -34,7 +34,10 @@ INTERRUPTED = 130  # after Ctrl-C and the last save; after SIGTERM the status is
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command_line.parser(_define_flags()))
+    config = _define_flags()
+    for flag in flags.FLAGS.get_flags_for_module(__name__):  # `rae-jax --help` lists the flags of the script alone
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(_run, flags_parser=command_line.parser(config))
 
 
 def _define_flags():
