@@ -1,27 +1,27 @@
-"""What the experiments share: a config over configs/small.py, sizes, and the weights that several of them use.
+"""Define what all experiments share: changes to configs/small.py, sizes, and weights that several experiments use.
 
     python -m launch.study [--only=width,noise] [--size=fast|full|large]
 
-An experiment is a file beside this one, whose get_config() returns plain data:
+An experiment is a file in this folder, whose get_config() returns plain data:
 
-    title, claim     what the paper says, in words
-    paper            [(what, number)] of the paper
-    config           {key: value} over RUN, for all of its runs
-    foundations      {name: {'config': ..., 'kind': ...}}: runs made once, with seed 0; '@name': where their weights are
-    variants         {name: {key: value}}: each a run for every seed
-    sizes            {size: {key: value}} over SIZES
-    measure          what of each run, see launch/study/measure.py
-    generators       {name: {key: value}}: the runs' weights are measured with each; by default once, as they are
-    compare          [{'says', 'metric', 'lower', 'higher'}]: in it, all variants of `lower` are below all of `higher`
-    columns          metrics of the table
+    title, claim     the paper's claim, in words
+    paper            [(description, number)] from the paper
+    config           {key: value} that changes RUN for all runs of the experiment
+    foundations      {name: {'config': ..., 'kind': ...}}: runs made once, with seed 0; '@name' stands for their weights
+    variants         {name: {key: value}}: one run for each variant and seed
+    sizes            {size: {key: value}} that changes SIZES
+    measure          measurements of each run, see launch/study/measure.py
+    generators       {name: {key: value}}: measure the run's weights with each of these changes; default: unchanged
+    compare          [{'says', 'metric', 'lower', 'higher'}]: the claim is that all of `lower` are below all of `higher`
+    columns          metrics in the table
     plots            [{'y', 'x', 'series', ...}], see launch/study/plots.py
-    note             what has to be known to read the numbers
+    note             how to read the numbers
 
-Keys are those of configs/small.py, without `config.`. What is later in that order wins: RUN, config, SIZES, sizes,
-variant.
+Keys are those of configs/small.py without `config.`. Later entries override earlier ones, in this order: RUN, config,
+SIZES, sizes, variant.
 """
 
-# Short runs of the small job. `@main`: the encoder, judge, decoder, statistics and DiT that all is built on.
+# Short runs of the small job. `@main`: the weights of the main foundation.
 RUN = {
     **{f"{part}.weights": "@main" for part in ("encoder", "judge", "decoder", "statistics", "dit")},
     "stages": (),
@@ -34,7 +34,7 @@ RUN = {
     "decoder.train.warmup_steps": 50,
     "decoder.train.ema_decay": 0.98,
     "decoder.train.adversarial_weight": 0.0,
-    "discriminator.layers": (1,),  # of the shallowest encoder, too
+    "discriminator.layers": (1,),  # exists in the shallowest encoder too
     "dit.width": 64,
     "dit.num_heads": 2,
     "dit.train.num_steps": 500,
@@ -70,9 +70,9 @@ SIZES = {
         "evaluate.num_images": 32,
         "evaluate.batch_size": 32,
     },
-    # Minutes on a CPU core; what docs/study.md shows.
+    # Minutes on a CPU core: the size of docs/study.md.
     "full": {},
-    # Hours on a GPU; not tried yet.
+    # Hours on a GPU; never tried.
     "large": {
         "unroll": True,
         "checkpoint.every": 2_000,
@@ -90,11 +90,12 @@ SIZES = {
     },
 }
 
-# A decoder from nothing: Muon gets it past the mean colour of each patch within 100 steps, AdamW within 500.
+# A decoder trained from scratch. With Muon it learns more than the mean colour of each patch within 100 steps, with
+# AdamW within 500.
 DECODER = {"decoder.train.num_steps": 400, "decoder.train.optimizer": "muon", "decoder.train.learning_rate": 5e-3}
 
 FOUNDATIONS = {
-    # On shapes these are the weights that ship with the package; on other data they are made first.
+    # On shapes these are the weights in the package; on other data they are trained first.
     "main": {
         "config": {
             "stages": ("encoder", "judge", "decoder", "statistics", "dit"),
@@ -108,16 +109,16 @@ FOUNDATIONS = {
             "dit.train.ema_decay": 0.998,
         },
     },
-    # A DiT that has been trained for a short time only: its latents are off, its guidance is bad.
+    # A DiT after short training: its latents are inaccurate, and it is the weak model of AutoGuidance.
     "weak": {"config": {"stages": ("dit",), "dit.width": 96, "dit.num_heads": 3, "dit.train.num_steps": 300}},
     # Sixteen copies of one image.
     "image": {"kind": "image", "config": {}},
 }
 
-# The sizes of the main DiT, for those who only sample from it.
+# The sizes of the main DiT, for experiments that only sample from it.
 MAIN_DIT = {"dit.width": 96, "dit.num_heads": 3}
 
 
 def kept_every(steps):
-    """Checkpoints that are all measured."""
+    """Return keys that keep a checkpoint every `steps` steps, to measure all of them."""
     return {"checkpoint.every": steps, "checkpoint.keep_every": steps}

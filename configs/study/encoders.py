@@ -1,8 +1,8 @@
-"""What the encoder has learned, and which of its layers are taken.
+"""Compare a trained encoder with a random one, and its last layer with the mean of several.
 
     python -m launch.study --only=encoders
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -13,16 +13,15 @@ _LAYERS = {"encoder.layers": (1, 3, 5)}
 def get_config():
     return {
         "title": "Encoders: trained or random, last layer or several",
-        "claim": "A pretrained encoder's latents are what makes generation good; averaging several layers keeps more "
-        "detail.",
+        "claim": "Generation is good because the encoder is pretrained; the mean of several layers keeps more detail.",
         "paper": [
             ("rFID: MAE-B / DINOv2-B / SigLIP2-B", "0.16 / 0.49 / 0.53"),
-            ("linear probe of those", "68.0 / 84.5 / 79.1 %"),
+            ("linear probe of these encoders", "68.0 / 84.5 / 79.1 %"),
             ("follow-up (2605.18324), DINOv3-L: last layer, rFID and PSNR", "0.60, 18.9"),
             ("mean of seven layers", "0.29, 22.6"),
         ],
         "foundations": {
-            # One step, at the rate with which a warm-up begins, 0: the weights are those of the initialisation.
+            # One step at the start of the warm-up, with a rate of 0: the weights stay those of the initialisation.
             "random_encoder": {
                 "config": {
                     "stages": ("encoder", "statistics"),
@@ -75,6 +74,6 @@ def get_config():
         ],
         "columns": ["fd", "agreement", "psnr", "rfd", "probe_pooled", "probe_whole"],
         "plots": [{"y": "fd"}, {"y": "psnr"}, {"y": "probe_pooled"}],
-        "note": "Decoder and DiT are trained anew for each encoder and seed. fd and rfd are in the space of the "
-        "trained encoder for all.",
+        "note": "Each encoder and seed has a decoder and a DiT of its own. fd and rfd use the features of the trained "
+        "encoder for all.",
     }

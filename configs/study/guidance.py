@@ -1,8 +1,8 @@
-"""No guidance, classifier-free guidance and AutoGuidance, over their scale.
+"""Compare no guidance, classifier-free guidance and AutoGuidance at several scales.
 
     python -m launch.study --only=guidance
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -14,8 +14,8 @@ def get_config():
     cfg, auto = ([f"{name} {scale}" for scale in of] for name, of in (("cfg", _CFG), ("autoguidance", _AUTO)))
     return {
         "title": "AutoGuidance, classifier-free guidance, none",
-        "claim": "Guided by a weaker model (AutoGuidance), samples are closer to the data than without guidance and "
-        "than with classifier-free guidance, which buys agreement with the label by variety.",
+        "claim": "With guidance by a weaker model (AutoGuidance), samples are closer to the data than without guidance "
+        "and than with classifier-free guidance, which gains agreement with the label and loses variety.",
         "paper": [
             ("DiT^DH-XL, 800 epochs, 256 px: no guidance, FID", "1.51"),
             ("AutoGuidance, scale 1.42", "1.13"),
@@ -73,5 +73,5 @@ def get_config():
             {"y": y, "x": "guidance.scale", "series": {"cfg": ["none", *cfg], "autoguidance": ["none", *auto]}}
             for y in ("fd", "agreement")
         ],
-        "note": "The main DiT, sampled only; the weak model is the same DiT after 300 steps. Each seed samples anew.",
+        "note": "Samples of the main DiT; the weak model is the same DiT after 300 steps. Each seed has other noise.",
     }

@@ -1,8 +1,8 @@
-"""A plain DiT, one with a wide shallow head, and a plain one of the same FLOPs.
+"""Compare a plain DiT, a DiT with a wide shallow head, and a plain DiT of the same FLOPs.
 
     python -m launch.study --only=head
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -63,5 +63,5 @@ def get_config():
             {"y": "fd", "x": "training_gflops", "by_step": True},
             {"y": "fd", "x": "step", "by_step": True},
         ],
-        "note": "All of depth 4; a token has 64 numbers, so that the plain DiT of width 64 is just wide enough.",
+        "note": "All have depth 4. A token has 64 numbers, so the plain DiT of width 64 is just wide enough.",
     }

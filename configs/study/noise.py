@@ -1,8 +1,8 @@
-"""Decoders trained with more or less noise on their latents: what it costs in reconstruction and brings in generation.
+"""Compare decoders trained with different noise on their latents, in reconstruction and in generation.
 
     python -m launch.study --only=noise
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -14,7 +14,7 @@ def get_config():
     names = [f"tau {tau}" for tau in _TAUS]
     return {
         "title": "Noise-augmented decoding",
-        "claim": "A decoder trained on noisy latents reconstructs a little worse, and draws generated latents better.",
+        "claim": "A decoder trained on noisy latents reconstructs slightly worse and decodes generated latents better.",
         "paper": [
             ("gFID of DiT-XL at 80 epochs, decoder with tau = 0", "4.81"),
             ("tau = 0.8", "4.28"),
@@ -55,7 +55,7 @@ def get_config():
             {"y": "fd", "x": "decoder.train.noise_tau", "series": {"main DiT": names}},
             {"y": "weak_fd", "x": "decoder.train.noise_tau", "series": {"weak DiT": names}},
         ],
-        "note": "One encoder; the same latents of each DiT for all decoders of a seed. rfd: of reconstructions; fd: of "
-        "the main DiT's latents; weak_fd: of a DiT trained for 300 steps. The encoder itself was trained with noise of "
-        "tau = 0.3 on its latents, which makes them easy to decode when they are a little off.",
+        "note": "One encoder; all decoders of a seed get the same generated latents. rfd: reconstructions; fd: latents "
+        "of the main DiT; weak_fd: latents of a DiT after 300 steps. The encoder itself was trained with noise of "
+        "tau = 0.3 on its latents, which makes slightly wrong latents easy to decode.",
     }

@@ -1,8 +1,8 @@
-"""One output of the trunk for several Euler steps, against fewer steps.
+"""Compare the reuse of the trunk's output in several Euler steps with fewer steps.
 
     python -m launch.study --only=reuse
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -14,8 +14,8 @@ def get_config():
     shared = [f"50 steps, trunk every {n}" for n in reuse]
     return {
         "title": "Reuse of the trunk's output",
-        "claim": "The trunk's output changes slowly on the way from noise to data: one serves for several steps, which "
-        "saves time at little loss of quality.",
+        "claim": "The trunk's output changes slowly from noise to data: its reuse in several steps saves time at "
+        "little loss of quality.",
         "paper": [("not in the paper: DDT (2504.05741) shares its encoder's output between steps", "")],
         "config": {**base.MAIN_DIT, "sampler.num_steps": 50},
         "variants": {
@@ -43,5 +43,5 @@ def get_config():
             {"y": "fd", "x": x, "series": {"fewer steps": plain, "50 steps, trunk reused": ["50 steps", *shared]}}
             for x in ("sampling_gflops", "seconds_per_image")
         ],
-        "note": "The main DiT, sampled only, without guidance. Each seed samples anew. seconds_per_image: of one core.",
+        "note": "Samples of the main DiT without guidance. Each seed has other noise. seconds_per_image: one core.",
     }

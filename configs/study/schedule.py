@@ -1,13 +1,13 @@
-"""The noise schedule shifted by the latent's dimension, or not, at three dimensions.
+"""Compare noise schedules with and without the shift by the latent's dimension, at three dimensions.
 
     python -m launch.study --only=schedule
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
 
-_DIMENSIONS = {16: 1024, 64: 4096, 256: 16384}  # of a token, of an 8x8 latent
+_DIMENSIONS = {16: 1024, 64: 4096, 256: 16384}  # {dimension of a token: dimension of an 8x8 latent}
 
 
 def _encoder(width):
@@ -38,8 +38,8 @@ def _variant(width, shift):
 def get_config():
     return {
         "title": "Noise schedule shifted by the dimension of the latent",
-        "claim": "Times shifted by sqrt(dimension / 4096), in training and sampling, give better images, the more so "
-        "the larger the latent is.",
+        "claim": "Times shifted by sqrt(dimension / 4096), in training and sampling, give better images; the gain "
+        "grows with the dimension of the latent.",
         "paper": [
             ("DiT-XL on RAE (dimension 196,608, factor 6.93), gFID at 80 epochs, without the shift", "23.08"),
             ("with the shift", "4.81"),
@@ -79,6 +79,6 @@ def get_config():
         "columns": ["fd", "agreement"],
         "plots": [{"y": "fd"}, {"y": "agreement"}],
         "note": "One encoder and decoder for each dimension (tokens of 16, 64, 256 on an 8x8 grid), by one recipe. "
-        "Compare within a dimension only. Times before the shift: logit-normal(0, 1), as the paper's. At 4,096 the "
+        "Compare within a dimension only. Times before the shift: logit-normal(0, 1), as in the paper. At 4,096 the "
         "factor is 1, and both schedules are the same.",
     }

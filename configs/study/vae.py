@@ -1,8 +1,8 @@
-"""The same DiT on the latents of a small KL autoencoder, trained on the same images, and on those of the RAE.
+"""Compare the same DiT on the latents of the RAE and of a small KL autoencoder trained on the same images.
 
     python -m launch.study --only=vae
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 from configs.study import base
@@ -24,8 +24,8 @@ def get_config():
     rae, vae = "RAE, 8x8x64", "VAE, 8x8x4"
     return {
         "title": "RAE against VAE",
-        "claim": "A DiT converges faster on a representation encoder's latents than on a VAE's, once it is wide enough "
-        "for them; what an image shows can be read from them by a linear probe.",
+        "claim": "A DiT that is wide enough converges faster on a representation encoder's latents than on a VAE's; a "
+        "linear probe reads the class of an image from them.",
         "paper": [
             ("DiT-XL on SD-VAE at 80 epochs, gFID", "7.13"),
             ("DiT-XL on RAE (shifted, noise-augmented decoder)", "4.28"),
@@ -94,6 +94,6 @@ def get_config():
             {"y": "fd", "x": "training_gflops", "by_step": True},
             {"y": "probe_whole", "bars": [f"{rae}, DiT^DH", f"{vae}, DiT^DH"]},
         ],
-        "note": "The encoder of the RAE was trained on these very images with labels, which a VAE does not see; its "
+        "note": "The encoder of the RAE was trained on these images with labels, which the VAE does not see; its "
         "latents have 16 times as many numbers. The VAE's times are not shifted, as in the paper.",
     }

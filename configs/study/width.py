@@ -1,8 +1,8 @@
-"""One image, plain DiTs of several widths: only one as wide as the tokens can learn it.
+"""Train plain DiTs of several widths on one image: only a DiT as wide as the tokens can learn it.
 
     python -m launch.study --only=width
 
-What the keys mean: base.py, beside this file.
+base.py explains the keys.
 """
 
 
@@ -14,7 +14,7 @@ def get_config():
     return {
         "title": "Width of the DiT against the dimension of a token",
         "claim": "A DiT narrower than a token (here D = 64) cannot overfit a single image, however deep it is: for a "
-        "width d < D the loss stays above (D - d) / D. From width D on it falls.",
+        "width d < D the loss stays above (D - d) / D. From width D on it decreases.",
         "paper": [
             ("DINOv2-S (D = 384): DiT-S / B / L, width 384 / 768 / 1024, final loss", "0.036 / 0.0010 / 0.00097"),
             ("DINOv2-B (D = 768)", "0.52 / 0.024 / 0.0013"),
@@ -74,7 +74,7 @@ def get_config():
                 "y": "loss",
                 "x": "width",
                 "series": {"depth 4": ["16", "32", "64", "128"], "depth 8": ["32, twice the depth"]},
-                "beside": ["bound", "eigenvalue_bound"],
+                "also": ["bound", "eigenvalue_bound"],
             }
         ],
         "note": "loss: mean of the last tenth of training. bound: (D - d) / D; eigenvalue_bound: the sum of the "

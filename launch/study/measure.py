@@ -1,14 +1,14 @@
-"""What is measured of a run: numbers by name, those of its checkpoints by step.
+"""Measure a run: metrics by name, and by step for its checkpoints.
 
-Images of all runs are seen by one encoder and one judge, the main foundation's, whatever their own encoder is.
+One encoder and one judge, those of the main foundation, evaluate the images of all runs.
 
     loss            loss: mean of the last tenth of the last stage's training
-    bounds          width, bound, eigenvalue_bound: what the theorem says of the loss on one image
+    bounds          width, bound, eigenvalue_bound: lower bounds of the loss on one image, by the paper's theorem
     reconstruction  psnr, ssim; rfd: fd of the reconstructed held-out images
-    probe           probe_pooled, probe_whole: a linear probe's accuracy on mean tokens, and on all numbers of a latent
-    generation      fd, agreement, fd_real; of every checkpoint that config.checkpoint.keep_every keeps
-    flops           forward_gflops of the DiT for one image, training_gflops by step, sampling_gflops of an image
-    speed           seconds_per_image: CPU time of sampling, without compiling
+    probe           probe_pooled, probe_whole: accuracy of a linear probe on mean tokens, and on whole latents
+    generation      fd, agreement, fd_real, for each checkpoint that config.checkpoint.keep_every keeps
+    flops           forward_gflops of the DiT for one image, training_gflops by step, sampling_gflops for one image
+    speed           seconds_per_image: CPU time of sampling, without compilation
 """
 
 import time
@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 
 from launch.study import work
-from rae_jax.build import models, sampler, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights, sampler
 from rae_jax.config import keys as config_keys
 from rae_jax.inference import batched, generate, linear_probes, metrics, reconstruct, sample_files
 from rae_jax.inference.evaluator import Evaluator
@@ -27,11 +28,11 @@ from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.profiling import jaxpr_flops
 from rae_jax.runtime import checkpoint, logs, sharding
 
-PROBE_IMAGES = 2_000  # that a probe is fitted to
+PROBE_IMAGES = 2_000  # number of images that a probe is fitted to
 
 
 def rows(job, config, mesh):
-    """[{'step', 'metric', 'value'}] of a trained run; step 0: of the run as it ended."""
+    """Return [{'step', 'metric', 'value'}] of a trained run; step 0 means the end of the run."""
     found = []
     for kind in job.measure:
         logs.say(f"{job.name}: measuring {kind}")
@@ -53,11 +54,13 @@ def _loss(config, workdir, mesh, job):
 
 
 def _bounds(config, workdir, mesh, job):
-    """On the first training image. Source: paper, theorem 1; the final layer's output has as many dimensions as the DiT
-    has channels, so that of Cov(noise - x) over tokens the eigenvalues beyond cannot be said."""
-    image = to_float(models.source(config, "train")[0]["image"][None])
-    latents = models.autoencoder(config).encode(stages.load(config, "encoder", workdir, mesh), image)
-    tokens = normalise(latents, stages.load(config, "statistics", workdir, mesh))
+    """Compute lower bounds of the loss on the first training image, by theorem 1 of the paper.
+
+    The output of a DiT of width d has d dimensions, which cannot represent the smaller eigenvalues of Cov(noise - x).
+    """
+    image = to_float(build_data.source(config, "train")[0]["image"][None])
+    latents = models.autoencoder(config).encode(part_weights.load(config, "encoder", workdir, mesh), image)
+    tokens = normalise(latents, part_weights.load(config, "statistics", workdir, mesh))
     tokens = np.asarray(tokens, np.float64).reshape(-1, tokens.shape[-1])
     dim, width = tokens.shape[-1], config.dit.width
     eigenvalues = np.linalg.eigvalsh(np.cov(tokens.T, bias=True) + np.eye(dim))[::-1]
@@ -67,43 +70,49 @@ def _bounds(config, workdir, mesh, job):
 
 
 def _reconstruction(config, workdir, mesh, job):
-    parts = {part: stages.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
-    redraw = reconstruct.make(config)
+    parts = {part: part_weights.load(config, part, workdir, mesh) for part in ("encoder", "decoder")}
+    reconstruct_images = reconstruct.make(config)
 
     def view(parts, batch):
-        _, redrawn = redraw(parts, batch["image"])
-        return {"label": batch["label"], **redrawn}
+        _, outputs = reconstruct_images(parts, batch["image"])
+        return {"label": batch["label"], **outputs}
 
-    source = models.source(config, "heldout")
-    reading = {"batch_size": config.evaluate.batch_size, "num_threads": config.data.num_threads, "name": "look"}
-    found = list(batched.look(batched.compiled(view, mesh), parts, batched.batches(source, mesh, **reading)))
+    source = build_data.source(config, "heldout")
+    reading = {
+        "batch_size": config.evaluate.batch_size,
+        "num_threads": config.data.num_threads,
+        "name": "reconstruction",
+    }
+    found = list(batched.outputs(batched.compiled(view, mesh), parts, batched.batches(source, mesh, **reading)))
     found = {key: np.concatenate([out[key] for out in found]) for key in found[0]}
     yield from ((0, name, float(found[name].mean())) for name in ("psnr", "ssim"))
-    seen = _judged(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
-    yield 0, "rfd", seen["fd"]
+    judged = _judged(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
+    yield 0, "rfd", judged["fd"]
 
 
 def _judged(job, mesh, path, images, labels):
-    """{metric: number} of images [N, H, W, 3], which are left at `path`."""
+    """Write images [N, H, W, 3] to `path`; return {metric: number} of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         np.savez(file, arr_0=images, arr_1=labels)
     config = work.configured(job.judge).lock()
-    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "judge")}
+    parts = {name: part_weights.load(config, name, "", mesh) for name in ("encoder", "judge")}
     return Evaluator(config, mesh).images(parts, path)
 
 
 def _probe(config, workdir, mesh, job):
-    encode, params = models.autoencoder(config).encode, stages.load(config, "encoder", workdir, mesh)
+    encode, params = models.autoencoder(config).encode, part_weights.load(config, "encoder", workdir, mesh)
     view = batched.compiled(
         lambda params, batch: {"latent": encode(params, to_float(batch["image"])), "label": batch["label"]}, mesh
     )
     sets = []
     for split in ("train", "heldout"):
-        source = models.source(config, split)
+        source = build_data.source(config, split)
         chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
         reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
-        found = list(batched.look(view, params, batched.batches(linear_probes.Chosen(source, chosen), mesh, **reading)))
+        found = list(
+            batched.outputs(view, params, batched.batches(linear_probes.Chosen(source, chosen), mesh, **reading))
+        )
         sets.append([np.concatenate([out[key] for out in found]) for key in ("latent", "label")])
     for name, features in (("pooled", lambda z: z.mean((1, 2))), ("whole", lambda z: z.reshape(len(z), -1))):
         (train, train_labels), (test, test_labels) = ((features(latents), labels) for latents, labels in sets)
@@ -112,7 +121,7 @@ def _probe(config, workdir, mesh, job):
 
 
 def _generation(config, workdir, mesh, job):
-    """Images, as many of each class, of the last checkpoint and of those that are kept besides."""
+    """Evaluate images with equally many of each class, from the last checkpoint and from all kept ones."""
     every = config.checkpoint.keep_every if "dit" in config.stages else 0
     kept = [step for step in checkpoint.steps(workdir / "checkpoints" / "dit") if step % every == 0] if every else []
     last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
@@ -133,10 +142,7 @@ def _generation(config, workdir, mesh, job):
 
 def _generator(config, workdir, mesh, step=None):
     last = {"step": step} if config.stages and config.stages[-1] == "dit" else {}
-    parts = {part: stages.load(config, part, workdir, mesh, **last) for part in ("decoder", "statistics", "dit")}
-    if config.guidance.method == "autoguidance":
-        parts["guide"] = stages.load_guide(config, mesh)
-    return parts
+    return part_weights.load_all(config, part_weights.of_sampling(config), workdir, mesh, **last)
 
 
 def _flops(config, workdir, mesh, job):
@@ -145,9 +151,9 @@ def _flops(config, workdir, mesh, job):
     if "dit" in config.stages:
         train, every = config.dit.train, config.checkpoint.keep_every
         steps = range(every, train.num_steps + 1, every) if every else ()
-        for step in (*steps, 0):  # a backward pass takes two forward ones
+        for step in (*steps, 0):  # a backward pass costs as much as two forward passes
             yield step, "training_gflops", 3 * (trunk + rest) * train.batch_size * (step or train.num_steps) / 1e9
-    refreshed = sampler.refreshed(config, generate.times(config)).sum()
+    refreshed = sampler.refreshed(config).sum()
     per_image = trunk * refreshed + rest * config.sampler.num_steps
     match config.guidance.method:
         case "cfg":
@@ -159,7 +165,7 @@ def _flops(config, workdir, mesh, job):
 
 
 def _forward_flops(config, sizes):
-    """(of the trunk, of the rest) for one image; a plain DiT has no trunk of its own."""
+    """Return (FLOPs of the trunk, FLOPs of the rest) for one image; a plain DiT has no separate trunk."""
     module = models.dit(config, sizes)
     x = jax.ShapeDtypeStruct((1, *config_keys.latent_shape(config)), jnp.float32)
     t, label = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -168,7 +174,7 @@ def _forward_flops(config, sizes):
     def of(**method):
         return jaxpr_flops.count(lambda params, *inputs: module.apply(params, *inputs, **method), params, x, t, label)
 
-    trunk = of(method="condition") if sizes.head_depth else 0
+    trunk = of(method="trunk") if sizes.head_depth else 0
     return trunk, of() - trunk
 
 
@@ -177,7 +183,7 @@ def _speed(config, workdir, mesh, job):
     size, began = sharding.round_up(config.evaluate.batch_size, mesh), None
     labels = np.arange(size) % config.data.num_classes
     batch = sharding.put_global({"indices": np.arange(size, dtype=np.uint32), "labels": labels}, mesh)
-    for _ in range(2):  # the first compiles
+    for _ in range(2):  # the first call compiles
         began = time.process_time()
         jax.block_until_ready(sample(parts, jax.random.key(config.seed), batch["indices"], batch["labels"]))
     yield 0, "seconds_per_image", (time.process_time() - began) / size

@@ -1,4 +1,4 @@
-"""What the experiments have found, as files: NAME.csv, NAME.png, summary.json, results.md and index.html."""
+"""Write the results of the experiments: NAME.csv, NAME.png, summary.json, results.md and index.html."""
 
 import base64
 import csv
@@ -18,9 +18,9 @@ tr { border-bottom: 1px solid #ddd; } .soft { color: #666; } img { max-width: 10
 
 
 def write(folder, studies, found, cpu):
-    """Write the files of `studies` ({name: data}) to `folder`; returns the page's path.
+    """Write the files of `studies` ({name: data}) to `folder`; return the path of the page.
 
-    `found`: {name: {(variant, seed): rows}}; `cpu`: {name: CPU seconds}, of the foundations too.
+    `found`: {name: {(variant, seed): rows}}; `cpu`: {name: CPU seconds}, also for 'foundations'.
     """
     folder.mkdir(parents=True, exist_ok=True)
     summary, sections, texts = {}, [], []
@@ -34,10 +34,10 @@ def write(folder, studies, found, cpu):
         texts.append(_markdown(study, summary[name]))
     (folder / "summary.json").write_text(json.dumps({"studies": summary, "cpu_seconds": cpu}, indent=1) + "\n")
     (folder / "results.md").write_text("\n".join(texts))
-    title = f"The paper's claims, in small: {folder.name}"
+    title = f"The paper's claims at small scale: {folder.name}"
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"
-    about = "<p>Mean ± sample standard deviation over seeds. Verdicts are computed from the numbers: in how many seeds "
-    about += "the order holds. fd: Fréchet distance to held-out images in the space of one encoder for all.</p>"
+    about = "<p>Mean ± sample standard deviation over seeds. A verdict says in how many seeds the order of the numbers "
+    about += "is as claimed. fd: Fréchet distance to held-out images; all runs use the same encoder's features.</p>"
     spent = f"<p class=soft>CPU seconds: {', '.join(f'{name} {cpu[name]:.0f}' for name in cpu)}.</p>"
     page = folder / "index.html"
     page.write_text(head + about + "".join(sections) + spent, encoding="utf-8")
@@ -45,7 +45,7 @@ def write(folder, studies, found, cpu):
 
 
 def summarise(study, found, cpu):
-    """Plain data: for each variant {metric: {'mean', 'std', 'seeds'}}, the verdicts, CPU seconds."""
+    """Return plain data: {metric: {'mean', 'std', 'seeds'}} for each variant, the verdicts, CPU seconds."""
     values = verdict.last(found)
     table = {}
     for (variant, metric), by_seed in values.items():
@@ -65,20 +65,20 @@ def _csv(found):
 
 
 def _cells(study, summary):
-    """[[variant, number in words, ...]] of the variants that there are."""
+    """Return [[variant, formatted number, ...]] of the variants that have results."""
     order = [variant for variant in study["variants"] if variant in summary["variants"]]
     return [[v, *(_number(summary["variants"][v].get(metric)) for metric in study["columns"])] for v in order]
 
 
-def _number(of):
-    if of is None:
+def _number(entry):
+    if entry is None:
         return "–"
-    spread = f" ± {of['std']:.2g}" if of["std"] is not None else ""
-    return f"{of['mean']:.3g}{spread}"
+    spread = f" ± {entry['std']:.2g}" if entry["std"] is not None else ""
+    return f"{entry['mean']:.3g}{spread}"
 
 
 def _about(study, summary):
-    """The note, and what the numbers are of."""
+    """Return the note with the number of seeds and the CPU seconds."""
     counts = {of["seeds"] for metrics in summary["variants"].values() for of in metrics.values()}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "no"
     return f"{study['note']} Seeds: {seeds}; CPU seconds: {summary['cpu_seconds']}."

@@ -1,4 +1,4 @@
-"""What there is to run: experiments and sizes -> jobs, each with its whole config, and which of them need which."""
+"""Make the jobs of experiments at one size: each with its whole config and the names of the jobs that it needs."""
 
 import dataclasses
 import importlib
@@ -10,35 +10,35 @@ from launch.study import work
 from rae_jax.data import sources
 
 STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse")
-SHIPPED = "small"  # the weights that are the main foundation on shapes
+SHIPPED = "small"  # the weights of this package: the main foundation on shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run in a workdir of its own, and what is measured of it; all of it plain data."""
+    """A run in a workdir of its own, and its measurements, as plain data."""
 
     name: str
     workdir: Path
     config: dict  # {key: value} over configs/small.py
     kind: str = "run"  # or 'vae', 'image'
-    export: bool = False  # whether others take its weights, from WORKDIR/weights
-    needs: tuple = ()  # names of jobs that have to be done before
-    built_on: dict = dataclasses.field(default_factory=dict)  # {name of such a job: digest of what it was asked for}
+    export: bool = False  # write its weights to WORKDIR/weights for other jobs
+    needs: tuple = ()  # names of the jobs that must be done before
+    built_on: dict = dataclasses.field(default_factory=dict)  # {name of a needed job: work.digest}
     measure: tuple = ()
     generators: dict = dataclasses.field(default_factory=dict)
-    judge: dict = dataclasses.field(default_factory=dict)  # keys of the encoder and the judge that see all images
-    vae: dict = dataclasses.field(default_factory=dict)  # of the kind 'vae': its training
+    judge: dict = dataclasses.field(default_factory=dict)  # keys of the encoder and the judge that evaluate images
+    vae: dict = dataclasses.field(default_factory=dict)  # settings of training for kind 'vae'
 
 
 def read(name):
-    """The data of an experiment."""
+    """Return the data of an experiment."""
     return importlib.import_module(f"configs.study.{name}").get_config()
 
 
 def data_of(path):
-    """(name of the folder of its results, {key: value}) of --data: '' for shapes, an image folder or an archive.
+    """Return (name of the folder for results, {key: value}) for --data: '' for shapes, an image folder or an archive.
 
-    Raises UserError where there are no images.
+    Raises UserError when it has no images.
     """
     if not path:
         return "shapes", {}
@@ -49,7 +49,7 @@ def data_of(path):
 
 
 class Plan:
-    """The jobs of some experiments on one data set: `jobs`, every one after those that it needs."""
+    """Jobs of some experiments on one data set. `jobs`: {name: Job}, each after the jobs that it needs."""
 
     def __init__(self, studies, *, workdir, data, size, seeds):
         self._workdir, self._data, self._size = Path(workdir), data, size
@@ -64,7 +64,7 @@ class Plan:
                     self.of[name][variant, seed] = self._add_run(name, study, variant, seed)
 
     def _add_run(self, name, study, variant, seed):
-        """The name of the job, which is added after what it needs."""
+        """Add the job after the jobs that it needs; return its name."""
         config = self._merged(study["config"], study["sizes"], study["variants"][variant])
         needs = []
         resolved = {key: self._resolved(value, key, needs) for key, value in config.items()}
@@ -94,7 +94,7 @@ class Plan:
         return {**merged, **sizes.get(self._size, {}), **variant}
 
     def _resolved(self, value, key, needs):
-        """A value with the place of the foundation that it names, which is then among the jobs and in `needs`."""
+        """Replace '@name' by the folder of the foundation's weights; add its job to the jobs and to `needs`."""
         if not (isinstance(value, str) and value.startswith("@")):
             return value
         name = value[1:]
@@ -111,9 +111,9 @@ class Plan:
         return {"needs": tuple(needs), "built_on": {name: work.digest(self.jobs[name]) for name in needs}}
 
     def _add_foundation(self, name, job):
-        of, needs = self._foundations[name], []
-        config = self._merged(of["config"], of.get("sizes", {}), {})
-        if name == "main":  # it is built on nothing
+        foundation, needs = self._foundations[name], []
+        config = self._merged(foundation["config"], foundation.get("sizes", {}), {})
+        if name == "main":  # needs no other foundation
             config = {key: "" if value == "@main" else value for key, value in config.items()}
         trained = {f"{stage}.weights" for stage in config["stages"]}
         config = {k: "" if k in trained else self._resolved(v, k, needs) for k, v in config.items()}
@@ -121,8 +121,8 @@ class Plan:
             name=job,
             workdir=self._workdir / job,
             config={**config, "name": name, "seed": 0},
-            kind=of.get("kind", "run"),
+            kind=foundation.get("kind", "run"),
             export=True,
             **self._needing(needs),
-            vae={**of.get("vae", {}), **of.get("vae_sizes", {}).get(self._size, {})},
+            vae={**foundation.get("vae", {}), **foundation.get("vae_sizes", {}).get(self._size, {})},
         )

@@ -1,8 +1,7 @@
-"""An experiment's plot: a PNG of panels, means with error bars (sample standard deviation over seeds).
+"""Draw the plot of an experiment: a PNG with panels; error bars are sample standard deviations over seeds.
 
-A panel is data: 'y', a metric; 'x', another one, or 'step', or nothing for bars over variants; 'series', {label:
-variants} of lines; 'by_step', a line for each variant, over its checkpoints; 'bars', the variants of bars; 'beside',
-metrics drawn as well.
+A panel is data: 'y', a metric; 'x', a metric or 'step', or missing for bars over variants; 'series', {label: variants}
+for lines; 'by_step', one line over checkpoints for each variant; 'bars', the variants of bars; 'also', more metrics.
 """
 
 import io
@@ -13,7 +12,7 @@ _COLOURS = ("#0b6fa4", "#c2570c", "#3f8f3f", "#8e44ad", "#7f6000", "#b03060", "#
 
 
 def draw(study, found):
-    """PNG bytes, or None where there is nothing to draw yet. Raises ImportError without matplotlib."""
+    """Return PNG bytes, or None without results. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,36 +40,36 @@ def draw(study, found):
 
 
 def label(metric):
-    """A metric's name for people."""
+    """Return the name of a metric as plots and tables show it."""
     return metric.split(".")[-1].replace("_", " ")
 
 
 def _bars(axis, panel, variants, values):
-    there = [name for name in variants if (name, panel["y"]) in values]
-    points = [verdict.mean_and_spread(values[name, panel["y"]]) for name in there]
-    places = range(len(there))
-    colours = [_COLOURS[variants.index(name) % len(_COLOURS)] for name in there]
+    shown = [name for name in variants if (name, panel["y"]) in values]
+    points = [verdict.mean_and_spread(values[name, panel["y"]]) for name in shown]
+    places = range(len(shown))
+    colours = [_COLOURS[variants.index(name) % len(_COLOURS)] for name in shown]
     axis.barh(places, [mean for mean, *_ in points], xerr=[spread or 0 for _, spread, _ in points], color=colours)
-    axis.set_yticks(places, there, fontsize=8)
+    axis.set_yticks(places, shown, fontsize=8)
     axis.invert_yaxis()
-    axis.locator_params(axis="x", nbins=5)  # more would touch each other
+    axis.locator_params(axis="x", nbins=5)  # more labels would overlap
     axis.set_xlabel(label(panel["y"]))
 
 
 def _lines(axis, panel, values):
     for number, (name, variants) in enumerate(panel["series"].items()):
-        for metric in (panel["y"], *(panel.get("beside", ()) if not number else ())):
-            there = [v for v in variants if (v, metric) in values and (v, panel["x"]) in values]
-            xs = [verdict.mean_and_spread(values[v, panel["x"]])[0] for v in there]
-            points = [verdict.mean_and_spread(values[v, metric]) for v in there]
+        for metric in (panel["y"], *(panel.get("also", ()) if not number else ())):
+            shown = [v for v in variants if (v, metric) in values and (v, panel["x"]) in values]
+            xs = [verdict.mean_and_spread(values[v, panel["x"]])[0] for v in shown]
+            points = [verdict.mean_and_spread(values[v, metric]) for v in shown]
             own = metric == panel["y"]
             style = {"label": name, "marker": "o", "capsize": 3} if own else {"label": label(metric), "ls": "--"}
-            colour = _COLOURS[number] if own else _COLOURS[2 + panel["beside"].index(metric)]
+            colour = _COLOURS[number] if own else _COLOURS[2 + panel["also"].index(metric)]
             spreads = [spread or 0 for _, spread, _ in points] if own else None
             axis.errorbar(xs, [mean for mean, *_ in points], yerr=spreads, color=colour, ms=4, **style)
     axis.set_xlabel(label(panel["x"]))
     axis.set_ylabel(label(panel["y"]))
-    if len(panel["series"]) > 1 or panel.get("beside"):
+    if len(panel["series"]) > 1 or panel.get("also"):
         axis.legend(fontsize=8, frameon=False)
 
 

@@ -1,87 +1,111 @@
-"""Jobs in processes, some at once, each on cores of its own; those that need others come after them."""
+"""Run jobs in processes, several at the same time, each on cores of its own and after the jobs that it needs."""
 
+import graphlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
-from launch.study import work
+from launch.study import plan, work
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last, where a terminal is closed
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP comes when the terminal is closed
+
+
+class _Running(NamedTuple):
+    job: plan.Job
+    process: BaseProcess
+    cores: set | None
+    began: float
 
 
 def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=True)):
-    """Bring all jobs (in an order in which each comes after those that it needs) to their ends; those that are done are
-    not begun. Returns {name of one that failed or was left out: why}; raises KeyboardInterrupt after a signal, when
-    those that were at work have saved what they had.
+    """Run all jobs that have no results yet.
+
+    Returns {name: reason} of the jobs that failed, or that need one that failed. Raises KeyboardInterrupt after a
+    signal, when the running jobs have saved their state.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["launch.study.measure", "launch.study.vae", "configs.small"])
-    slots = _slots(num_at_once)
-    done = {job.name for job in jobs if work.results(job) is not None}
-    waiting = [job for job in jobs if job.name not in done]
-    at_work, failed, began, first = {}, {}, time.monotonic(), len(done)
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
-    previous = {number: signal.signal(number, _stop) for number in heeded}
+    by_name = {job.name: job for job in jobs}
+    graph = graphlib.TopologicalSorter({job.name: job.needs for job in jobs})
+    graph.prepare()
+    finished = {job.name for job in jobs if work.results(job) is not None}
+    began, num_before = time.monotonic(), len(finished)
+    waiting, running, free_cores, failed = [], [], _core_sets(num_at_once), {}
+    # A process that nohup started ignores SIGHUP, and must do so here.
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in heeded}
+
+    def progress():
+        num_done, num_left = len(finished) - num_before, len(jobs) - len(finished) - len(failed)
+        minutes = (time.monotonic() - began) / 60 / num_done * num_left if num_done else 0
+        return f"[{len(finished)} of {len(jobs)}{f', about {minutes:.0f} min left' if minutes else ''}]"
+
     try:
-        while waiting or at_work:
-            for job in [job for job in waiting if any(name in failed for name in job.needs)]:
-                waiting.remove(job)
-                failed[job.name] = f"left out, as {next(name for name in job.needs if name in failed)} failed"
-                say(f"error: {job.name} is {failed[job.name]}")
-            while slots and (job := _next(waiting, done)):
-                waiting.remove(job)
-                slot = slots.pop(0)
-                at_work[job.name] = (job, _start(processes, job, slot), slot, time.monotonic())
-                rate = (time.monotonic() - began) / (len(done) - first) if len(done) > first else None
-                left = f", about {rate * (len(waiting) + len(at_work)) / 60:.0f} min left" if rate else ""
-                say(f"[{len(done)} of {len(jobs)}{left}] begins: {job.name}")
-            ended = at_work and connection.wait([process.sentinel for _, process, _, _ in at_work.values()])
-            for name, (job, process, slot, since) in list(at_work.items()):
-                if process.sentinel not in ended:
-                    continue
-                process.join()
-                del at_work[name]
-                slots.append(slot)
-                if process.exitcode == 0:
-                    done.add(name)
-                    say(f"[{len(done)} of {len(jobs)}] done: {name}, {time.monotonic() - since:.0f} s")
+        while graph.is_active():
+            for name in graph.get_ready():
+                if name in finished:
+                    graph.done(name)
+                elif lost := [need for need in by_name[name].needs if need in failed]:
+                    failed[name] = f"left out, because {lost[0]} failed"
+                    say(f"error: {name} is {failed[name]}")
+                    graph.done(name)
                 else:
-                    failed[name] = f"status {process.exitcode}: {_last_line(job)}"
-                    say(f"error: {name} failed ({failed[name]}); all it said: {_log(job)}")
+                    waiting.append(name)
+            waiting.sort(key=list(by_name).index)
+            while free_cores and waiting:
+                job = by_name[waiting.pop(0)]
+                running.append(_start(processes, job, free_cores.pop(0)))
+                say(f"{progress()} starts: {job.name}")
+            for one in _wait(running):
+                running.remove(one)
+                free_cores.append(one.cores)
+                graph.done(one.job.name)
+                if one.process.exitcode == 0:
+                    finished.add(one.job.name)
+                    say(f"{progress()} done: {one.job.name}, {time.monotonic() - one.began:.0f} s")
+                else:
+                    failed[one.job.name] = f"status {one.process.exitcode}: {_last_line(one.job)}"
+                    say(f"error: {one.job.name} failed ({failed[one.job.name]}); its output: {_log(one.job)}")
     finally:
-        for _, process, *_ in at_work.values():
-            process.terminate()
-        for _, process, *_ in at_work.values():
-            process.join()
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
     return failed
 
 
-def _slots(count):
-    """Sets of cores, as many as jobs may be at work at once; None where the system does not say which there are."""
+def _core_sets(count):
+    """Return a set of cores for each job that may run at the same time; None where the system does not list them."""
     if not hasattr(os, "sched_getaffinity"):
         return [None] * count
     cores = sorted(os.sched_getaffinity(0))
     return [set(cores[number::count]) or set(cores) for number in range(count)]
 
 
-def _next(waiting, done):
-    """The first job that has all it needs."""
-    return next((job for job in waiting if done.issuperset(job.needs)), None)
-
-
 def _start(processes, job, cores):
     job.workdir.mkdir(parents=True, exist_ok=True)
-    process = processes.Process(target=work.begin, args=(job, cores, _log(job)))
+    process = processes.Process(target=work.run_in_process, args=(job, cores, _log(job)))
     process.start()
-    return process
+    return _Running(job, process, cores, time.monotonic())
 
 
-def _stop(number, frame):
+def _wait(running):
+    """Wait until processes end, and return them."""
+    ended = connection.wait([one.process.sentinel for one in running]) if running else []
+    found = [one for one in running if one.process.sentinel in ended]
+    for one in found:
+        one.process.join()
+    return found
+
+
+def _interrupt(number, frame):
     raise KeyboardInterrupt(number)
 
 
@@ -91,4 +115,4 @@ def _log(job):
 
 def _last_line(job):
     lines = _log(job).read_text(errors="replace").split("\n") if _log(job).exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -1,14 +1,16 @@
-"""A small KL autoencoder by the project's own loop, in the folders that config.{encoder,decoder}.weights take.
+"""Train a small KL autoencoder with the project's loop, and write folders for config.{encoder,decoder}.weights.
 
-It is the baseline of one experiment and no part of the product: Stable Diffusion's modules with few channels, a loss
-of absolute differences and the divergence of the posterior from N(0, 1), no adversary.
+It is the baseline of one experiment: Stable Diffusion's modules with few channels, an L1 loss, the KL divergence of the
+posterior from N(0, 1), and no adversarial loss.
 """
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from rae_jax.build import data as build_data
 from rae_jax.build import models
+from rae_jax.build import optimiser as build_optimiser
 from rae_jax.data import pipeline
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import checkpoint, sharding
@@ -18,13 +20,14 @@ from rae_jax.weights import safetensors_tree
 
 
 def train(config, workdir, mesh, *, num_steps, batch_size, learning_rate, kl_weight):
-    """Train config's VAE in `workdir`, from where it stands, and write WORKDIR/weights."""
+    """Train the VAE of the config in `workdir`, or resume it, and write WORKDIR/weights."""
     settings = {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": "adamw"}
-    how = ConfigDict({**config.decoder.train, **settings, "final_learning_rate": learning_rate / 100, "clip_norm": 1.0})
-    init, step = make(models.autoencoder(config), config.data.image_size, how, kl_weight)
+    settings |= {"final_learning_rate": learning_rate / 100, "clip_norm": 1.0}
+    train_config = ConfigDict({**config.decoder.train, **settings})
+    init, step = make(models.autoencoder(config), config.data.image_size, train_config, kl_weight)
     reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     batches = pipeline.training_batches(
-        models.source(config, "train"),
+        build_data.source(config, "train"),
         batch_size=batch_size,
         seed=config.seed,
         random_crop=False,
@@ -39,9 +42,9 @@ def train(config, workdir, mesh, *, num_steps, batch_size, learning_rate, kl_wei
         safetensors_tree.write(workdir / "weights" / f"{part}.safetensors", params[part])
 
 
-def make(autoencoder, image_size, how, kl_weight):
-    """(init, step) of the stage; `how` is a config section as decoder.train."""
-    optimiser = optim.make(how)
+def make(autoencoder, image_size, train_config, kl_weight):
+    """Return (init, step) of the stage; `train_config` is a config section like decoder.train."""
+    optimiser = build_optimiser.optimiser(train_config)
 
     def init(key):
         keys, images = jax.random.split(key), jnp.zeros((1, image_size, image_size, 3))
@@ -62,14 +65,14 @@ def make(autoencoder, image_size, how, kl_weight):
 
     def step(state, frozen, batch, key):
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], to_float(batch["image"]), key)
-        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, how.ema_decay)
+        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train_config.ema_decay)
         return state, metrics
 
     return init, step
 
 
 def trained(stage, workdir, mesh):
-    """The averaged weights of the last checkpoint."""
+    """Return the averaged weights of the last checkpoint."""
     shapes = {"ema_params": jax.eval_shape(stage.init, jax.random.key(0))["ema_params"]}
     folder = workdir / "checkpoints" / stage.name
     restored = checkpoint.restore_entries(folder, checkpoint.latest_step(folder), sharding.abstract(shapes, mesh))

@@ -1,4 +1,4 @@
-"""From rows to numbers over seeds, and from those to words: does a claim show?"""
+"""Collect rows into numbers over seeds, and say in words whether they support a claim."""
 
 import statistics
 
@@ -6,7 +6,7 @@ NOT_RUN = "not run"
 
 
 def last(found):
-    """{(variant, metric): {seed: value}} of the runs as they ended. `found`: {(variant, seed): rows}."""
+    """Return {(variant, metric): {seed: value}} at the end of the runs. `found`: {(variant, seed): rows}."""
     values = {}
     for (variant, seed), rows in found.items():
         for row in rows:
@@ -16,7 +16,7 @@ def last(found):
 
 
 def by_step(found, metric):
-    """{variant: {step: {seed: value}}} of the checkpoints before the end."""
+    """Return {variant: {step: {seed: value}}} of the kept checkpoints."""
     values = {}
     for (variant, seed), rows in found.items():
         for row in rows:
@@ -26,16 +26,16 @@ def by_step(found, metric):
 
 
 def mean_and_spread(by_seed):
-    """(mean, sample standard deviation or None of a single seed, number of seeds)."""
+    """Return (mean, sample standard deviation or None for a single seed, number of seeds)."""
     values = list(by_seed.values())
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def verdict(values, comparison):
-    """How far all variants of comparison['lower'] are below all of comparison['higher'], seed by seed, in words.
+    """Say whether all variants of comparison['lower'] are below all of comparison['higher'].
 
-    'in every seed', 'on average' (the means are in that order), 'does not show', each with how many seeds are; or 'not
-    run', where no seed has all of them. Entries are variants, of comparison['metric'], or (variant, metric).
+    Returns 'in every seed', 'on average' (the means have this order) or 'does not show', each with the number of seeds
+    that have this order; or 'not run' when no seed has all variants. An entry is a variant, or (variant, metric).
     """
     lower, higher = ([_values(values, comparison, entry) for entry in comparison[side]] for side in ("lower", "higher"))
     seeds = sorted(set.intersection(*(set(of) for of in (*lower, *higher))))

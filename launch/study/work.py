@@ -1,4 +1,4 @@
-"""One job in a process of its own: train, hand on the weights, measure; one that was interrupted goes on."""
+"""Run one job in a process of its own: train or resume, write the weights for other jobs, measure."""
 
 import hashlib
 import json
@@ -13,22 +13,22 @@ from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files
 from rae_jax.runtime.command_line import RESTART
 
-MEASURE = 2  # of what is measured, and how: what an earlier number has found is measured again
-RESULTS = "study.json"  # in the workdir: what was asked for, and the rows that were found
-ASKED = "asked.json"  # in the workdir: what the training depends on
-CPU = "cpu_seconds.jsonl"  # one line for each time the job was at work
+MEASURE = 2  # version of the measurements; results of another version are measured again
+RESULTS = "study.json"  # in the workdir: the request, and the rows that answer it
+ASKED = "asked.json"  # in the workdir: all that the training depends on
+CPU = "cpu_seconds.jsonl"  # one line for each process that worked on the job
 
 
-def begin(job, cores, log):
-    """In the new process: output goes to the file `log`; exit statuses are the command's (docs/robustness.md)."""
+def run_in_process(job, cores, log):
+    """Run the job, write output to the file `log`, and exit with the command's statuses (docs/robustness.md)."""
     if cores:
         os.sched_setaffinity(0, cores)  # before XLA counts them
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.setsid()  # a terminal's Ctrl-C would come beside the SIGTERM that whoever started this passes on
+    os.setsid()  # Ctrl-C reaches the parent process alone, which sends SIGTERM
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _interrupt)
     status = 1
     try:
         status = _run(job)
@@ -43,7 +43,7 @@ def begin(job, cores, log):
         os._exit(status)
 
 
-def _stop(number, frame):
+def _interrupt(number, frame):
     raise KeyboardInterrupt
 
 
@@ -64,24 +64,24 @@ def _run(job):
 
 
 def request(job):
-    """What the results of a job depend on, as JSON has it."""
+    """Return all that the results of a job depend on, in JSON's types."""
     names = ("config", "kind", "vae", "built_on", "measure", "generators", "judge")
     return json.loads(json.dumps({**{name: getattr(job, name) for name in names}, "by": MEASURE}))
 
 
 def trained_by(job):
-    """What the weights of a job depend on, as JSON has it."""
+    """Return all that the weights of a job depend on, in JSON's types."""
     config = {key: value for key, value in job.config.items() if not config_keys.is_free(key)}
     return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 
 
 def digest(job):
-    """A few letters that stand for a job's weights."""
+    """Return a short hash of all that a job's weights depend on."""
     return hashlib.sha256(json.dumps(trained_by(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def results(job):
-    """[{'step', 'metric', 'value'}] of a job that is done; None of another one, or where something else was asked."""
+    """Return [{'step', 'metric', 'value'}] of a job that is done, or None without results for this request."""
     try:
         found = json.loads((job.workdir / RESULTS).read_text())
         return found["rows"] if found["request"] == request(job) else None
@@ -90,24 +90,24 @@ def results(job):
 
 
 def cpu_seconds(job):
-    """Of all the times that it was at work."""
+    """Return the CPU seconds of all processes that worked on the job."""
     path = job.workdir / CPU
     return sum(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0.0
 
 
 def perform(job):
-    """Bring a job to its end. Raises UserError, DivergedRun and InterruptedRun as training does."""
+    """Train, export and measure. Raises UserError, DivergedRun and InterruptedRun as training does."""
     from launch.study import measure, vae
     from rae_jax import convert
-    from rae_jax.cli import modes
+    from rae_jax.cli import train
     from rae_jax.config import checks
     from rae_jax.runtime import sharding
 
     config, rows = configured(job.config), []
     mesh = sharding.make_mesh(config.mesh)
 
-    def do(config, workdir, mesh, evaluator):
-        modes.run_stages(config, workdir, mesh, evaluator)
+    def train_and_measure(config, workdir, mesh, evaluator):
+        train.run_stages(config, workdir, mesh, evaluator)
         if job.export:
             convert.export(workdir, job.workdir / "weights", config=config)
         rows[:] = measure.rows(job, config, mesh)
@@ -117,7 +117,7 @@ def perform(job):
             checks.check(config, mesh)
             config_keys.check_workdir(config, job.workdir)
             claim(job)
-            modes.run(config.lock(), _path(job.workdir), mesh, do)
+            train.in_workdir(config.lock(), _path(job.workdir), mesh, train_and_measure)
         case "vae":
             claim(job)
             vae.train(config.lock(), _path(job.workdir), mesh, **job.vae)
@@ -131,15 +131,15 @@ def perform(job):
 
 
 def claim(job):
-    """Raise UserError where the workdir holds what was trained otherwise, or on other foundations."""
+    """Mark the workdir as this job's. Raises UserError when it holds a run of other settings or foundations."""
     path, asked = _path(job.workdir) / ASKED, trained_by(job)
     if path.exists() and (job.workdir / "checkpoints").exists() and json.loads(path.read_text()) != asked:
-        raise UserError(f"{job.workdir} holds another run, or one built on others: remove that folder")
+        raise UserError(f"{job.workdir} holds a run with other settings or foundations: remove that folder")
     atomic_files.write_text(path, json.dumps(asked))
 
 
 def configured(keys):
-    """configs/small.py with other values of some keys."""
+    """Return configs/small.py with other values of some keys."""
     from configs import small
 
     config = small.get_config()
@@ -155,12 +155,12 @@ def _path(path):
 
 
 def _copy_image(config, folder):
-    """The first training image, sixteen times: a folder of one class."""
+    """Write sixteen copies of the first training image as a folder of one class."""
     from PIL import Image
 
-    from rae_jax.build import models
+    from rae_jax.build import data as build_data
 
-    image = models.source(config, "train")[0]["image"]
+    image = build_data.source(config, "train")[0]["image"]
     (folder / "one").mkdir(parents=True, exist_ok=True)
     for number in range(16):
         Image.fromarray(image).save(folder / "one" / f"{number:02}.png")

@@ -1,9 +1,9 @@
-"""The experiments of configs/study/: plans that hold together, verdicts, runs that are taken up again.
+"""The experiments of configs/study/: consistent plans, verdicts, runs that are interrupted and resumed.
 
-    python -m pytest -m by_hand tests/launchers/test_study.py -k beginning_to_end  # every experiment at size 'fast'
+    python -m pytest -m by_hand tests/launchers/test_study.py -k beginning_to_end  # all experiments at size 'fast'
     python -m pytest -m by_hand tests/launchers/test_study.py -k every_seed  # at full size: many minutes
 
-One of them, at size 'fast', is among the slow tests that .ci/run runs.
+One experiment at size 'fast' is among the slow tests that .ci/run runs.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from rae_jax.runtime import sharding
 ROOT = Path(__file__).parents[2]
 FOLDER = {"data.source": "image_folder", "data.path": "FOLDER", "data.num_classes": 7}
 
-# What docs/study.md found in each of three seeds, but for times.
+# Claims that hold in all three seeds of docs/study.md, without those about time.
 SHOWN = {
     "width": (
         "width 64 and 128 reach a lower loss than any narrower DiT",
@@ -68,7 +68,7 @@ SHOWN = {
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """For the processes that a test starts: this one's simulated devices are not theirs."""
+    """Give the processes that a test starts one device each."""
     monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -79,7 +79,7 @@ def _plan(folder, *, data=None, size="fast", seeds=1, studies=plan.STUDIES):
 
 @pytest.mark.parametrize("size", base.SIZES)
 @pytest.mark.parametrize("data", [{}, FOLDER], ids=["shapes", "folder"])
-def test_every_run_has_a_config_that_works(size, data, tmp_path):
+def test_every_run_has_a_valid_config(size, data, tmp_path):
     mesh = sharding.make_mesh(
         {"data": 1, "fsdp": 1, "tensor": 1}, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}).devices.flat[:1]
     )
@@ -96,7 +96,7 @@ def test_every_run_has_a_config_that_works(size, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", plan.STUDIES)
-def test_what_is_compared_and_drawn_is_there(name):
+def test_comparisons_and_plots_name_existing_variants(name):
     study = plan.read(name)
     assert {"title", "claim", "paper", "config", "sizes", "measure", "columns", "note"} <= study.keys()
     for comparison in study["compare"]:
@@ -124,7 +124,7 @@ def test_a_verdict_is_computed(lower, higher, words):
     assert verdict.verdict(values, comparison) == words
 
 
-def test_a_verdict_takes_all_of_a_side_and_other_metrics():
+def test_a_verdict_compares_several_variants_and_metrics():
     values = {("a", "x"): {0: 1.0}, ("b", "x"): {0: 3.0}, ("c", "x"): {0: 2.0}, ("c", "bound"): {0: 0.5}}
     sides = {"says": "", "metric": "x", "lower": ["a"], "higher": ["b", "c"]}
     assert verdict.verdict(values, sides) == "in every seed (1 of 1)"
@@ -136,8 +136,8 @@ def _rows(metrics, step=0):
     return [{"step": step, "metric": name, "value": value} for name, value in metrics.items()]
 
 
-def test_results_become_tables_a_page_and_pictures(tmp_path):
-    """Of two experiments, one of which has not been run yet."""
+def test_results_are_written_as_tables_page_and_plots(tmp_path):
+    """For two experiments, of which one has not run yet."""
     studies = {name: plan.read(name) for name in ("head", "width")}
     numbers = {"fd": 3.0, "agreement": 0.5, "loss": 1.0, "forward_gflops": 0.02}
     by_step = [row for step in (200, 400) for row in _rows({"fd": 900 / step, "training_gflops": step * 1.0}, step)]
@@ -162,7 +162,7 @@ def test_results_become_tables_a_page_and_pictures(tmp_path):
     assert plots.draw(studies["width"], {}) is None
 
 
-def test_a_mistake_is_one_line(tmp_path):
+def test_a_wrong_flag_is_reported_in_one_line(tmp_path):
     command_line = [sys.executable, "-m", "launch.study", f"--workdir={tmp_path}", "--only=width,depth"]
     done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
     said = "error: --only=depth cannot work: choose from width, schedule, noise, head, vae, encoders, guidance, reuse\n"
@@ -179,7 +179,7 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
         command.run(["width"], tmp_path, "fast", 1, 1, "", False)
 
 
-def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tmp_path, monkeypatch):
+def test_results_on_other_foundations_are_neither_used_nor_overwritten(tmp_path, monkeypatch):
     foundations = base.FOUNDATIONS["weak"]["config"]
     first = _plan(tmp_path, studies=["reuse"]).jobs["reuse/50_steps/seed_0"]
     first.workdir.mkdir(parents=True)
@@ -192,17 +192,19 @@ def test_what_is_built_on_another_foundation_is_not_done_and_not_gone_on_with(tm
     monkeypatch.setitem(base.SIZES["fast"], "dit.train.num_steps", 5)
     second = _plan(tmp_path, studies=["reuse"]).jobs["reuse/50_steps/seed_0"]
     assert work.results(second) is None
-    with pytest.raises(UserError, match="seed_0 holds another run, or one built on others: remove that folder"):
+    with pytest.raises(UserError, match="seed_0 holds a run with other settings or foundations: remove that folder"):
         work.claim(second)
 
 
 @pytest.mark.slow
 def test_the_width_experiment(one_device, tmp_path, monkeypatch):
-    """Runs in processes: one is interrupted and goes on; what is done is not begun; one that fails is named, what is
-    built on it left out. The loss falls only where the DiT is as wide as a token."""
+    """Run in processes: an interrupted job resumes, finished jobs do not start, a failed job is named.
+
+    The loss decreases only when the DiT is as wide as a token.
+    """
     study = plan.read("width")
     kept = {name: study["variants"][name] for name in ("16", "64")}
-    longer = {"fast": {**study["sizes"]["fast"], "dit.train.num_steps": 300}}  # 60 may be over before it is interrupted
+    longer = {"fast": {**study["sizes"]["fast"], "dit.train.num_steps": 300}}  # 60 steps may end too early
     changed = {**study, "variants": kept, "sizes": longer}
     monkeypatch.setattr(plan, "read", lambda name: {**changed} if name == "width" else {**study})
     planned = _plan(tmp_path, studies=["width"])
@@ -218,14 +220,14 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
 
     assert pool.run(jobs, 1, said.append) == {}
     assert "going on from step" in (tmp_path / "width" / "16" / "seed_0" / "log.txt").read_text()
-    assert not any("begins: foundations/image" in line for line in said)
+    assert not any("starts: foundations/image" in line for line in said)
     said.clear()
     assert pool.run(jobs, 1, said.append) == {} and said == []
 
     command.write(planned, tmp_path)
     found = {key: work.results(planned.jobs[job]) for key, job in planned.of["width"].items()}
     values = verdict.last(found)
-    assert values["64", "loss"][0] < values["16", "loss"][0]  # and so it is with the seeds 1 and 2
+    assert values["64", "loss"][0] < values["16", "loss"][0]  # also with the seeds 1 and 2
     assert values["16", "loss"][0] > values["16", "eigenvalue_bound"][0] > values["16", "bound"][0] - 1e-6
     assert values["16", "bound"] == {0: 0.75} and work.cpu_seconds(jobs[1]) > 0
 
@@ -241,7 +243,7 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     broken += [_with(jobs[1], name="width/on_it", workdir=tmp_path / "on_it", needs=("foundations/broken",))]
     failed = pool.run(broken, 1, said.append)
     assert "status 2: error: config.dit.width=6 cannot work" in failed["foundations/broken"]
-    assert failed["width/on_it"] == "left out, as foundations/broken failed" and len(said) == 3
+    assert failed["width/on_it"] == "left out, because foundations/broken failed" and len(said) == 3
 
 
 def _with(job, **changes):
@@ -249,7 +251,7 @@ def _with(job, **changes):
 
 
 def _in_a_process(jobs):
-    """pool.run in a process of its own, as the command runs it."""
+    """Start pool.run in a process of its own, as the command does."""
     code = (
         "import pickle, sys; from launch.study import pool\n"
         "if __name__ == '__main__':\n"
@@ -275,7 +277,7 @@ def _wait_for(condition, limit=300):
 @pytest.mark.by_hand
 @pytest.mark.parametrize("name", [name for name in plan.STUDIES if name != "width"])
 def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
-    """With sizes that show nothing but that it works."""
+    """At the smallest size, whose results mean nothing."""
     assert command.run([name], tmp_path, "fast", 1, 1, "", False) == {}
     summary = json.loads((tmp_path / "shapes_fast" / "summary.json").read_text())["studies"][name]
     assert "not run" not in summary["verdicts"].values()
@@ -286,8 +288,8 @@ def test_an_experiment_runs_from_beginning_to_end(name, one_device, tmp_path):
 @pytest.mark.slow
 @pytest.mark.by_hand
 @pytest.mark.parametrize("name", SHOWN)
-def test_what_shows_in_every_seed_shows(name, one_device, tmp_path):
-    """At full size, with one seed: minutes of a CPU core for each experiment."""
+def test_claims_of_every_seed_hold(name, one_device, tmp_path):
+    """Run at full size with one seed, in minutes of a CPU core for each experiment."""
     assert command.run([name], tmp_path, "full", 1, 2, "", False) == {}
     verdicts = json.loads((tmp_path / "shapes" / "summary.json").read_text())["studies"][name]["verdicts"]
     assert [verdicts[says] for says in SHOWN[name]] == ["in every seed (1 of 1)"] * len(SHOWN[name])

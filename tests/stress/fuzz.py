@@ -24,7 +24,8 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import part_weights
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
@@ -238,10 +239,10 @@ def _start_up(arguments, folder, with_shapes):
     checks.check(config, mesh)
     config_keys.check_workdir(config, folder)
     for split in ("train", "heldout"):
-        models.source(config, split)
+        build_data.source(config, split)
     if with_shapes:
         for part in ("encoder", "decoder", "dit"):
-            stages.part_shapes(config, part)
+            part_weights.shapes(config, part)
 
 
 def main(num_images, num_files, num_configs, seed):

@@ -57,11 +57,11 @@ class Runs:
 
 def without_evaluation():
     """Skip evaluation and report; for `before` of Runs.start."""
-    from rae_jax.build import parts
-    from rae_jax.cli import modes
+    from rae_jax.build import part_weights
+    from rae_jax.cli import results
     from rae_jax.ui import report
 
-    parts.load = parts.find = modes._measure = lambda *_: {"seconds": 0.0}
+    part_weights.load_all = part_weights.check_available = results.measure = lambda *_: {"seconds": 0.0}
     report.write_report = lambda workdir: None
 
 
@@ -143,8 +143,8 @@ def _run_toy(workdir, stages, num_steps, log):
     try:
         with workdir_lock.hold(workdir):
             for name in stages:
-                care = health.Settings(heartbeat=0.05)
-                toy_stage.run(epath.Path(workdir), num_steps, name=name, keep=2, care=care, on_error="continue")
+                how = {"health_settings": health.Settings(heartbeat=0.05), "on_error": "continue"}
+                toy_stage.run(epath.Path(workdir), num_steps, name=name, keep=2, **how)
     except InterruptedRun:
         sys.exit(command_line.RESTART)
 
@@ -165,7 +165,7 @@ def _run(argv, log, devices, before):
 def _write_weights(folder):
     import jax
 
-    from rae_jax.build import stages
+    from rae_jax.build import part_weights
     from rae_jax.weights import safetensors_tree
 
     from . import tiny_run
@@ -173,7 +173,7 @@ def _write_weights(folder):
     config = tiny_run.get_config()
     for part in PARTS:
         rng = np.random.default_rng(0)
-        shapes = stages.part_shapes(config, part)
+        shapes = part_weights.shapes(config, part)
         scale = 0.0 if part == "statistics" else 0.05
         tree = jax.tree.map(lambda leaf, r=rng, s=scale: (s * r.normal(size=leaf.shape)).astype(np.float32), shapes)
         if part == "statistics":
