@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax.build import published_weights, saved_config, stages
+from rae_jax.build import part_weights, published_weights, saved_config
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -42,7 +42,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     trees = {}
     with logs.Progress("read", total=len(parts), unit="part") as progress:
         for done, part in enumerate(parts, 1):
-            trees[part] = jax.device_get(stages.load(config, part, workdir or "", mesh))
+            trees[part] = jax.device_get(part_weights.load(config, part, workdir or "", mesh))
             progress.update(done, part)
             step = checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
             if step is not None:

@@ -20,7 +20,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights, stages
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.data import packed_images, packed_latents, pipeline, shard_writer
@@ -44,8 +45,8 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
             f"config.statistics.batch_size={batch_size}"
         )
     sharding.check_batch(batch_size, mesh, "config.statistics.batch_size")
-    source = models.source(config, "train", crop="centre")
-    params = stages.load(config, "encoder", "", mesh)
+    source = build_data.source(config, "train", crop="centre")
+    params = part_weights.load(config, "encoder", "", mesh)
     index = {
         **{"form": stages.latent_form(config, params), "dtype": dtype, "mirrored": mirrored},
         **{"shape": list(config_keys.latent_shape(config)), "class_names": list(source.class_names)},

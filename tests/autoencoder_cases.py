@@ -14,7 +14,7 @@ from conftest import tiny
 from safetensors.numpy import save_file
 
 from configs import encoders
-from rae_jax.build import stages
+from rae_jax.build import part_weights
 from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parent / "goldens" / "autoencoders.npz"
@@ -52,7 +52,7 @@ def config_of(encoder, weights="", decoder=DECODER, image_size=GRID * DECODER["p
 def load(config, *parts):
     """Weights of the parts, as the config names them."""
     mesh = sharding.make_mesh(config.mesh)
-    return [stages.load(config, part, "", mesh) for part in parts]
+    return [part_weights.load(config, part, "", mesh) for part in parts]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from conftest import tiny
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights
 from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parent / "goldens" / "encoders.npz"
@@ -160,7 +160,7 @@ def config_of(case, folder, **changes):
 
 def load(config):
     """The config's encoder weights."""
-    return stages.load(config, "encoder", "", sharding.make_mesh(config.mesh))
+    return part_weights.load(config, "encoder", "", sharding.make_mesh(config.mesh))
 
 
 def tokens_of(config, params, pixels):

@@ -14,7 +14,7 @@ from encoder_cases import weights
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights
 
 FILE = "diffusion_pytorch_model.safetensors"
 GOLDENS = Path(__file__).parent / "goldens" / "sd_vae.npz"
@@ -36,7 +36,7 @@ def config_of(values, folder, **changes):
 
 def load(config):
     """The VAE's weights."""
-    return {part: stages.load(config, part, "", one_device()) for part in ("encoder", "decoder")}
+    return {part: part_weights.load(config, part, "", one_device()) for part in ("encoder", "decoder")}
 
 
 def made_up(shapes):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from dit_cases import Case, config_of
 
-from rae_jax.build import models, published_weights, stages
-from rae_jax.diffusion import flow, guidance, ode
+from rae_jax.build import models, part_weights, published_weights
+from rae_jax.diffusion import flow, ode
+from rae_jax.diffusion.guidance import Guidance
 from rae_jax.runtime import sharding
 
 GOLDENS = Path(__file__).parents[2] / "shared/data/goldens"
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/gol
 def dit():
     pytest.importorskip("torch", reason="the goldens' weights are torch files")
     config = config_of(Case(trunk=(32, 3, 2), head=(48, 2, 3), num_classes=10), GOLDENS / "dit_dh_unequal.pt")
-    params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
+    params = part_weights.load(config, "dit", "", sharding.make_mesh(config.mesh))
     return models.dit(config), {"params": params}, config
 
 
@@ -72,13 +73,11 @@ def test_published_trajectory_with_guidance(dit):
     golden = np.load(GOLDENS / "euler50_cfg.npz")
     factor = flow.shift_factor((4, 4, 24))
     labels = jnp.asarray(golden["y"])
-    velocity_fn = guidance.guided(
-        lambda x, t: model.apply(params, x, t, labels),
-        lambda x, t: model.apply(params, x, t, jnp.full_like(labels, 10)),
-        scale=1.7,
-        t_min=0.1,
-        t_max=0.9,
+    strong, weak = (
+        flow.undivided(lambda x, t, labels=condition: model.apply(params, x, t, labels))
+        for condition in (labels, jnp.full_like(labels, 10))
     )
+    velocity_fn = Guidance(1.7, t_min=0.1, t_max=0.9)(strong, weak)
     assert golden["shift"] == pytest.approx(2.449, abs=1e-3)
     # This latent is smaller than 4096 dimensions: its own factor is below one, the golden's is given.
     assert factor == pytest.approx((4 * 4 * 24 / 4096) ** 0.5)
@@ -92,7 +91,7 @@ def test_decoder_is_the_authors():
     config = config_of(Case())
     config.decoder.update({"width": 32, "depth": 3, "num_heads": 4, "hidden": 64, "patch_size": 8})
     config.decoder.weights = str(GOLDENS / "decoder.pt")
-    params = stages.load(config, "decoder", "", sharding.make_mesh(config.mesh))
+    params = part_weights.load(config, "decoder", "", sharding.make_mesh(config.mesh))
     decoder = models.autoencoder(config).decoder
     image = decoder.apply({"params": params}, jnp.asarray(golden["z"]).reshape(3, 4, 4, 24))
     assert float(jnp.abs(image - _nhwc(golden["image"])).max()) < 5e-5

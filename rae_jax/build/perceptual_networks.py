@@ -52,8 +52,8 @@ def part_shapes(part):
             raise ValueError(f"unknown network {other!r}")
 
 
-def find(config):
-    """Raise UserError where weights that the config names cannot be had; what the hub has is fetched to its cache."""
+def check_available(config):
+    """Raise UserError for weights that the config names and that cannot be loaded; the hub's go to its cache."""
     for part in named(config):
         for key in _KEYS[part]:
             _open(config, key)

@@ -1,17 +1,40 @@
-"""From config to flow: where the names of paths, predictions, times, samplers and guidance are matched."""
+"""Config to prediction, sampler and guidance."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from rae_jax.build import models
 from rae_jax.config.keys import latent_shape
-from rae_jax.diffusion import flow, guidance, ode, sde
+from rae_jax.diffusion import flow, ode, sde
+from rae_jax.diffusion.flow import Prediction, Velocity
+from rae_jax.diffusion.guidance import Guidance
+from rae_jax.models.dit import in_dtype
 
 
-def path(config):
-    """The path between data and noise that the DiT was trained on."""
-    match config.dit.path:
+def prediction(config):
+    """Return the `Prediction` of config.dit."""
+    path = _path(config.dit.path)
+    match config.dit.prediction:
+        case "velocity":
+            target, to_velocity = functools.partial(flow.velocity, path=path), lambda output, x_t, t: output
+        case "noise":
+            target = lambda x, noise, t: noise  # noqa: E731
+            to_velocity = functools.partial(flow.velocity_from_noise, path=path)
+        case "data":
+            target = lambda x, noise, t: x  # noqa: E731
+            to_velocity = functools.partial(flow.velocity_from_data, path=path)
+        case other:
+            raise ValueError(f"unknown prediction {other!r}")
+    everywhere = config.dit.prediction == "velocity" and config.dit.path != "vp"
+    first, last = (1.0, 0.0) if everywhere else (0.999, 0.001)
+    return Prediction(path, target, to_velocity, first, last)
+
+
+def _path(name):
+    match name:
         case "linear":
             return flow.LINEAR
         case "cosine":
@@ -22,41 +45,15 @@ def path(config):
             raise ValueError(f"unknown path {other!r}")
 
 
-def to_velocity(config):
-    """Function (model output, x_t, t) -> velocity."""
-    match config.dit.prediction:
-        case "velocity":
-            return lambda output, x_t, t: output
-        case "noise":
-            return functools.partial(flow.velocity_from_noise, path=path(config))
-        case "data":
-            return functools.partial(flow.velocity_from_data, path=path(config))
-        case other:
-            raise ValueError(f"unknown prediction {other!r}")
-
-
-def target_fn(config):
-    """Function (x, noise, t) -> what the model is to predict."""
-    match config.dit.prediction:
-        case "velocity":
-            return functools.partial(flow.velocity, path=path(config))
-        case "noise":
-            return lambda x, noise, t: noise
-        case "data":
-            return lambda x, noise, t: x
-        case other:
-            raise ValueError(f"unknown prediction {other!r}")
-
-
 def shift_factor(config):
-    """The factor by which times are shifted, in training and in sampling: the config's, or the latent's own."""
+    """Return the factor by which times of training and sampling are shifted: the config's, or the latent's own."""
     return config.dit.time_shift or flow.shift_factor(latent_shape(config))
 
 
 def time_fn(config):
-    """Function (key, batch_size) -> unshifted training times, kept where the published ones are: within [0, 0.999]."""
-    train = config.dit.train
-    low, high = (0.0, 0.999) if ends(config) == (1.0, 0.0) else (0.001, 0.999)
+    """Return the function (key, batch_size) -> training times before the shift, in the published range [0, 0.999]."""
+    train, p = config.dit.train, prediction(config)
+    low, high = (0.0, 0.999) if (p.first, p.last) == (1.0, 0.0) else (0.001, 0.999)
     match train.time:
         case "logit_normal":
             return functools.partial(
@@ -68,10 +65,17 @@ def time_fn(config):
             raise ValueError(f"unknown distribution of times {other!r}")
 
 
-def times(config, factor):
-    """The sampler's shifted times. Off the ends where something is not defined there."""
-    c = config.sampler
-    first, last = ends(config)
+def sampler(config):
+    """Return the `ode.Sampler` of config.sampler. Its times are numbers, also inside of jit."""
+    with jax.ensure_compile_time_eval():
+        times = _times(config)
+    return ode.Sampler(times, functools.partial(_solve, config, times))
+
+
+def _times(config):
+    """Return the shifted times, without an end at which the velocity or the diffusion is not defined."""
+    c, p, factor = config.sampler, prediction(config), shift_factor(config)
+    first, last = p.first, p.last
     if c.method == "sde":
         if c.diffusion == "score_based":
             first = min(first, 0.999)  # it is infinite at 1
@@ -85,74 +89,51 @@ def times(config, factor):
             raise ValueError(f"unknown grid {other!r}")
 
 
-def ends(config):
-    """The first and last unshifted time at which the velocity is asked for."""
-    whole = config.dit.prediction == "velocity" and config.dit.path != "vp"
-    return (1.0, 0.0) if whole else (0.999, 0.001)
-
-
-def guided(config, strong, weak, scale=None):
-    """(condition_fn, velocity_fn) with the config's guidance, of such pairs; `weak` may be None without guidance.
-
-    `scale`, a number or an array, takes the place of the config's.
-    """
-    g = config.guidance
-    if g.method == "none":
-        return strong
-    scale = g.scale if scale is None else scale
-    return guidance.guided_halves(strong, weak, scale=scale, t_min=g.t_min, t_max=g.t_max)
-
-
-def solve(config, halves, x, times, noise_fn):
-    """The config's sampler from x, which is noise, to data. `noise_fn(n)`: noise of the n-th step of an SDE."""
+def _solve(config, times, velocity, x, noise_fn):
     c = config.sampler
-    condition_fn, rest = halves
-
-    def velocity_fn(x, t):
-        return rest(x, t, condition_fn(x, t))
-
     match c.method:
         case "euler":
             if c.reuse == 1 and not c.refresh:
-                return ode.euler(velocity_fn, x, times)
-            return ode.euler_reusing(condition_fn, rest, x, times, refreshed(config, times))
+                return ode.euler(velocity, x, times)
+            return ode.euler_reusing(velocity, x, times, refreshed(config))
         case "heun":
-            return ode.heun(velocity_fn, x, times)
+            return ode.heun(velocity, x, times)
         case "adaptive":
-            return ode.adaptive(velocity_fn, x, times, rtol=c.rtol, atol=c.atol)
+            return ode.adaptive(velocity, x, times, rtol=c.rtol, atol=c.atol)
         case "sde":
-            return _sde(config, velocity_fn, x, times, noise_fn)
+            return _solve_sde(config, times, velocity, x, noise_fn)
         case other:
             raise ValueError(f"unknown sampler {other!r}")
 
 
-def refreshed(config, times):
-    """Which steps make the trunk's output anew: every `reuse`-th, or those of `refresh`.
+def refreshed(config):
+    """Return which steps compute the trunk again, [steps]: every `reuse`-th step, or the steps of `refresh`.
 
-    In either case the first inside the guidance interval does, too.
+    In both cases the first step inside the guidance interval computes it, too.
     """
+    c = config.sampler
     with jax.ensure_compile_time_eval():
-        starts = np.asarray(times)[:-1]
+        starts = np.asarray(_times(config))[:-1]
     inside = (starts >= config.guidance.t_min) & (starts <= config.guidance.t_max)
     enters = inside & ~np.concatenate([[False], inside[:-1]])
-    steps, c = np.arange(len(starts)), config.sampler
+    steps = np.arange(len(starts))
     chosen = np.isin(steps, c.refresh) if c.refresh else steps % c.reuse == 0
     return chosen | enters
 
 
-def _sde(config, velocity_fn, x, times, noise_fn):
-    c = config.sampler
-    along, diffusion_fn = path(config), _diffusion(c.diffusion)
-    x = sde.euler_maruyama(velocity_fn, x, times, noise_fn=noise_fn, diffusion_fn=diffusion_fn, path=along)
+def _solve_sde(config, times, velocity, x, noise_fn):
+    c, path = config.sampler, prediction(config).path
+    diffusion_fn = _diffusion(c.diffusion)
+    x = sde.euler_maruyama(velocity, x, times, noise_fn=noise_fn, diffusion_fn=diffusion_fn, path=path)
     match c.last_step:
         case "none":
             return x
         case "mean":
-            return sde.mean_step(velocity_fn, x, times[-1], diffusion_fn=diffusion_fn, path=along)
+            return sde.mean_step(velocity, x, times[-1], diffusion_fn=diffusion_fn, path=path)
         case "tweedie":
-            return sde.tweedie_step(velocity_fn, x, times[-1], path=along)
+            return sde.tweedie_step(velocity, x, times[-1], path=path)
         case "euler":
-            return sde.euler_step(velocity_fn, x, times[-1])
+            return sde.euler_step(velocity, x, times[-1])
         case other:
             raise ValueError(f"unknown last step {other!r}")
 
@@ -173,3 +154,38 @@ def _diffusion(name):
             return sde.increasing_decreasing
         case other:
             raise ValueError(f"unknown diffusion coefficient {other!r}")
+
+
+def velocity(config, parts, labels, scale=None):
+    """Return the `Velocity` of the DiT for these labels [B], with the config's guidance.
+
+    `parts` holds the parameters 'dit', and 'guide' for AutoGuidance. `scale` replaces the scale of config.guidance.
+    """
+    g, strong = config.guidance, _of_model(config, config.dit, parts["dit"], labels)
+    match g.method:
+        case "none":
+            return strong
+        case "cfg":
+            null = jnp.full_like(labels, models.condition(config).null)
+            weak = _of_model(config, config.dit, parts["dit"], null)
+        case "autoguidance":
+            weak = _of_model(config, g.dit, parts["guide"], labels)
+        case other:
+            raise ValueError(f"unknown guidance {other!r}")
+    return Guidance(g.scale if scale is None else scale, g.t_min, g.t_max)(strong, weak)
+
+
+def _of_model(config, sizes, params, labels):
+    """Return the `Velocity` of a DiT of these sizes; without a wide head, its trunk is empty."""
+    dit, to_velocity = models.dit(config, sizes), prediction(config).to_velocity
+    params = {"params": in_dtype(params, config.dtype)}
+    if sizes.head_depth == 0:
+        return flow.undivided(lambda x, t: to_velocity(dit.apply(params, x, t, labels), x, t))
+
+    def trunk(x, t):
+        return dit.apply(params, x, t, labels, method="trunk")
+
+    def head(x, t, s):
+        return to_velocity(dit.apply(params, x, t, s, method="head"), x, t)
+
+    return Velocity(trunk, head)

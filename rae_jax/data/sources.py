@@ -70,7 +70,7 @@ def image_folder(*, path, heldout_path, split, image_size, num_classes=None, nam
         raise UserError(f"{key}={given!r} has other class folders than {named[0]}={path!r}: {odd!r} is in one alone")
     if not heldout_path:
         chosen = [i for i in range(len(store)) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
-        store = _Chosen(store, chosen)
+        store = store.subset(chosen)
     if not len(store):
         raise UserError(f"{key}={given!r} holds no images of the {split} part: put more into one subfolder per class")
     return ImageSource(store, class_names, image_size)
@@ -104,6 +104,9 @@ class _Files:
 
     def name(self, index):
         return str(self._files[index][0])
+
+    def subset(self, indices):
+        return _Files([self._files[i] for i in indices])
 
 
 def _open_folder(folder):
@@ -157,6 +160,9 @@ class _Zip:
     def name(self, index):
         return f"{self._path}:{self._entries[index][0]}"
 
+    def subset(self, indices):
+        return _Zip(self._path, [self._entries[i] for i in indices])
+
     @functools.cached_property
     def _archive(self):
         return zipfile.ZipFile(self._path)
@@ -175,22 +181,6 @@ def _open_zip(path, key):
     class_names = tuple(sorted({PurePosixPath(entry).parent.name for entry in entries}))
     labels = {name: label for label, name in enumerate(class_names)}
     return _Zip(path, [(entry, labels[PurePosixPath(entry).parent.name]) for entry in entries]), class_names
-
-
-class _Chosen:
-    """Some images of a store."""
-
-    def __init__(self, store, indices):
-        self._store, self._indices = store, indices
-
-    def __len__(self):
-        return len(self._indices)
-
-    def read(self, index):
-        return self._store.read(self._indices[index])
-
-    def name(self, index):
-        return self._store.name(self._indices[index])
 
 
 class _Tfds:

@@ -1,4 +1,4 @@
-"""Flow matching: paths between data (t = 0) and noise (t = 1), and what a model may predict on them.
+"""Flow matching: paths between data (t = 0) and noise (t = 1), predictions of a model on them, and times.
 
 x_t = alpha(t) x + sigma(t) noise, velocity = d x_t / d t. Times are [B]; x, x_t, noise and velocities are [B, ...].
 """
@@ -6,6 +6,7 @@ x_t = alpha(t) x + sigma(t) noise, velocity = d x_t / d t. Times are [B]; x, x_t
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,35 @@ def _log_sigma(t):
 LINEAR = Path(lambda t: 1.0 - t, lambda t: t)
 COSINE = Path(lambda t: jnp.cos(0.5 * jnp.pi * t), lambda t: jnp.sin(0.5 * jnp.pi * t))
 VP = Path(lambda t: jnp.sqrt(-jnp.expm1(2.0 * _log_sigma(t))), lambda t: jnp.exp(_log_sigma(t)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The quantity that a model predicts on a path."""
+
+    path: Path
+    target: Callable  # (x, noise, t) -> the quantity at x_t, which the loss compares with the model's output
+    to_velocity: Callable  # (output, x_t, t) -> velocity
+    first: float  # the times between which `to_velocity` is defined, from the sampler's first one to its last one
+    last: float
+
+
+class Velocity(NamedTuple):
+    """A velocity in two halves: trunk(x, t) -> s, the costly one, and head(x, t, s) -> velocity.
+
+    The output of the trunk changes slowly with time: a sampler may use it for more than one step.
+    """
+
+    trunk: Callable
+    head: Callable
+
+    def __call__(self, x, t):
+        return self.head(x, t, self.trunk(x, t))
+
+
+def undivided(velocity_fn):
+    """Return the `Velocity` whose trunk is empty and whose head is velocity_fn(x, t)."""
+    return Velocity(lambda x, t: (), lambda x, t, s: velocity_fn(x, t))
 
 
 def interpolate(x, noise, t, path=LINEAR):

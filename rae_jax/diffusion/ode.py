@@ -3,10 +3,21 @@
 `velocity_fn(x, t)` takes x [B, ...] and times t [B]; `times` fall from the first to the last point of the trajectory.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from rae_jax.diffusion import flow
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A solver and its times."""
+
+    times: jax.Array  # shifted, from noise to data
+    solve: Callable  # (flow.Velocity, x, noise_fn) -> data; noise_fn(n) draws the noise of the n-th step of an SDE
 
 
 def time_grid(num_steps, factor, *, first=1.0, last=0.0):
@@ -29,19 +40,19 @@ def euler(velocity_fn, x, times):
     return _scan(step, x, times)
 
 
-def euler_reusing(condition_fn, velocity_fn, x, times, refresh):
-    """Euler steps that make the condition anew in the steps that `refresh` [steps] marks, and keep it in the others.
+def euler_reusing(velocity, x, times, refresh):
+    """Take Euler steps that compute the trunk of a `flow.Velocity` only in the steps that `refresh` [steps] marks.
 
-    `condition_fn(x, t)` -> s is the expensive half of the velocity, `velocity_fn(x, t, s)` the cheap one.
+    The other steps use the trunk's output of the step before. The first step always computes it.
     """
 
     def step(carry, interval):
         x, s = carry
-        t, t_next, again = interval
-        s = jax.lax.cond(again, lambda: condition_fn(x, _all(t, x)), lambda: s)
-        return (x + (t_next - t) * velocity_fn(x, _all(t, x), s), s), None
+        t, t_next, compute = interval
+        s = jax.lax.cond(compute, lambda: velocity.trunk(x, _all(t, x)), lambda: s)
+        return (x + (t_next - t) * velocity.head(x, _all(t, x), s), s), None
 
-    s = condition_fn(x, _all(times[0], x))
+    s = velocity.trunk(x, _all(times[0], x))
     refresh = jnp.asarray(refresh).at[0].set(False)
     (x, _), _ = jax.lax.scan(step, (x, s), (times[:-1], times[1:], refresh))
     return x

@@ -1,4 +1,4 @@
-"""From labels to images: noise, guided trajectory, decoder. One compiled program, any number of images."""
+"""Labels to images: noise, guided trajectory, decoder. One compiled program for any number of images."""
 
 import functools
 
@@ -7,23 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax.build import models
-from rae_jax.build import sampler as sampler_lib
+from rae_jax.build import sampler as build_sampler
+from rae_jax.config.keys import latent_shape
 from rae_jax.diffusion import flow
 from rae_jax.models.autoencoder import denormalise, to_uint8
-from rae_jax.models.dit import in_dtype
 from rae_jax.runtime import logs, sharding
 
 
 def make_sampler(config, mesh):
-    """`sampler`, compiled for a mesh."""
+    """Return `sampler(config)` compiled for a mesh."""
     return sharding.jit(sampler(config), mesh)
 
 
 def sampler(config):
-    """Returns pure (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
+    """Return the pure function (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
-    Everything random about image i is a function of (key, i) alone. `parts` has 'guide', the weak model's weights,
-    where the guidance is AutoGuidance.
+    All random numbers of image i are a function of (key, i) alone. `parts`: see part_weights.of_sampling.
     """
     autoencoder = models.autoencoder(config)
 
@@ -35,30 +34,28 @@ def sampler(config):
 
 
 def draw(config, parts, key, indices, labels, *, scale=None):
-    """Latents [B, h, w, D] as the decoder takes them, for indices and labels [B]; pure. `scale`: config's guidance's.
+    """Return latents [B, h, w, D] as the decoder takes them, for indices and labels [B]; pure.
 
-    `parts` are the DiT, its statistics, and 'guide' where the guidance is AutoGuidance.
+    `parts`: 'dit', 'statistics', and 'guide' for AutoGuidance. `scale` replaces config.guidance.scale.
     """
-    shape = models.latent_shape(config)
-    keys = _keys(key, indices)
+    shape, keys = latent_shape(config), _keys(key, indices)
 
     def noise_fn(n):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
 
-    halves = _guided(config, parts, labels, scale)
-    latents = sampler_lib.solve(config, halves, first_noise(config, key, indices), times(config), noise_fn)
+    velocity = build_sampler.velocity(config, parts, labels, scale)
+    latents = build_sampler.sampler(config).solve(velocity, first_noise(config, key, indices), noise_fn)
     return denormalise(latents, parts["statistics"])
 
 
 def times(config):
-    """The sampler's times, from noise to data: numbers, also while others compile, so that steps can be told apart."""
-    with jax.ensure_compile_time_eval():
-        return sampler_lib.times(config, sampler_lib.shift_factor(config))
+    """Return the sampler's times, from noise to data; numbers, also inside of jit."""
+    return build_sampler.sampler(config).times
 
 
 def first_noise(config, key, indices):
-    """What the images [B] are made of, [B, h, w, D]."""
-    shape = models.latent_shape(config)
+    """Return the noise [B, h, w, D] that the images with these indices start from."""
+    shape = latent_shape(config)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, indices))
 
 
@@ -67,12 +64,11 @@ def _keys(key, indices):
 
 
 def euler_step(config, parts, x, t, t_next, labels, scale):
-    """(x at the time t_next, the data that the DiT sees in x [B, h, w, D] at t, as latents that the decoder takes)."""
-    condition_fn, velocity_fn = _guided(config, parts, labels, scale)
+    """Return (x at the time t_next, the data that the DiT predicts from x [B, h, w, D] at t, as decoder's latents)."""
     all_t = jnp.full(x.shape[:1], t)
-    v = velocity_fn(x, all_t, condition_fn(x, all_t))
-    seen = flow.data_of(v, x, all_t, sampler_lib.path(config))
-    return x + (t_next - t) * v, denormalise(seen, parts["statistics"])
+    v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)
+    predicted = flow.data_of(v, x, all_t, build_sampler.prediction(config).path)
+    return x + (t_next - t) * v, denormalise(predicted, parts["statistics"])
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
@@ -108,35 +104,3 @@ def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset(
 def _gather(mesh):
     """Compiled: all of a batch on every device, so that every process can read it."""
     return jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
-
-
-def _guided(config, parts, labels, scale=None):
-    """(condition_fn, velocity_fn) of the DiT for these labels under the config's guidance, of that scale if given."""
-    no_label = jnp.full_like(labels, config.data.num_classes)
-    strong = _halves(config, config.dit, parts["dit"], labels)
-    match config.guidance.method:
-        case "none":
-            weak = None
-        case "cfg":
-            weak = _halves(config, config.dit, parts["dit"], no_label)
-        case "autoguidance":
-            weak = _halves(config, config.guidance.dit, parts["guide"], labels)
-        case other:
-            raise ValueError(f"unknown guidance {other!r}")
-    return sampler_lib.guided(config, strong, weak, scale)
-
-
-def _halves(config, sizes, params, labels):
-    """(condition_fn, velocity_fn): trunk and head of a DiT^DH of those sizes; a plain DiT is all in the latter."""
-    dit, to_velocity = models.dit(config, sizes), sampler_lib.to_velocity(config)
-    params = {"params": in_dtype(params, config.dtype)}
-    if sizes.head_depth == 0:
-        return lambda x, t: (), lambda x, t, s: to_velocity(dit.apply(params, x, t, labels), x, t)
-
-    def condition_fn(x, t):
-        return dit.apply(params, x, t, labels, method="condition")
-
-    def velocity_fn(x, t, s):
-        return to_velocity(dit.apply(params, x, t, s, method="velocity"), x, t)
-
-    return condition_fn, velocity_fn

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rae_jax.build import data as build_data
 from rae_jax.build import models
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
@@ -58,7 +59,7 @@ def probes(config, parts, images, labels, mesh):
     }
 
 
-def find(config):
+def check_available(config):
     """Raise UserError where probes are asked for, and the training images are not packed as they would see them."""
     if config.evaluate.probe:
         try:
@@ -69,7 +70,7 @@ def find(config):
 
 def _source(config):
     """The training images, cut as held-out ones are."""
-    return models.source(config, "train", crop="centre")
+    return build_data.source(config, "train", crop="centre")
 
 
 class Chosen:

@@ -44,7 +44,7 @@ class Decoder(nn.Module):
     grid_size: int | None = None
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: str = "none"
+    remat: Callable | None = None  # see layers.scan_blocks
     attend: Callable = attention.xla
 
     def setup(self):

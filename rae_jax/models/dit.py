@@ -1,6 +1,6 @@
-"""The plain diffusion transformer, and its parts: embeddings of time and label, adaLN blocks, final layer.
+"""The plain diffusion transformer, and its parts: time embedding, adaLN blocks, final layer.
 
-Conditions are [B, 1, C] (one for all tokens) or [B, N, C] (one a token).
+A block's `modulator` is [B, 1, C], the same for all tokens, or [B, N, C]. See conditions for what an image has to show.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from rae_jax.models.layers import (
     unpatchify,
     xavier_linear,
 )
-from rae_jax.runtime import sharding
 
 NUM_FREQUENCIES = 256
 _SMALL = nn.initializers.normal(0.02)
@@ -30,7 +29,7 @@ _ZEROS = nn.initializers.zeros
 
 
 class TimeEmbedding(nn.Module):
-    """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in float32, products in earnest."""
+    """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in full float32."""
 
     width: int
     linear: Callable  # how the biases start
@@ -50,7 +49,7 @@ class TimeEmbedding(nn.Module):
 
 
 def in_dtype(params, dtype):
-    """A DiT's parameters with the kernels in the dtype of their products, as each evaluation would cast them anew."""
+    """Cast the kernels of a DiT's parameters to the dtype of their products, once for all evaluations of a trajectory."""
 
     def cast(path, leaf):
         *modules, name = (key.key for key in path)
@@ -59,35 +58,22 @@ def in_dtype(params, dtype):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-class LabelEmbedding(nn.Module):
-    """Labels [B] -> [B, width]; the row after the last class stands for no label. Without classes, all mean that."""
-
-    num_classes: int
-    width: int
-
-    @nn.compact
-    def __call__(self, labels):
-        table = self.param("table", _SMALL, (self.num_classes + 1, self.width))
-        table = sharding.gathered(table, "table")
-        return table[labels if self.num_classes else jnp.zeros_like(labels)]
-
-
 class Modulation(nn.Module):
-    """SiLU, then a linear layer that starts at zero: `count` tensors of x's width from a condition."""
+    """SiLU, then a linear layer that starts at zero: `count` tensors [B, 1 or N, width] from a modulator."""
 
     count: int
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, condition):
-        condition = nn.silu(condition).astype(self.dtype)
+    def __call__(self, modulator):
+        modulator = nn.silu(modulator).astype(self.dtype)
         zeros = {"kernel_init": _ZEROS, "bias_init": _ZEROS}
-        return Dense(self.count * self.width, dtype=self.dtype, parts=self.count, name="linear", **zeros)(condition)
+        return Dense(self.count * self.width, dtype=self.dtype, parts=self.count, name="linear", **zeros)(modulator)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each between an adaLN shift/scale and a gate."""
+    """Attention and SwiGLU, each between an adaLN shift/scale and a gate; with `hidden`, the tokens as an output."""
 
     num_heads: int
     mlp_ratio: float
@@ -95,29 +81,30 @@ class Block(nn.Module):
     linear: Callable
     dtype: jnp.dtype
     attend: Callable
+    hidden: bool = False
 
     @nn.compact
-    def __call__(self, x, condition, rope):
-        modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(condition)
+    def __call__(self, x, modulator, rope):
+        modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(modulator)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = modulate(rms_norm("norm1")(x), shift1, scale1).astype(self.dtype)
         options = {"dtype": self.dtype, "linear": self.linear, "attend": self.attend}
         x = x + gate1 * Attention(self.num_heads, self.qk_norm, **options, name="attention")(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
-        hidden = int(2 / 3 * self.mlp_ratio * x.shape[-1])
-        x = x + gate2 * SwiGlu(hidden, self.dtype, self.linear, name="mlp")(y)
-        return x, None
+        width = int(2 / 3 * self.mlp_ratio * x.shape[-1])
+        x = x + gate2 * SwiGlu(width, self.dtype, self.linear, name="mlp")(y)
+        return x, x if self.hidden else None
 
 
 class FinalLayer(nn.Module):
-    """RMSNorm, shift/scale from the condition, and a linear layer that starts at zero."""
+    """RMSNorm, shift/scale from the modulator, and a linear layer that starts at zero."""
 
     features: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, condition):
-        shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(condition)
+    def __call__(self, x, modulator):
+        shift, scale = Modulation(2, x.shape[-1], self.dtype, name="modulation")(modulator)
         x = modulate(rms_norm("norm")(x), shift, scale).astype(self.dtype)
         return Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
@@ -132,37 +119,46 @@ def modulate(x, shift, scale):
     return x * (1.0 + scale) + shift
 
 
-def blocks(module, *, depth, num_heads, linear, name):
-    """`depth` blocks of a diffusion transformer, scanned, with what they share taken from the module's fields."""
+def blocks(module, *, depth, num_heads, linear, name, hidden=False):
+    """Return `depth` scanned blocks of a diffusion transformer; the fields that they share are the module's.
+
+    They map (x, modulator, rope) to (x, the tokens after each block [depth, B, N, D], or None without `hidden`).
+    """
     scanned = scan_blocks(Block, depth=depth, unroll=module.unroll, remat=module.remat, broadcast=2)
-    return scanned(num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, module.attend, name=name)
+    fields = (num_heads, module.mlp_ratio, module.qk_norm, linear, module.dtype, module.attend, hidden)
+    return scanned(*fields, name=name)
 
 
 class DiT(nn.Module):
-    """Velocity of noisy latents x_t [B, h, w, D] at times t [B] for labels [B], by a plain transformer."""
+    """A plain diffusion transformer: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
+
+    With `layers`, numbers of blocks from 0, it also returns the tokens after these blocks, [len(layers), B, N, width].
+    """
 
     width: int
     depth: int
     num_heads: int
-    num_classes: int
+    embed: Callable  # width -> module: conditions -> [B, width]; see conditions.Condition
     patch_size: int = 1
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: str = "none"
+    remat: Callable | None = None  # see layers.scan_blocks
     attend: Callable = attention.xla
 
     @nn.compact
-    def __call__(self, x, t, labels):
+    def __call__(self, x, t, condition, layers=()):
         grid = tuple(size // self.patch_size for size in x.shape[1:3])
-        condition = TimeEmbedding(self.width, xavier_linear, name="time_embed")(t)
-        condition = (condition + LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels))[:, None]
+        time = TimeEmbedding(self.width, xavier_linear, name="time_embed")(t)
+        modulator = (time + self.embed(self.width)(condition))[:, None]
 
         tokens = patchify(x.astype(self.dtype), self.patch_size)
         y = patch_embedding(self.width, dtype=self.dtype, name="embed")(tokens)
         y = y + sincos_2d(*grid, self.width).astype(self.dtype)
-        trunk = blocks(self, depth=self.depth, num_heads=self.num_heads, linear=xavier_linear, name="blocks")
-        y, _ = trunk(y, condition, rope_2d(*grid, self.width // self.num_heads))
-        y = FinalLayer(tokens.shape[-1], self.dtype, name="final_layer")(y, condition)
-        return unpatchify(y, *grid, self.patch_size).astype(jnp.float32)
+        shape = {"depth": self.depth, "num_heads": self.num_heads}
+        trunk = blocks(self, **shape, linear=xavier_linear, name="blocks", hidden=bool(layers))
+        y, hidden = trunk(y, modulator, rope_2d(*grid, self.width // self.num_heads))
+        y = FinalLayer(tokens.shape[-1], self.dtype, name="final_layer")(y, modulator)
+        y = unpatchify(y, *grid, self.patch_size).astype(jnp.float32)
+        return (y, hidden[jnp.asarray(layers)]) if layers else y

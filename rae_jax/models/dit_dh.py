@@ -10,10 +10,11 @@ from rae_jax.models.layers import patchify, rope_2d, sincos_2d, torch_linear, un
 
 
 class DiTDH(nn.Module):
-    """Velocity of noisy latents x_t [B, h, w, D] at times t [B] for labels [B].
+    """DiT^DH: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
 
-    The trunk turns (x_t, t, label) into a condition per token; the head, wide enough for the latent,
-    turns x_t and that condition into the velocity.
+    The trunk turns (x_t, t, condition) into one vector s per token; the head, wide enough for the latent, turns x_t, t and
+    s into the prediction. With `layers`, numbers of the trunk's blocks from 0, the tokens after these blocks are
+    returned as well, [len(layers), B, N, width].
     """
 
     width: int
@@ -22,40 +23,42 @@ class DiTDH(nn.Module):
     head_width: int
     head_depth: int
     head_num_heads: int
-    num_classes: int
+    embed: Callable  # width -> module: conditions -> [B, width]; see conditions.Condition
     patch_size: int = 1
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: str = "none"
+    remat: Callable | None = None  # see layers.scan_blocks
     attend: Callable = attention.xla
 
     def setup(self):
         self.time_embed = dit.TimeEmbedding(self.width, torch_linear)
 
-    def __call__(self, x, t, labels):
+    def __call__(self, x, t, condition, layers=()):
         time = self.time_embed(t)
-        return self._head(x, time, self._trunk(x, time, labels))
+        s, hidden = self._trunk(x, time, condition, bool(layers))
+        y = self._head(x, time, s)
+        return (y, hidden[jnp.asarray(layers)]) if layers else y
 
-    def condition(self, x, t, labels):
-        """The condition per token [B, N, width]. It changes slowly with t: the head may use it at other times too."""
-        return self._trunk(x, self.time_embed(t), labels)
+    def trunk(self, x, t, condition):
+        """Return s [B, N, width]. It changes slowly with t: the head may use it at other times too."""
+        return self._trunk(x, self.time_embed(t), condition, False)[0]
 
-    def velocity(self, x, t, s):
-        """The velocity of x_t at times t, from what the trunk made of the same x_t or of an earlier one."""
+    def head(self, x, t, s):
+        """Return the prediction at x_t and t from the trunk's output at the same x_t, or at an earlier one."""
         return self._head(x, self.time_embed(t), s)
 
     @nn.compact
-    def _trunk(self, x, time, labels):
+    def _trunk(self, x, time, condition, hidden):
         grid, tokens = self._tokens(x)
-        label = dit.LabelEmbedding(self.num_classes, self.width, name="label_embed")(labels)
-        condition = nn.silu(time + label)[:, None]
+        modulator = nn.silu(time + self.embed(self.width)(condition))[:, None]
 
         s = dit.patch_embedding(self.width, dtype=self.dtype, name="trunk_embed")(tokens)
         s = s + sincos_2d(*grid, self.width).astype(self.dtype)
-        trunk = dit.blocks(self, depth=self.depth, num_heads=self.num_heads, linear=torch_linear, name="trunk")
-        return trunk(s, condition, rope_2d(*grid, self.width // self.num_heads))[0]
+        shape = {"depth": self.depth, "num_heads": self.num_heads}
+        trunk = dit.blocks(self, **shape, linear=torch_linear, name="trunk", hidden=hidden)
+        return trunk(s, modulator, rope_2d(*grid, self.width // self.num_heads))
 
     @nn.compact
     def _head(self, x, time, s):

@@ -172,20 +172,22 @@ def sincos_2d(height, width, dim):
     return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
 
 
+# Policies of rematerialisation. KEEP_PRODUCTS keeps the output of attention and of the products with kernels, except the
+# product after attention, which is cheap to compute again; so nothing of the size of the attention weights is kept.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+KEEP_NOTHING = jax.checkpoint_policies.nothing_saveable
+
+
 def scan_blocks(block, *, depth, unroll, remat, broadcast):
     """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
 
-    `block` maps (x, *args) to (x, output); `broadcast` counts the args, the same for every repetition.
-    The outputs come back stacked. `remat` says what a backward pass computes again of each block: 'none'; 'dots', all
-    but attention's result and the products with kernels, of which it makes that after attention again, so that nothing
-    of the size of the attention weights is kept; 'full', all. Unrolled, rematerialised or not, the parameters are the
-    same.
+    `block` maps (x, *args) to (x, output); `broadcast` counts the args, which are the same for every repetition. The
+    outputs come back stacked. `remat`: None, or a policy of what a backward pass finds and does not compute again.
+    The parameters do not depend on `unroll` or `remat`.
     """
-    policy = _policy(remat)
-    if policy is not None:
-        block = nn.remat(
-            block, policy=policy, prevent_cse=unroll
-        )  # a loop keeps XLA from undoing it; unrolled, a barrier
+    if remat is not None:
+        # A loop keeps XLA from undoing it; without a loop, a barrier has to.
+        block = nn.remat(block, policy=remat, prevent_cse=unroll)
     return nn.scan(
         block,
         variable_axes={"params": 0},
@@ -194,18 +196,6 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
         length=depth,
         unroll=depth if unroll else 1,
     )
-
-
-def _policy(remat):
-    match remat:
-        case "none":
-            return None
-        case "dots":
-            return jax.checkpoint_policies.save_only_these_names(PRODUCT)
-        case "full":
-            return jax.checkpoint_policies.nothing_saveable
-        case other:
-            raise ValueError(f"unknown remat {other!r}")
 
 
 def patchify(images, patch_size):

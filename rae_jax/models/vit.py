@@ -66,7 +66,7 @@ class ViT(nn.Module):
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
-    remat: str = "none"
+    remat: Callable | None = None  # see layers.scan_blocks
     attend: Callable = attention.xla
 
     @nn.compact

@@ -24,17 +24,28 @@ class Chip(NamedTuple):
     flops: float  # a second, bfloat16
     bandwidth: float  # of its HBM, bytes a second
     links: float  # bytes a second that it can send to its neighbours, all together
-    cores: str = ""  # libtpu's name for how its cores make a device, where it has to be told
+    kind: str  # what jax calls a device of this chip
+    cores: str = ""  # libtpu's name for the way in which cores make a device, if it has to be told
 
 
 CHIPS = {
-    "v4": Chip(3, 4096, 1, 30.75 * GIB, 275e12, 1.23e12, 300e9, "megacore"),
-    "v5e": Chip(2, 256, 1, 15.75 * GIB, 197e12, 0.82e12, 200e9),
-    "v5p": Chip(3, 8960, 1, 95.74 * GIB, 459e12, 2.77e12, 600e9),
-    "v6e": Chip(2, 256, 1, 31.25 * GIB, 918e12, 1.64e12, 448e9),
-    "tpu7x": Chip(3, 9216, 2, 94.75 * GIB, 2307e12, 7.37e12, 600e9),
+    "v4": Chip(3, 4096, 1, 30.75 * GIB, 275e12, 1.23e12, 300e9, "TPU v4", "megacore"),
+    "v5e": Chip(2, 256, 1, 15.75 * GIB, 197e12, 0.82e12, 200e9, "TPU v5 lite"),
+    "v5p": Chip(3, 8960, 1, 95.74 * GIB, 459e12, 2.77e12, 600e9, "TPU v5"),
+    "v6e": Chip(2, 256, 1, 31.25 * GIB, 918e12, 1.64e12, 448e9, "TPU v6 lite"),
+    "tpu7x": Chip(3, 9216, 2, 94.75 * GIB, 2307e12, 7.37e12, 600e9, "TPU7x"),
 }
 
+
+# Published peaks of bfloat16 products without sparsity, FLOPs a second, by what jax calls a device.
+PEAKS = {
+    **{chip.kind: chip.flops / chip.devices for chip in CHIPS.values()},
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 _SOME_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
 

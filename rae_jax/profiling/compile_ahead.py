@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rae_jax.build import models, perceptual_networks, stages
+from rae_jax.build import objectives, part_weights
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
@@ -163,23 +163,21 @@ def report(config, mesh, chip, topology, num_slices, kinds):
 def _train(config, name, mesh):
     batch_size = config[name].train.batch_size
     config = in_steps(config, name, _SCHEDULE * batch_size)
-    init, step = models.init_and_step(config, name)
+    init, step = objectives.init_and_step(config, name)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(init, key)
-    state, frozen = sharding.abstract(shapes, mesh), sharding.abstract(_frozen(config, name), mesh)
+    frozen = part_weights.frozen(config, name, lambda part: part_weights.shapes_or_none(config, part))
+    state, frozen = sharding.abstract(shapes, mesh), sharding.abstract(frozen, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     arguments = (state, frozen, _batch(config, name, batch_size, mesh), _whole(key, mesh))
-    same = models.init_and_step(plain(config), name)[1]
+    same = objectives.init_and_step(plain(config), name)[1]
     return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), same, arguments)
 
 
 def _sample(config, mesh):
     if config.sampler.method == "adaptive":
         raise UserError("config.sampler.method='adaptive' has no number of steps to count: compile it with 'heun'")
-    names = ("decoder", "statistics", "dit")
-    shapes = {name: _part(config, name) for name in names}
-    if config.guidance.method == "autoguidance":
-        shapes["guide"] = stages.part_shapes(stages.guide_config(config), "dit")
+    shapes = {part: part_weights.shapes_or_none(config, part) for part in part_weights.of_sampling(config)}
     batch_size = sharding.round_up(config.evaluate.batch_size, mesh)
     numbers = [_split((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
     arguments = (sharding.abstract(shapes, mesh), _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh), *numbers)
@@ -193,22 +191,6 @@ def plain(config):
     with config.unlocked():
         config.remat, config.attention = "none", "xla"
     return config
-
-
-def _frozen(config, name):
-    """Shapes of what a stage's step takes besides its state, as `stages.stage` loads it."""
-    shapes = {part: _part(config, part) for part in stages.frozen_parts(config, name)}
-    if name == "decoder" and config.decoder.train.lpips_weight:
-        shapes["lpips"] = perceptual_networks.part_shapes("lpips")
-    if name == "decoder" and config.decoder.train.adversarial_weight:
-        own = config.discriminator.backbone.family != "encoder"
-        shapes["backbone"] = stages.part_shapes(config, "backbone" if own else "encoder")
-    return shapes
-
-
-def _part(config, name):
-    nothing = name == "statistics" and config.statistics.weights == "none" and name not in config.stages
-    return None if nothing else stages.part_shapes(config, name)
 
 
 def _batch(config, name, batch_size, mesh):

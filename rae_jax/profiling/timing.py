@@ -13,31 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights
 from rae_jax.config.keys import latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
-from rae_jax.profiling import compile_ahead, jaxpr_flops
+from rae_jax.profiling import chips, compile_ahead, jaxpr_flops
 from rae_jax.runtime import processes, sharding
 
-GIB = 2**30
 TRACED_STEPS = 3
 _MATRIX = {"cpu": 2048}  # side of the products that show what the device can do; 8192 elsewhere
 _CHAINED, _TRIES = 4, 4
-
-# Published peaks of bfloat16 products without sparsity, FLOPs a second, by what jax calls a device.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 def report(config, mesh, names, *, steps, warmup, profile=None):
@@ -50,7 +35,7 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
         if name not in PROGRAMS:
             raise UserError(f"--only={name} cannot work: choose from {', '.join(PROGRAMS)}")
     measured = matrix_rate(device, config.dtype)
-    peaks = {"published": PEAKS.get(device.device_kind), "measured": measured}
+    peaks = {"published": chips.PEAKS.get(device.device_kind), "measured": measured}
     found = {
         **{"config": config.name, "device": device.device_kind, "devices": mesh.size, "processes": jax.process_count()},
         **{"jax": jax.__version__, "mesh": dict(mesh.shape)},
@@ -71,7 +56,7 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
             result = {"left_out": "it does not fit in the device's memory: lower the batch size"}
         found["programs"][name] = result
         _say(row(name, result))
-    _say(f"the process held {peak_of_process() / GIB:.2f} GiB of the host's memory at most")
+    _say(f"the process held {peak_of_process() / chips.GIB:.2f} GiB of the host's memory at most")
     found["host_peak_bytes"] = peak_of_process()
     _say(json.dumps(found))
 
@@ -121,8 +106,8 @@ def row(name, found):
         f"{name:18}{found['batch_size']:6}{found['compile_seconds']:10.1f}{found['seconds_median']:9.4f}"
         f"{found['seconds_min']:10.4f}{found['images_per_second']:10.2f}"
         f"{found['flops_per_second_and_device'] / 1e12:9.2f}{or_none(found['utilisation_of_published'], '.1%'):>9}"
-        f"{found['utilisation_of_measured']:9.1%}{found['program_bytes'] / GIB:13.2f}"
-        f"{or_none(device and device / GIB, '.2f'):>12}"
+        f"{found['utilisation_of_measured']:9.1%}{found['program_bytes'] / chips.GIB:13.2f}"
+        f"{or_none(device and device / chips.GIB, '.2f'):>12}"
     )
 
 
@@ -251,7 +236,7 @@ def _encode(config, mesh):
         return lambda params, images: autoencoder.encode(params, to_float(images))
 
     size = config.data.image_size
-    params = sharding.abstract(stages.part_shapes(config, "encoder"), mesh)
+    params = sharding.abstract(part_weights.shapes(config, "encoder"), mesh)
     return _program(config, mesh, "encode", "encoder", encode, params, (size, size, 3), jnp.uint8)
 
 
@@ -265,7 +250,7 @@ def _decode(config, mesh):
 
         return decode
 
-    parts = sharding.abstract({name: stages.part_shapes(config, name) for name in ("decoder", "statistics")}, mesh)
+    parts = sharding.abstract({name: part_weights.shapes(config, name) for name in ("decoder", "statistics")}, mesh)
     return _program(config, mesh, "decode", "decoder", decode, parts, latent_shape(config), jnp.float32)
 
 

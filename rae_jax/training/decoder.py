@@ -19,16 +19,6 @@ _DISC = ("disc_params", "disc_spectral", "disc_opt_state")  # the discriminator'
 _DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "logits_fake")
 
 
-def make(*, autoencoder, discriminator, perceptual, latent_shape, train):
-    """Returns (init, step) of this stage; `train` is the config section decoder.train, its counts in steps.
-
-    `discriminator`: a Discriminator, whose frozen part is frozen['backbone'], or None for no adversarial loss.
-    `perceptual`: (frozen['lpips'], decoded, images) -> distances [B] of images in [0, 1], or None for no such loss.
-    """
-    game = _Game(autoencoder, discriminator, perceptual, latent_shape, train, optim.make(train))
-    return game.init, game.step
-
-
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
     """Trained heads on the tokens of a frozen backbone, and what its game is about."""
@@ -42,42 +32,64 @@ class Discriminator:
         """{'params', 'spectral'} of the heads."""
         return self.heads.init(key, jnp.zeros(self.backbone.shape))
 
-    def judge(self, frozen, variables, images, key, mutable=()):
+    def logits(self, frozen, variables, images, key, mutable=()):
         """Logits of images around [0, 1], each augmented by itself, and what moved of the mutable collections."""
         augmented = (self.augment(images * 2.0 - 1.0, key) + 1.0) / 2.0
         return self.heads.apply(variables, self.backbone(frozen, augmented), mutable=mutable)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Game:
-    """The decoder against the discriminator: pure functions of state, frozen weights, batch and key."""
+class Objective:
+    """The terms of the decoder's loss besides L1, and the steps from which the adversarial ones count."""
+
+    discriminator: Discriminator | None  # its frozen part is frozen['backbone']; None: no adversarial loss
+    perceptual: Callable | None  # (frozen['lpips'], decoded, images) -> distances [B] of images in [0, 1]
+    perceptual_weight: float
+    adversarial_weight: float
+    discriminator_start: int  # first step that updates the discriminator
+    adversarial_start: int  # first step in which the decoder's loss has its adversarial term
+    noise_tau: float  # of the noise that is added to latents
+
+
+def make(*, autoencoder, objective, latent_shape, optimiser, ema_decay):
+    """Return (init, step) of this stage.
+
+    The decoder and the discriminator each have their own state of `optimiser`: its schedule starts with the first update
+    of each.
+    """
+    stage = _Stage(autoencoder, objective, latent_shape, optimiser, ema_decay)
+    return stage.init, stage.step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """Pure functions of state, frozen weights, batch and key."""
 
     autoencoder: object
-    discriminator: Discriminator | None
-    perceptual: Callable | None
+    objective: Objective
     latent_shape: tuple
-    train: object
-    optimiser: object  # of each player, who keeps a state of its own: a schedule starts with a player's first update
+    optimiser: object
+    ema_decay: float
 
     def init(self, key):
         decoder_key, heads_key = jax.random.split(key)
         params = self.autoencoder.decoder.init(decoder_key, jnp.zeros((1, *self.latent_shape)))["params"]
         state = optim.init_state(params, self.optimiser)
-        if self.discriminator is None:
+        if self.objective.discriminator is None:
             return state
-        disc = self.discriminator.init(heads_key)
+        disc = self.objective.discriminator.init(heads_key)
         new = (disc["params"], disc["spectral"], self.optimiser.init(disc["params"]))
         return {**state, **dict(zip(_DISC, new, strict=True))}
 
     def step(self, state, frozen, batch, key):
-        noise_key, fool_key, disc_key = jax.random.split(key, 3)
+        noise_key, adversarial_key, disc_key = jax.random.split(key, 3)
         images = to_float(batch["image"])
         latents = self.autoencoder.encode(frozen["encoder"], images)
-        noisy = add_noise(latents, noise_key, self.train.noise_tau)
-        grads, metrics = self.decoder_gradients(state, frozen, noisy, images, fool_key)
-        started = state["step"] >= self.train.discriminator_start
-        state, metrics["grad_norm"] = optim.update(state, grads, self.optimiser, self.train.ema_decay)
-        if self.discriminator is None:
+        noisy = add_noise(latents, noise_key, self.objective.noise_tau)
+        grads, metrics = self.decoder_gradients(state, frozen, noisy, images, adversarial_key)
+        started = state["step"] >= self.objective.discriminator_start
+        state, metrics["grad_norm"] = optim.update(state, grads, self.optimiser, self.ema_decay)
+        if self.objective.discriminator is None:
             return state, metrics
 
         def wait(state):
@@ -95,46 +107,46 @@ class _Game:
         One forward and one backward pass of the decoder: the losses meet at the image, where each one's cotangent goes
         through the last layer alone for the two norms that the weight is made of.
         """
-        params, train = state["params"], self.train
+        params, objective = state["params"], self.objective
         features, pull_features = jax.vjp(lambda p: self.autoencoder.features(p, latents), params)
         decoded, pull_pixels = jax.vjp(self.autoencoder.pixels, params, features)
 
         def reconstruction(decoded):
             terms = {"l1": jnp.abs(decoded - images).mean()}
             loss = terms["l1"]
-            if self.perceptual is not None:
-                terms["lpips"] = self.perceptual(frozen["lpips"], decoded, images).mean()
-                loss = loss + train.lpips_weight * terms["lpips"]
+            if objective.perceptual is not None:
+                terms["lpips"] = objective.perceptual(frozen["lpips"], decoded, images).mean()
+                loss = loss + objective.perceptual_weight * terms["lpips"]
             return loss, terms
 
         (loss, metrics), at_image = jax.value_and_grad(reconstruction, has_aux=True)(decoded)
-        if self.discriminator is not None:
-            active = state["step"] >= train.adversarial_start
-            fooled, fooled_at_image = self.fool(state, frozen, decoded, key, active)
+        if objective.discriminator is not None:
+            active = state["step"] >= objective.adversarial_start
+            adversarial, adversarial_at_image = self.adversarial(state, frozen, decoded, key, active)
 
             def last_layer(cotangent):
                 return pull_pixels(cotangent)[0]["pred"]["kernel"]
 
-            weight = adaptive_weight(last_layer(at_image), last_layer(fooled_at_image))
-            weight = jnp.where(active, train.adversarial_weight * weight, 0.0)
-            loss, at_image = loss + weight * fooled, at_image + weight * fooled_at_image
-            metrics = {**metrics, "adversarial": fooled, "adversarial_weight": weight}
+            weight = adaptive_weight(last_layer(at_image), last_layer(adversarial_at_image))
+            weight = jnp.where(active, objective.adversarial_weight * weight, 0.0)
+            loss, at_image = loss + weight * adversarial, at_image + weight * adversarial_at_image
+            metrics = {**metrics, "adversarial": adversarial, "adversarial_weight": weight}
 
         pixel_grads, at_features = pull_pixels(at_image)
         grads = jax.tree.map(jnp.add, pixel_grads, pull_features(at_features)[0])
         return grads, {"loss": loss, **metrics}
 
-    def fool(self, state, frozen, decoded, key, active):
+    def adversarial(self, state, frozen, decoded, key, active):
         """The adversarial loss of decoded images and its gradient there; zeros while it is not active."""
         disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
 
-        def adversarial(decoded):
-            return generator_loss(self.discriminator.judge(frozen["backbone"], disc, decoded, key)[0])
+        def loss(decoded):
+            return generator_loss(self.objective.discriminator.logits(frozen["backbone"], disc, decoded, key)[0])
 
         def nothing(decoded):
             return jnp.zeros(()), jnp.zeros_like(decoded)
 
-        return jax.lax.cond(active, jax.value_and_grad(adversarial), nothing, decoded)
+        return jax.lax.cond(active, jax.value_and_grad(loss), nothing, decoded)
 
     def update_discriminator(self, state, frozen, latents, images, key):
         """The discriminator's new entries of the state, and metrics."""
@@ -146,9 +158,11 @@ class _Game:
 
         def loss(disc_params):
             disc = {"params": disc_params, "spectral": state["disc_spectral"]}
-            logits, moved = self.discriminator.judge(frozen["backbone"], disc, both, key, mutable=["spectral"])
+            logits, moved = self.objective.discriminator.logits(
+                frozen["backbone"], disc, both, key, mutable=["spectral"]
+            )
             real, fake = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
-            return self.discriminator.loss(real, fake), (moved["spectral"], real.mean(), fake.mean())
+            return self.objective.discriminator.loss(real, fake), (moved["spectral"], real.mean(), fake.mean())
 
         (value, (spectral, real, fake)), grads = jax.value_and_grad(loss, has_aux=True)(state["disc_params"])
         updates, opt_state = self.optimiser.update(grads, state["disc_opt_state"], state["disc_params"])

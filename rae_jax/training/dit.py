@@ -1,4 +1,4 @@
-"""Stage 2: the diffusion transformer learns the velocity of latents on their way to noise."""
+"""Stage 2: the diffusion transformer learns its prediction for latents between data and noise."""
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +8,36 @@ from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.training import optim
 
 
-def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_fn, shift_factor, train):
-    """Returns (init, step) of this stage; `train` is the config section dit.train.
+def make(
+    *,
+    autoencoder,
+    dit,
+    condition,
+    latent_shape,
+    prediction,
+    time_fn,
+    shift_factor,
+    optimiser,
+    ema_decay,
+    more_ema_decays,
+    condition_dropout,
+    microbatches,
+):
+    """Return (init, step) of this stage.
 
-    `time_fn(key, batch_size)` draws times, which `shift_factor` then moves, `target_fn(x, noise, t)` is what the model
-    is to say at x_t. A batch holds images, or 'latent', which was encoded before.
+    `condition`: a models.conditions.Condition, which is null with the probability `condition_dropout`. `prediction`: a
+    flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. A batch holds images, or
+    'latent', which was encoded before.
     """
-    optimiser = optim.make(train)
 
     def init(key):
-        one = jnp.ones((1,))
-        params = dit.init(key, jnp.zeros((1, *latent_shape)), one, one.astype(jnp.int32))["params"]
-        return optim.init_state(params, optimiser, len(train.more_ema_decays))
+        conditions = condition.zeros(1)
+        params = dit.init(key, jnp.zeros((1, *latent_shape)), jnp.ones((1,)), conditions)["params"]
+        return optim.init_state(params, optimiser, len(more_ema_decays))
 
     def loss(params, examples):
-        output = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["label"])
-        return jnp.square(output - examples["target"]).mean()
+        output = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["condition"])
+        return jnp.square(output - examples["target"]).mean(), {}
 
     def step(state, frozen, batch, key):
         time_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -34,15 +48,15 @@ def make(*, autoencoder, dit, num_classes, latent_shape, path, target_fn, time_f
         x = normalise(latents, frozen["statistics"])
         t = flow.shift_time(time_fn(time_key, x.shape[0]), shift_factor)
         noise = jax.random.normal(noise_key, x.shape)
-        dropped = jax.random.bernoulli(drop_key, train.label_dropout, t.shape)
+        dropped = jax.random.bernoulli(drop_key, condition_dropout, t.shape)
         examples = {
-            "x_t": flow.interpolate(x, noise, t, path),
+            "x_t": flow.interpolate(x, noise, t, prediction.path),
             "t": t,
-            "label": jnp.where(dropped, num_classes, batch["label"]),
-            "target": target_fn(x, noise, t),
+            "condition": condition.with_null(batch["label"], dropped),
+            "target": prediction.target(x, noise, t),
         }
-        value, grads = optim.value_and_grad(loss, state["params"], examples, train.microbatches)
-        state, grad_norm = optim.update(state, grads, optimiser, train.ema_decay, train.more_ema_decays)
-        return state, {"loss": value, "grad_norm": grad_norm}
+        (value, metrics), grads = optim.value_and_grad(loss, state["params"], examples, microbatches)
+        state, grad_norm = optim.update(state, grads, optimiser, ema_decay, more_ema_decays)
+        return state, {"loss": value, **metrics, "grad_norm": grad_norm}
 
     return init, step

@@ -19,9 +19,8 @@ from rae_jax.models.layers import patchify
 from rae_jax.training import optim
 
 
-def make(*, autoencoder, patch_size, num_classes, image_size, train):
-    """Returns (init, step) of this stage; `train` is the config section encoder.train."""
-    optimiser = optim.make(train)
+def make(*, autoencoder, patch_size, num_classes, image_size, optimiser, ema_decay, noise_tau, detail, label_weight):
+    """Return (init, step) of this stage. `noise_tau`, `detail` and `label_weight`: see configs/small.py."""
     pixel_head = Dense(3 * patch_size**2)
     class_head = nn.Dense(num_classes)
 
@@ -39,21 +38,21 @@ def make(*, autoencoder, patch_size, num_classes, image_size, train):
 
     def loss(params, images, labels, key):
         latents = autoencoder.encode(params["encoder"], images)
-        noisy = add_noise(latents, key, train.noise_tau)
+        noisy = add_noise(latents, key, noise_tau)
         noisy = noisy.reshape(noisy.shape[0], -1, noisy.shape[-1])
         target = patchify(normalise_image(images, autoencoder.mean, autoencoder.std), patch_size)
-        target = magnify_detail(target, train.detail)
+        target = magnify_detail(target, detail)
         pixels = jnp.abs(pixel_head.apply({"params": params["pixels"]}, noisy) - target).mean()
         logits = class_head.apply({"params": params["classes"]}, latents.mean((1, 2)))
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         accuracy = (logits.argmax(-1) == labels).mean()
-        total = pixels + train.label_weight * cross_entropy
+        total = pixels + label_weight * cross_entropy
         return total, {"loss": total, "pixels": pixels, "cross_entropy": cross_entropy, "accuracy": accuracy}
 
     def step(state, frozen, batch, key):
         images = to_float(batch["image"])
         grads, metrics = jax.grad(loss, has_aux=True)(state["params"], images, batch["label"], key)
-        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, train.ema_decay)
+        state, metrics["grad_norm"] = optim.update(state, grads, optimiser, ema_decay)
         return state, metrics
 
     return init, step

@@ -54,7 +54,7 @@ def fit(
     evaluate=None,
     evaluate_every=0,
     scored=False,
-    care=health.OFF,
+    health_settings=health.OFF,
     tracker=None,
     **saving,
 ):
@@ -63,30 +63,30 @@ def fit(
     The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
     never) `evaluate(state, step)` gives more numbers by name to write; `scored`: 'score' among them says which
     checkpoint is the best. `tracker`, a logs.WandB, is told them as well. `saving`: what else Checkpoints takes. Raises
-    InterruptedRun after a first SIGINT or SIGTERM, a second one ends the process at once; DivergedRun where a step is
-    not finite, and `care` does not have it skipped; and UserError where a checkpoint cannot be read, or one that must
-    be there cannot be written.
+    InterruptedRun after a first SIGINT or SIGTERM (a second one ends the process at once); DivergedRun for a step that is
+    not finite and that `health_settings` does not skip; UserError for a checkpoint that cannot be read, or one that must
+    exist and cannot be written.
     """
     abstract = sharding.abstract(jax.eval_shape(stage.init, key), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     frozen = jax.device_put(stage.frozen, sharding.shardings(stage.frozen, mesh))
-    stage = dataclasses.replace(stage, step=health.guarded(stage.step, care.skip))
+    stage = dataclasses.replace(stage, step=health.guarded(stage.step, health_settings.skip))
     feed = _Feed(iter(stage.batches), mesh)
 
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage.name, keep=keep, every=checkpoint_every, **saving)
     with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
         start, state = _begin(stage, checkpoints, abstract, feed, key)
-        metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
         step_fn = compiled_step(stage.step, placed, mesh)
-
         stop = processes.Agreement(lambda: signals.received)
-        incidents = health.Incidents(workdir, stage.name)
-        watch = health.Watch(stage, care, incidents, checkpoints.newest_in_words)
-        pulse = heartbeat.Heartbeat(workdir, stage, start=start, every=care.heartbeat, stalled=care.stalled)
+        metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
+        settings, incidents = health_settings, health.Incidents(workdir, stage.name)
+        watch = health.Watch(stage, settings, incidents, checkpoints.newest_in_words)
+        beats = heartbeat.Heartbeat(workdir, stage, start=start, every=settings.heartbeat, stalled=settings.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
 
-        with progress, pulse, contextlib.closing(_Clock(stage.batch_size)) as clock:
-            evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, pulse, clock)
+        with progress, beats, contextlib.closing(_Clock(stage.batch_size)) as clock:
+            observers = _Observers(clock, watch, beats, metrics_file, progress)
+            evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, beats, clock)
             if evaluations.due(start) and metrics_file.lack_evaluation(start):
                 checkpoints.note_score(start, evaluations.run(start, state))  # an interruption left that out
             if start < stage.num_steps:
@@ -94,30 +94,50 @@ def fit(
             for step in range(start + 1, stage.num_steps + 1):
                 last = step == stage.num_steps
                 state, metrics = step_fn(state, frozen, feed.take(), key)
-                clock.tick(metrics)
-                watch.began(step, metrics)
-                pulse.beat(step)
+                observers.began(step, metrics)
                 stop.exchange(last=last)
                 if not (last or stop.value):
                     clock.wait_for(feed.fetch)  # while the devices compute this step
                 if step % log_every == 0 or last:
-                    watch.ended()  # only here, and before a checkpoint, does the host wait for this very step
-                    metrics_file.write(step, {**metrics, **clock.read()})
-                    progress.update(step, _note(metrics))
-                # After the checkpoint: it may take longer than a machine waits that is taken away, and what is left out
-                # is made up for. Before it, where its score belongs to the checkpoint, or no step comes after it.
+                    observers.log(step, metrics)
+                # An evaluation comes after the checkpoint, because it may take longer than a machine that is taken away
+                # waits, and a resumed run makes up for it. It comes before the checkpoint that its score belongs to,
+                # and after the last step.
                 early = evaluations.due(step) and (scored or last) and not stop.value
                 score = evaluations.run(step, state) if early else None
                 stopping = stop.value
                 if last or stopping or checkpoints.wants(step, score):
                     watch.ended()
-                    with pulse.doing("saving"):
+                    with beats.doing("saving"):
                         _save(checkpoints, step, state, feed, score, last=last, stop=stop)
                 if evaluations.due(step) and not (early or stopping):
                     evaluations.run(step, state)
                 stopping = stopping or (stop.at_the_end() if last else None)
                 if stopping:
                     raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observers:
+    """Everything that is told of a step."""
+
+    clock: "_Clock"
+    watch: health.Watch
+    heartbeat: heartbeat.Heartbeat
+    metrics_file: logs.Metrics
+    progress: logs.Progress
+
+    def began(self, step, metrics):
+        """A step has begun that will give these metrics."""
+        self.clock.tick(metrics)
+        self.watch.began(step, metrics)
+        self.heartbeat.beat(step)
+
+    def log(self, step, metrics):
+        """Write the step's metrics: only here, and before a checkpoint, does the host wait for the newest step."""
+        self.watch.ended()
+        self.metrics_file.write(step, {**metrics, **self.clock.read()})
+        self.progress.update(step, _note(metrics))
 
 
 def _begin(stage, checkpoints, abstract, feed, key):
@@ -190,9 +210,9 @@ class _Feed:
 class _Evaluations:
     """Evaluations in training, every so many steps."""
 
-    def __init__(self, evaluate, every, metrics_file, pulse, clock):
+    def __init__(self, evaluate, every, metrics_file, beats, clock):
         self._evaluate, self._every = evaluate, every
-        self._metrics_file, self._pulse, self._clock = metrics_file, pulse, clock
+        self._metrics_file, self._heartbeat, self._clock = metrics_file, beats, clock
 
     def due(self, step):
         """Whether there is one after `step`."""
@@ -200,7 +220,7 @@ class _Evaluations:
 
     def run(self, step, state):
         """Write what is found; its score, or None."""
-        with self._pulse.doing("evaluating"):
+        with self._heartbeat.doing("evaluating"):
             results = self._evaluate(state, step)
         score = results.pop("score", None)
         self._metrics_file.write(step, {f"eval/{name}": value for name, value in results.items()})

@@ -23,7 +23,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 LARGEST_ERROR = 0.25  # of a pixel's levels: white in the map
 
 
-class Exhibits:
+class DemoModel:
     """A config and its weights `parts`; without a 'dit' among these there are no samples.
 
     Guidance is that of the config, classifier-free where it is none and there are classes; its scale and the number of

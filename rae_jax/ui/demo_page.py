@@ -66,7 +66,7 @@ def serve(page, *, host, port):
 
 
 def build_page(shown, *, title, what, class_names, held_out, image_size, scale):
-    """The page of an `exhibits.Exhibits` as Gradio's Blocks.
+    """The page of an `demo_model.Exhibits` as Gradio's Blocks.
 
     `class_names` is empty where nothing can be sampled; `held_out` is a source of example pictures, or None; `scale` of
     the guidance is where its slider begins.

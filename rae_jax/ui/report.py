@@ -16,6 +16,7 @@ import statistics
 from absl import app, flags
 from etils import epath
 
+from rae_jax.config import keys
 from rae_jax.config.glossary import RESULTS
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line
@@ -167,7 +168,7 @@ def _environment(runs):
 
 def _config(runs):
     """A table of all keys; of several runs, first those that differ."""
-    flat = [dict(workdir_reader.flatten(run.config)) for run in runs]
+    flat = [keys.flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
 
     def table(keys):

@@ -7,6 +7,7 @@ import re
 
 from etils import epath
 
+from rae_jax.config import keys
 from rae_jax.runtime import environment, logs
 
 
@@ -42,7 +43,7 @@ class Run:
     @functools.cached_property
     def results(self):
         """{file's name: {metric: value}}."""
-        return {file.stem: dict(flatten(_read_json(file))) for file in sorted((self.workdir / "eval").glob("*.json"))}
+        return {file.stem: keys.flatten(_read_json(file)) for file in sorted((self.workdir / "eval").glob("*.json"))}
 
     @property
     def pictures(self):
@@ -57,15 +58,6 @@ class Run:
             if match := re.fullmatch(r"(\d+)_(\w+)", file.stem):
                 found.setdefault((file.parent.name, match[2]), []).append((int(match[1]), file))
         return found
-
-
-def flatten(tree, prefix=""):
-    """(dotted key, value) of nested dicts, in order."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _read_json(path):

@@ -6,26 +6,19 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax.build import models
+from rae_jax.build import objectives
 from rae_jax.models.lpips import Lpips
-from rae_jax.training import decoder
 
 
-def _decoder_parts(config, monkeypatch):
-    """What the decoder's stage is made of."""
-    monkeypatch.setattr(decoder, "make", lambda **parts: parts)
-    return models.init_and_step(config, "decoder")
-
-
-def test_the_decoder_s_loss_has_lpips_of_images_in_0_to_1(monkeypatch):
+def test_the_decoder_s_loss_has_lpips_of_images_in_0_to_1():
     """By hand, where all convolutions but the first two are zero, and those see one pixel alone.
 
     Images are moved to [-1, 1], normalised by LPIPS' own mean and deviation; features become unit vectors.
     """
     config, rng = tiny(), np.random.default_rng(0)
-    assert _decoder_parts(config, monkeypatch)["perceptual"] is None  # its weight is 0
+    assert objectives.decoder_objective(config).perceptual is None  # its weight is 0
     config.decoder.train.lpips_weight = 0.5
-    perceptual = _decoder_parts(config, monkeypatch)["perceptual"]
+    perceptual = objectives.decoder_objective(config).perceptual
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     shapes = jax.eval_shape(Lpips().init, jax.random.key(0), image, image)["params"]
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
@@ -52,7 +45,9 @@ def test_the_discriminator_augments_as_the_config_says(prob, cutout):
     """With probability 0 not at all; a square of half the side wipes out its quarter at the corners, if not more."""
     config, images = tiny(), np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3)).astype(np.float32)
     config.discriminator.augment.update({"prob": prob, "cutout": cutout})
-    augmented = np.asarray(jax.jit(models.discriminator(config).augment)(images, jax.random.key(0)))
+    augmented = np.asarray(
+        jax.jit(objectives.decoder_objective(config).discriminator.augment)(images, jax.random.key(0))
+    )
     wiped = (augmented == 0).all(-1).sum((1, 2))
     if prob == 0.0:
         np.testing.assert_array_equal(augmented, images)
@@ -63,15 +58,15 @@ def test_the_discriminator_augments_as_the_config_says(prob, cutout):
 
 
 @pytest.mark.parametrize("name", ["hinge", "vanilla"])
-def test_the_discriminator_minimises_the_config_s_loss(name, monkeypatch):
+def test_the_discriminator_minimises_the_config_s_loss(name):
     config, (real, fake) = tiny(), np.random.default_rng(0).normal(scale=2.0, size=(2, 5, 7))
     config.discriminator.loss = name
     expected = {
         "hinge": 0.5 * (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean()),
         "vanilla": 0.5 * (np.log1p(np.exp(-real)).mean() + np.log1p(np.exp(fake)).mean()),
     }
-    discriminator = _decoder_parts(config, monkeypatch)["discriminator"]
+    discriminator = objectives.decoder_objective(config).discriminator
     found = discriminator.loss(jnp.asarray(real, jnp.float32), jnp.asarray(fake, jnp.float32))
     assert float(found) == pytest.approx(expected[name], rel=1e-5)
     config.decoder.train.adversarial_weight = 0.0
-    assert _decoder_parts(config, monkeypatch)["discriminator"] is None
+    assert objectives.decoder_objective(config).discriminator is None

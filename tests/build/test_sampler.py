@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from rae_jax.build import models, sampler
+from rae_jax.build import models, objectives, sampler
+from rae_jax.config import keys as config_keys
+from rae_jax.diffusion import flow
 
 
 def _coefficients(path, t, xp=np):
@@ -34,14 +36,15 @@ def test_the_config_s_path_and_prediction_are_their_equations(path, prediction, 
     x, noise = np.random.default_rng(3).normal(size=(2, 4, 2, 2, 5))
     t = np.array([0.1, 0.3, 0.6, 0.9])
     coefficients = _coefficients(path, t[:, None, None, None])
-    for ours, theirs in zip(sampler.path(tiny_config).at(jnp.asarray(t), x), coefficients, strict=True):
+    found = sampler.prediction(tiny_config)
+    for ours, theirs in zip(found.path.at(jnp.asarray(t), x), coefficients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     alpha, sigma, d_alpha, d_sigma = coefficients
     velocity = d_alpha * x + d_sigma * noise
     wanted = {"velocity": velocity, "noise": noise, "data": x}[prediction]
     x, noise, t, x_t = (jnp.asarray(array) for array in (x, noise, t, alpha * x + sigma * noise))
-    np.testing.assert_allclose(sampler.target_fn(tiny_config)(x, noise, t), wanted, rtol=1e-5, atol=1e-5)
-    back = sampler.to_velocity(tiny_config)(jnp.asarray(wanted), x_t, t)
+    np.testing.assert_allclose(found.target(x, noise, t), wanted, rtol=1e-5, atol=1e-5)
+    back = found.to_velocity(jnp.asarray(wanted), x_t, t)
     np.testing.assert_allclose(back, velocity, rtol=1e-4, atol=1e-4)
 
 
@@ -65,8 +68,8 @@ def test_a_model_that_predicts_the_target_has_no_loss(path, prediction, tiny_con
     tiny_config.dit.update({"path": path, "prediction": prediction})
     tiny_config.dit.train.time = "uniform"
     monkeypatch.setattr(models, "dit", lambda config: _Truth(path, prediction))
-    init, step = models.init_and_step(tiny_config, "dit")
-    latent = (16, *models.latent_shape(tiny_config))
+    init, step = objectives.init_and_step(tiny_config, "dit")
+    latent = (16, *config_keys.latent_shape(tiny_config))
     batch = {"latent": jnp.full(latent, 0.7), "label": jnp.zeros(16, jnp.int32)}
     frozen = {"statistics": {"mean": jnp.zeros(latent[1:]), "var": jnp.full(latent[1:], 1 - 1e-5)}}
     _, metrics = jax.jit(step)(init(jax.random.key(0)), frozen, batch, jax.random.key(1))
@@ -89,16 +92,15 @@ def _expected(path, x_t, t, xp=np):
 def test_the_config_s_flow_ends_in_the_data(path, prediction, tiny_config):
     """Of Gaussian data: the flow keeps the distance from the mean in units of the standard deviation."""
     tiny_config.dit.update({"path": path, "prediction": prediction})
+    tiny_config.dit.time_shift = 1.0
     tiny_config.sampler.update({"method": "heun", "num_steps": 200})
-    times, to_velocity = sampler.times(tiny_config, 1.0), sampler.to_velocity(tiny_config)
-    halves = (
-        lambda x, t: (),
-        lambda x, t, s: to_velocity(_expected(path, x, t[:, None], jnp)[prediction], x, t),
-    )
+    solver, to_velocity = sampler.sampler(tiny_config), sampler.prediction(tiny_config).to_velocity
+    velocity = flow.undivided(lambda x, t: to_velocity(_expected(path, x, t[:, None], jnp)[prediction], x, t))
+    times = solver.times
     (alpha, end_alpha), (sigma, end_sigma), _, _ = _coefficients(path, np.float64([times[0], times[-1]]))
     normal = np.linspace(-2.0, 2.0, 5)[:, None]
     start = alpha * MEAN + np.hypot(alpha * STD, sigma) * normal
-    found = sampler.solve(tiny_config, halves, jnp.asarray(start), times, None)
+    found = solver.solve(velocity, jnp.asarray(start), None)
     end = end_alpha * MEAN + np.hypot(end_alpha * STD, end_sigma) * normal
     np.testing.assert_allclose(found, end, atol=2e-3)
     np.testing.assert_allclose(end, MEAN + STD * normal, atol=0.03)
@@ -131,7 +133,7 @@ SDES = (
 @pytest.mark.parametrize("path, diffusion, last_step", SDES)
 def test_the_config_s_sde_is_its_equations(path, diffusion, last_step, tiny_config):
     """Of Gaussian data, whose score is known: SiT's equations (arXiv 2401.08740), where data are at the time 0."""
-    tiny_config.dit.path = path
+    tiny_config.dit.update({"path": path, "time_shift": 0.5})
     tiny_config.sampler.update({"method": "sde", "num_steps": 6, "last_step_size": 0.1})
     tiny_config.sampler.update({"diffusion": diffusion, "last_step": last_step})
     first = 0.999 if path == "vp" or diffusion == "score_based" else 1.0
@@ -140,9 +142,8 @@ def test_the_config_s_sde_is_its_equations(path, diffusion, last_step, tiny_conf
     times = 0.5 * times / (1 - 0.5 * times)  # shifted
     noises = np.random.default_rng(0).normal(size=(6, 4, 3))
     x = np.random.default_rng(1).normal(size=(4, 3))
-    halves = (lambda x, t: (), lambda x, t, s: _expected(path, x, t[:, None], jnp)["velocity"])
-    given, noise_fn = sampler.times(tiny_config, 0.5), jnp.asarray(noises).__getitem__
-    found = sampler.solve(tiny_config, halves, jnp.asarray(x), given, noise_fn)
+    velocity = flow.undivided(lambda x, t: _expected(path, x, t[:, None], jnp)["velocity"])
+    found = sampler.sampler(tiny_config).solve(velocity, jnp.asarray(x), jnp.asarray(noises).__getitem__)
 
     for t, t_next, noise in zip(times[:-1], times[1:], noises, strict=True):
         e, w = _expected(path, x, t), _diffusion(diffusion, path, t)

@@ -8,7 +8,7 @@ from conftest import random_like, tiny
 from PIL import Image
 from published_cases import DINO, dino_shapes, write
 
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights, stages
 from rae_jax.runtime import sharding
 
 STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
@@ -78,7 +78,7 @@ def _backbone(folder):
 def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
     config = _backbone(tmp_path)
     bias = np.asarray(
-        stages.load(config, "backbone", "", sharding.make_mesh(config.mesh))["blocks"]["attention"]["qkv"]["bias"]
+        part_weights.load(config, "backbone", "", sharding.make_mesh(config.mesh))["blocks"]["attention"]["qkv"]["bias"]
     )
     released = encoder_cases.weights(dino_shapes())["blocks.1.attn.qkv.bias"]
     assert released.all() and not bias[:, 16:32].any()
@@ -88,14 +88,14 @@ def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
 def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):
     """Without antialiasing: from 48 pixels to 32, each one lies between two, at 1.5 i + 0.25."""
     config = _backbone(tmp_path)
-    backbone = models.discriminator(config).backbone
+    backbone = models.backbone(config)
     line = np.zeros((32, 48))
     for i in range(32):
         left = int(np.floor(1.5 * i + 0.25))
         line[i, left], line[i, left + 1] = 1 - (1.5 * i + 0.25 - left), 1.5 * i + 0.25 - left
     images = np.float32(np.random.default_rng(0).uniform(-0.2, 1.2, (2, 48, 48, 3)))
     resized = np.float32(np.einsum("ih,jw,bhwc->bijc", line, line, images))
-    params = random_like(stages.part_shapes(config, "backbone"), seed=0, scale=0.3)
+    params = random_like(part_weights.shapes(config, "backbone"), seed=0, scale=0.3)
     tokens, expected = (jax.jit(backbone)(params, x) for x in (images, resized))
     assert tokens.shape == (2, 2, 16, 16)
     np.testing.assert_allclose(tokens, expected, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from stress import toy_stage
 
-from rae_jax.cli import modes
+from rae_jax.cli import train
 from rae_jax.runtime import checkpoint
 
 FD = (9.0, 3.0, 7.0, 12.0, 8.0)  # of the first, second, ... evaluation
@@ -32,7 +32,7 @@ def _evaluate(config, stage, evaluator):
     """The function that the loop calls, for a stage that has all the weights it needs."""
     frozen = {name: _part(number) for number, name in enumerate(("encoder", "judge", "decoder", "statistics"), 10)}
     stage = types.SimpleNamespace(name=stage, frozen=frozen)
-    return modes._evaluate_in_training(config, stage, epath.Path("not written"), None, evaluator)
+    return train.evaluate_in_training(config, stage, epath.Path("not written"), None, evaluator)
 
 
 @pytest.mark.parametrize("stage, average, expected", [("decoder", 0, 2), ("dit", 0, 2), ("dit", 1, 3), ("dit", 2, 4)])

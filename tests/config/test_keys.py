@@ -14,8 +14,8 @@ from conftest import tiny
 from ml_collections import ConfigDict
 
 from configs import small
-from rae_jax.build import models, stages
-from rae_jax.cli import modes
+from rae_jax.build import models, objectives, part_weights, stages
+from rae_jax.cli import train as cli_train
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -36,7 +36,7 @@ def test_the_configs_are_right():
         checks.check(config, sharding.make_mesh(config.mesh))
         trained = config.stages if config.stages != small.get_config().stages else ()
         for part in {*trained, "encoder", "decoder", "statistics", "dit"}:
-            placed = sharding.shardings(stages.part_shapes(config, part), sharding.make_mesh(config.mesh))
+            placed = sharding.shardings(part_weights.shapes(config, part), sharding.make_mesh(config.mesh))
             assert jax.tree.leaves(placed), (name, part)
 
 
@@ -44,12 +44,12 @@ def test_full_size_latents_and_images_fit():
     latents = {"dit_b": (16, 16, 768), "dit_xl_512": (32, 32, 768)}
     for name, latent in latents.items():
         config = importlib.import_module(f"configs.{name}").get_config()
-        assert models.latent_shape(config) == latent
+        assert config_keys.latent_shape(config) == latent
         autoencoder = models.autoencoder(config)
         side = config.data.image_size
         image = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
-        encoded = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), image)
-        assert jax.eval_shape(autoencoder.decode, stages.part_shapes(config, "decoder"), encoded).shape == image.shape
+        encoded = jax.eval_shape(autoencoder.encode, part_weights.shapes(config, "encoder"), image)
+        assert jax.eval_shape(autoencoder.decode, part_weights.shapes(config, "decoder"), encoded).shape == image.shape
 
 
 def test_epochs_become_steps_of_the_data_that_is_there():
@@ -75,8 +75,8 @@ def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
 
 def test_the_full_size_discriminator_is_the_published_one():
     config = importlib.import_module("configs.decoder_xl").get_config()
-    discriminator = models.discriminator(config)
-    shapes = stages.part_shapes(config, "backbone")
+    discriminator = objectives.decoder_objective(config).discriminator
+    shapes = part_weights.shapes(config, "backbone")
     image = jax.ShapeDtypeStruct((2, 256, 256, 3), "float32")
     assert jax.eval_shape(discriminator.backbone, shapes, image).shape == (5, 2, 28 * 28, 384)
     disc = jax.eval_shape(discriminator.init, jax.random.key(0))
@@ -204,9 +204,9 @@ def test_the_best_checkpoint_is_that_of_a_metric(tiny_config):
         tiny_config.checkpoint.best = wrong
         with pytest.raises(UserError, match=f"config.checkpoint.best='{wrong}' cannot work: choose one of psnr"):
             checks.check(tiny_config, mesh)
-    assert modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=False) == {}
+    assert cli_train.score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=False) == {}
     with pytest.raises(UserError, match="config.checkpoint.best='fd' cannot work: choose from psnr"):
-        modes._score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=True)
+        cli_train.score(ConfigDict({"best": "fd", "best_is": "lowest"}), {"psnr": 1.0}, must=True)
 
 
 def test_cudnn_s_heads_are_those_that_attend():

@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 
 from configs import small
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights
 from rae_jax.config import keys as config_keys
 from rae_jax.models.dit import DiT
 
@@ -66,13 +66,13 @@ def test_the_models_are_the_papers(name):
     assert config.data.image_size == (512 if name == "dit_xl_512" else 256)
     dit = models.dit(config)
     assert (dit.width, dit.depth, dit.num_heads) == DITS[dit_size]
-    assert (dit.num_classes, dit.patch_size, dit.qk_norm) == (1000, 2 if name == "sdvae_dit_xl" else 1, False)
+    assert (dit.embed(8).num_classes, dit.patch_size, dit.qk_norm) == (1000, 2 if name == "sdvae_dit_xl" else 1, False)
     if name in ("plain_dit_xl", "sdvae_dit_xl"):
         assert isinstance(dit, DiT)
     else:
         assert (dit.head_width, dit.head_depth, dit.head_num_heads) == (2048, 2, 16)
     if name == "sdvae_dit_xl":
-        assert (e.weights.split(":")[0], models.latent_shape(config)) == ("stabilityai/sd-vae-ft-ema", (32, 32, 4))
+        assert (e.weights.split(":")[0], config_keys.latent_shape(config)) == ("stabilityai/sd-vae-ft-ema", (32, 32, 4))
         assert (e.widths, e.depth) == ((128, 256, 512, 512), 2)
         assert config.decoder.weights == e.weights and config.statistics.weights == "none"
         return
@@ -83,7 +83,7 @@ def test_the_models_are_the_papers(name):
     assert [decoder.width, decoder.depth, decoder.num_heads, decoder.hidden] == sizes
     assert (decoder.patch_size, decoder.grid_size) == (16, None)
     if name.startswith("decoder"):  # the products with kernels for 256 tokens and the class token
-        shapes = traverse_util.flatten_dict(stages.part_shapes(config, "decoder"))
+        shapes = traverse_util.flatten_dict(part_weights.shapes(config, "decoder"))
         products = 257 * sum(leaf.size for path, leaf in shapes.items() if path[-1] == "kernel")
         assert products / 1e9 == pytest.approx(giga_products, rel=5e-3)
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import stages
 from rae_jax.data import decode, packed_images, pipeline, sources
 from rae_jax.data.pack import pack
 from rae_jax.data.packed_images import PackedImages
@@ -72,10 +73,10 @@ def test_random_crops_of_the_packed_are_those_of_the_files_and_probes_need_other
     np.testing.assert_array_equal(heldout[0]["image"], parts["heldout"][0]["image"])
     data = {"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE, "num_classes": 2}
     tiny_config.data.update(data)
-    linear_probes.find(tiny_config)
+    linear_probes.check_available(tiny_config)
     tiny_config.evaluate.probe = True
     with pytest.raises(UserError, match="or evaluate without probes: --config.evaluate.probe=False"):
-        linear_probes.find(tiny_config)
+        linear_probes.check_available(tiny_config)
 
 
 def test_jpeg_records_are_close(tmp_path):
@@ -248,9 +249,9 @@ def test_a_config_names_what_is_packed(folder, tmp_path, tiny_config):
     pack(_parts(folder), tmp_path / "packed", **FORM)
     tiny_config.data.update({"source": "array_record", "path": str(tmp_path / "packed"), "image_size": SIZE})
     with pytest.raises(UserError, match="num_classes=2"):
-        models.source(tiny_config, "train")
+        build_data.source(tiny_config, "train")
     tiny_config.data.num_classes = 2
-    assert [len(models.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
+    assert [len(build_data.source(tiny_config, split)) for split in ("train", "heldout")] == [22, 2]
     tiny_config.judge.train.update({"batch_size": 8, "crop": "centre"})
     mesh = sharding.make_mesh(tiny_config.mesh)
     stage = stages.stage(tiny_config, "judge", tmp_path, mesh)

@@ -6,16 +6,18 @@ import json
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from conftest import random_like, tiny
 from etils import epath
 from flax import linen as nn
 
 from rae_jax import pack_latents
-from rae_jax.build import models, sampler, stages
+from rae_jax.build import models, part_weights, sampler, stages
 from rae_jax.config import checks
 from rae_jax.data.packed_latents import records
 from rae_jax.errors import UserError
+from rae_jax.models import conditions
 from rae_jax.runtime import logs, sharding
 from rae_jax.training import dit
 from rae_jax.training.loop import fit
@@ -33,7 +35,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for part in ("encoder", "statistics"):
         config[part].weights = str(folder)
-        tree = random_like(stages.part_shapes(config, part), seed=1, scale=0.3)
+        tree = random_like(part_weights.shapes(config, part), seed=1, scale=0.3)
         safetensors_tree.write(
             folder / f"{part}.safetensors", jax.tree.map(np.abs, tree) if part == "statistics" else tree
         )
@@ -91,9 +93,10 @@ class _Linear(nn.Module):
 def test_a_step_takes_images_or_their_latents():
     """In miniature what the next one does with the real models."""
     config = tiny()
-    parts = {"autoencoder": _Pixels(), "dit": _Linear(), "num_classes": 10, "latent_shape": (4, 4, 3)}
-    flow = {name: getattr(sampler, name)(config) for name in ("path", "target_fn", "time_fn", "shift_factor")}
-    init, step = dit.make(**parts, **flow, train=config.dit.train)
+    parts = {"autoencoder": _Pixels(), "dit": _Linear(), "condition": conditions.labels(10), "latent_shape": (4, 4, 3)}
+    parts |= {name: getattr(sampler, name)(config) for name in ("prediction", "time_fn", "shift_factor")}
+    how = {"optimiser": optax.adam(0.1), "ema_decay": 0.9, "more_ema_decays": (), "microbatches": 1}
+    init, step = dit.make(**parts, **how, condition_dropout=0.1)
     images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)
     latents = (3.0 * images / 255).astype(np.float16)
     state, label, statistics = init(jax.random.key(0)), np.arange(8), {"statistics": None}
@@ -162,7 +165,7 @@ def test_one_number_that_is_not_finite_is_not_packed(dtype, largest, value):
 def test_latents_of_something_else_are_refused(config, packed, tmp_path, change, said):
     changed = _with(config, packed, **change)
     if not {"dtype", "data.num_classes"} & change.keys():  # where the weights may stay
-        shapes = stages.part_shapes(changed, "encoder")
+        shapes = part_weights.shapes(changed, "encoder")
         safetensors_tree.write(tmp_path / "encoder.safetensors", random_like(shapes, seed=2, scale=0.3))
         changed.encoder.weights = str(tmp_path)
     with pytest.raises(UserError, match=said) as refusal:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rae_jax.build import models
+from rae_jax.build import data as build_data
 from rae_jax.data import sources
 from rae_jax.data.packed_images import PackedImages
 from rae_jax.runtime import logs
@@ -94,7 +94,7 @@ def test_the_config_names_the_data_set_and_its_splits(tiny_config, monkeypatch, 
     monkeypatch.setattr(sources, "tfds", read)
     tiny_config.data.update({"source": "tfds", "path": "a folder"})
     tiny_config.data.tfds.update({"name": "some_data", "split": "train[:90%]", "heldout_split": "validation"})
-    models.source(tiny_config, split)
+    build_data.source(tiny_config, split)
     assert asked == [{"name": "some_data", "data_dir": "a folder", "split": part, "image_size": 32}]
 
 

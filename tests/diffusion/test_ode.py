@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rae_jax.diffusion import flow, guidance, ode, sde
+from rae_jax.diffusion import flow, ode, sde
+from rae_jax.diffusion.guidance import Guidance
 
 STD = 0.5  # of the data
 PATHS = {"linear": flow.LINEAR, "cosine": flow.COSINE}
@@ -118,9 +119,8 @@ def test_the_published_grid_has_its_points():
 
 
 def test_guidance_acts_inside_its_interval_only():
-    velocity_fn = guidance.guided(
-        lambda x, t: jnp.full_like(x, 3.0), lambda x, t: jnp.full_like(x, 1.0), scale=2.0, t_min=0.2, t_max=0.6
-    )
+    strong, weak = (flow.undivided(lambda x, t, v=v: jnp.full_like(x, v)) for v in (3.0, 1.0))
+    velocity_fn = Guidance(2.0, t_min=0.2, t_max=0.6)(strong, weak)
     x = jnp.zeros((2, 3))
     for t, expected in ((0.1, 3.0), (0.2, 5.0), (0.4, 5.0), (0.6, 5.0), (0.7, 3.0)):
         np.testing.assert_allclose(velocity_fn(x, jnp.full(2, t)), expected)
@@ -129,7 +129,7 @@ def test_guidance_acts_inside_its_interval_only():
 def test_guided_gaussians_reach_the_gaussian_they_should():
     """Guided by a weaker model with another mean, v is still linear, and its flow ends in a known Gaussian."""
     scale, x = 1.7, jax.random.normal(jax.random.key(0), (1000, 1))
-    velocity_fn = guidance.guided(gaussian_velocity(STD, mean=1.0), gaussian_velocity(STD, mean=0.2), scale=scale)
+    velocity_fn = Guidance(scale)(*(flow.undivided(gaussian_velocity(STD, mean=mean)) for mean in (1.0, 0.2)))
     out = ode.heun(velocity_fn, x, ode.time_grid(200, 1.0))
     # The difference of the two is a field of its own, of the mean: it adds (scale - 1) times the means' distance.
     np.testing.assert_allclose(out, STD * x + 1.0 + (scale - 1.0) * 0.8, atol=2e-3)

@@ -14,7 +14,9 @@ from conftest import tiny
 from jax import monitoring
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, metrics, perceptual_metrics
 from rae_jax.inference.evaluator import Evaluator
@@ -60,9 +62,9 @@ def _evaluator(config, devices=8):
 def parts(inception):
     """Random weights, none of them zero."""
     config, rng = _config(), np.random.default_rng(0)
-    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "judge", "decoder", "dit")}
+    shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "judge", "decoder", "dit")}
     made = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-    latent = models.latent_shape(config)
+    latent = config_keys.latent_shape(config)
     made["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
     mesh = sharding.make_mesh(config.mesh)
     made |= {"inception": inception, "lpips": jnp.asarray(0.7)}
@@ -80,7 +82,7 @@ def evaluated(parts):
 def view():
     """(parts, images in [0, 1]) -> {'features' of the encoder, 'judged', 'decoded' [N, ...]}, ten images at a time."""
     config = _config()
-    autoencoder, judge = models.autoencoder(config), models.judge(config)
+    autoencoder, judge = models.autoencoder(config), models.classifier(config)
 
     @jax.jit
     def ten(parts, images):
@@ -110,7 +112,7 @@ def drawn(parts):
 
 @pytest.fixture(scope="module")
 def held_out():
-    source = models.source(_config(), "heldout")
+    source = build_data.source(_config(), "heldout")
     return np.stack([source[i]["image"] for i in range(len(source))])
 
 
@@ -200,7 +202,7 @@ def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts,
     assert results["fd"] == pytest.approx(_distance(found["features"][chosen], one), rel=1e-3)
     assert results["fd_real"] == pytest.approx(_distance(other, one), rel=1e-3)
     assert results["agreement"] == pytest.approx((found["judged"] == drawn[1]).mean())
-    source = models.source(config, "heldout")
+    source = build_data.source(config, "heldout")
     labels = np.array([source[i]["label"] for i in range(len(source))])
     assert results["judge_accuracy"] == pytest.approx((real["judged"] == labels).mean())
 

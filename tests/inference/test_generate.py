@@ -5,15 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 from conftest import one_device, random_like, tiny
 from flax import linen as nn
 
-from rae_jax.build import models, sampler, stages
+from rae_jax.build import models, objectives, part_weights, sampler
+from rae_jax.config import keys as config_keys
 from rae_jax.diffusion import flow
 from rae_jax.inference import generate
-from rae_jax.models import dit
+from rae_jax.models import conditions, dit
 from rae_jax.training import dit as dit_lib
 
 LABELS = jnp.array([0, 3, 9])
@@ -31,7 +33,7 @@ def case():
     config = tiny()
     config.guidance.dit.update(config.dit.copy_and_resolve_references())
     config.guidance.dit.update({"width": 8, "head_width": 16})
-    latent = models.latent_shape(config)
+    latent = config_keys.latent_shape(config)
     parts = {
         "dit": _random(models.dit(config), latent, 1),
         "guide": _random(models.dit(config, config.guidance.dit), latent, 2),
@@ -53,10 +55,10 @@ def _velocities(config, parts):
 
 def _run(config, latent, parts):
     x = jax.random.normal(jax.random.key(0), (3, *latent))
-    times = sampler.times(config, flow.shift_factor(latent))
-    halves = generate._guided(config, parts, LABELS)
-    out = jax.jit(lambda x: sampler.solve(config, halves, x, times, lambda n: _noise(n, x.shape)))(x)
-    return x, np.asarray(times), out
+    solver = sampler.sampler(config)
+    velocity = sampler.velocity(config, parts, LABELS)
+    out = jax.jit(lambda x: solver.solve(velocity, x, lambda n: _noise(n, x.shape)))(x)
+    return x, np.asarray(solver.times), out
 
 
 def _noise(n, shape):
@@ -104,9 +106,9 @@ def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
         inside, batch_t = 0.2 <= t <= 0.65, jnp.full(3, t)
         again = n in (0, *refresh) if refresh else n % reuse == 0
         if again or (inside and not entered):
-            made = [apply("condition", x, batch_t, labels) for labels in (LABELS, nobody)]
+            made = [apply("trunk", x, batch_t, labels) for labels in (LABELS, nobody)]
         entered = inside
-        v, v_null = (apply("velocity", x, batch_t, s) for s in made)
+        v, v_null = (apply("head", x, batch_t, s) for s in made)
         x = x + (t_next - t) * (v_null + 1.5 * (v - v_null) if inside else v)
     _close(out, x)
 
@@ -133,7 +135,7 @@ def test_all_of_it_is_traced_as_one_program(case, keys):
     config = config.copy_and_resolve_references()
     config.sampler.update(keys)
     whole = {
-        "decoder": stages.part_shapes(config, "decoder"),
+        "decoder": part_weights.shapes(config, "decoder"),
         "statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)},
         **parts,
     }
@@ -199,13 +201,16 @@ def test_training_and_sampling_shift_times_by_the_same_factor(given, factor, tin
     init, step = dit_lib.make(
         autoencoder=None,
         dit=_Clock(),
-        num_classes=10,
+        condition=conditions.labels(10),
         latent_shape=(2, 2, 3),
-        path=flow.LINEAR,
-        target_fn=lambda x, noise, t: jnp.zeros_like(x),
+        prediction=flow.Prediction(flow.LINEAR, lambda x, noise, t: jnp.zeros_like(x), None, 1.0, 0.0),
         time_fn=lambda key, batch_size: jnp.full(batch_size, 0.25),
         shift_factor=sampler.shift_factor(tiny_config),
-        train=tiny_config.dit.train,
+        optimiser=optax.sgd(0.1),
+        ema_decay=0.9,
+        more_ema_decays=(),
+        condition_dropout=0.1,
+        microbatches=1,
     )
     batch = {"latent": jnp.zeros((2, 2, 2, 3)), "label": jnp.zeros(2, jnp.int32)}
     _, metrics = jax.jit(step)(init(jax.random.key(0)), {"statistics": None}, batch, jax.random.key(1))
@@ -229,8 +234,8 @@ def test_noise_is_normal_and_new_in_every_step_of_every_image(tiny_config, monke
     """Where the velocity is zero, a step of the SDE with w = 1 from t to 0 leaves sqrt(2 t) times its noise alone."""
     tiny_config.guidance.method = "none"
     tiny_config.sampler.update({"method": "sde", "diffusion": "constant", "last_step": "none"})
-    monkeypatch.setattr(generate, "_halves", lambda *_: (lambda x, t: (), lambda x, t, s: jnp.zeros_like(x)))
-    latent = models.latent_shape(tiny_config)
+    monkeypatch.setattr(sampler, "velocity", lambda *_: flow.undivided(lambda x, t: jnp.zeros_like(x)))
+    latent = config_keys.latent_shape(tiny_config)
     parts = {"dit": None, "statistics": {"mean": jnp.zeros(latent), "var": jnp.full(latent, 1 - 1e-5)}}
     key, indices = jax.random.key(0), jnp.arange(20)
     samples = [generate.first_noise(tiny_config, key, indices)]
@@ -252,13 +257,13 @@ def test_microbatches_are_the_whole_batch():
     config = tiny()
     config.dit.head_depth = 0  # a plain DiT, which compiles faster
     config.dit.train.update({"clip_norm": 0.1, "learning_rate": 1e-4, "warmup_steps": 0, "optimizer": "adamw"})
-    latent = models.latent_shape(config)
+    latent = config_keys.latent_shape(config)
     batch = {"latent": jax.random.normal(jax.random.key(0), (16, *latent)), "label": jnp.arange(16) % 10}
     frozen = {"statistics": {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}}
     ends, norms = [], []
     for parts in (1, 4):
         config.dit.train.microbatches = parts
-        init, step = models.init_and_step(config, "dit")
+        init, step = objectives.init_and_step(config, "dit")
         state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init, jax.random.key(2)))
         state["params"] = _random(models.dit(config), latent, 3)
         step = jax.jit(step)

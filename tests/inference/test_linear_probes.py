@@ -6,7 +6,8 @@ import pytest
 from conftest import one_device, random_like
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights
 from rae_jax.errors import UserError
 from rae_jax.inference import linear_probes, metrics
 from rae_jax.runtime import sharding
@@ -24,8 +25,8 @@ def test_each_probe_has_the_features_and_labels_of_its_own_encoder(tiny_config, 
     monkeypatch.setattr(metrics, "linear_probe", linear_probe)
     monkeypatch.setattr(linear_probes, "TRAIN_IMAGES", 12)
     tiny_config.data.update({"num_train": 20, "num_heldout": 12})
-    parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
-    sources = [models.source(tiny_config, split) for split in ("train", "heldout")]
+    parts = {"encoder": random_like(part_weights.shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
+    sources = [build_data.source(tiny_config, split) for split in ("train", "heldout")]
     examples = [[source[i] for i in range(len(source))] for source in sources]
     images, labels = ([np.stack([one[key] for one in of]) for of in examples] for key in ("image", "label"))
     found = linear_probes.probes(tiny_config, parts, images[1], labels[1], one_device())
@@ -59,7 +60,7 @@ def test_an_image_that_cannot_be_read_stops_or_is_left_out(tiny_config, tmp_path
     (tmp_path / "light" / "3.png").write_bytes(b"no image")
     changes = {"source": "image_folder", "path": str(tmp_path), "heldout_path": str(tmp_path), "num_classes": 2}
     tiny_config.data.update(changes)
-    parts = {"encoder": random_like(stages.part_shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
+    parts = {"encoder": random_like(part_weights.shapes(tiny_config, "encoder"), seed=0, scale=0.1)}
     labels, mesh = np.arange(4) % 2, sharding.make_mesh(tiny_config.mesh)
     images = np.broadcast_to((150 * labels).astype(np.uint8)[:, None, None, None], (4, 32, 32, 3))
     tiny_config.data.on_error = on_error

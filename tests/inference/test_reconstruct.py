@@ -13,10 +13,12 @@ from etils import epath
 from PIL import Image
 
 from configs import small
-from rae_jax.build import models, perceptual_networks, stages
-from rae_jax.cli import modes
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights, perceptual_networks
+from rae_jax.cli import reconstruct as cli_reconstruct
 from rae_jax.errors import UserError
 from rae_jax.inference import evaluator, image_grid, metrics, perceptual_metrics, reconstruct
+from rae_jax.inference.collector import Collector
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
 
@@ -34,7 +36,7 @@ def _shipped(**paths):
 
 def _reconstruct(config, images, workdir):
     mesh = sharding.make_mesh(config.mesh)
-    modes.reconstruct(config, epath.Path(workdir), mesh, types.SimpleNamespace(images=str(images)))
+    cli_reconstruct.run(config, epath.Path(workdir), mesh, types.SimpleNamespace(images=str(images)))
     return json.loads((workdir / "eval" / "reconstruct.json").read_text())
 
 
@@ -46,7 +48,7 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """The held-out shapes as files in class folders."""
-    source = models.source(_shipped(), "heldout")
+    source = build_data.source(_shipped(), "heldout")
     for i in range(len(source)):
         kind = source.class_names[source[i]["label"]]
         image_grid.save(tmp_path / "images" / kind / "1.png", source[i]["image"])
@@ -64,7 +66,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     config.evaluate.batch_size, config.sampler.num_steps = 4, 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     names = ("encoder", "decoder", "statistics", "dit", *perceptual_networks.named(config))
-    parts = {name: stages.load(config, name, "", mesh) for name in names}
+    parts = {name: part_weights.load(config, name, "", mesh) for name in names}
     results, _ = evaluator.Evaluator(config, mesh).weights(parts)
     for name in METRICS:
         assert results[name] == pytest.approx(found[name], rel=1e-4), name
@@ -78,7 +80,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     }
     np.testing.assert_array_equal(shown["given"], np.stack([np.asarray(Image.open(file)) for file in files]))
     given, decoded = (shown[kind] / np.float32(255) for kind in ("given", "decoded"))
-    parts = {"lpips": stages.load(config, "lpips", "", mesh)}
+    parts = {"lpips": part_weights.load(config, "lpips", "", mesh)}
     assert found["psnr"] == pytest.approx(float(metrics.psnr(decoded, given).mean()), rel=1e-5)
     assert found["ssim"] == pytest.approx(float(metrics.ssim(decoded, given).mean()), rel=1e-5)
     lpips = jax.jit(Lpips().apply)({"params": parts["lpips"]}, decoded, given)
@@ -99,7 +101,7 @@ def test_metrics_are_those_of_the_rounded_images(tiny_config, monkeypatch):
     monkeypatch.setattr(perceptual_metrics, "features", features)
     monkeypatch.setattr(perceptual_metrics, "Lpips", lambda: lpips)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
-    parts = {part: stages.part_shapes(tiny_config, part) for part in ("encoder", "decoder")}
+    parts = {part: part_weights.shapes(tiny_config, part) for part in ("encoder", "decoder")}
     parts = random_like(parts, seed=0, scale=0.4)
     autoencoder, redraw = models.autoencoder(tiny_config), reconstruct.make(tiny_config)
 
@@ -119,17 +121,17 @@ def test_metrics_are_those_of_the_rounded_images(tiny_config, monkeypatch):
     np.testing.assert_allclose(found["psnr"], -10 * np.log10(error), rtol=1e-6)
     np.testing.assert_allclose(found["lpips"], error, rtol=1e-5)
     np.testing.assert_allclose(found["ssim"], metrics.ssim(np.float32(decoded), np.float32(given)), rtol=1e-5)
-    np.testing.assert_allclose(found["seen"]["pool"], features(None, given)["pool"], rtol=1e-5)
-    np.testing.assert_allclose(found["seen_decoded"]["pool"], features(None, decoded)["pool"], rtol=1e-5)
+    np.testing.assert_allclose(found["pool"], features(None, given)["pool"], rtol=1e-5)
+    np.testing.assert_allclose(found["decoded_pool"], features(None, decoded)["pool"], rtol=1e-5)
 
     # rFID of all batches. Of fewer images than features the root's trace is a sum of singular values.
-    moments = reconstruct.PairMoments()
+    moments = Collector(moments=reconstruct.MOMENTS)
     for rows in (slice(0, 4), slice(4, 6)):
         moments.add(jax.tree.map(lambda x, rows=rows: x[rows], found))
     a, b = (features(None, images)["pool"] for images in (given, decoded))
     cross = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T, compute_uv=False).sum() / 5
     expected = np.square(a.mean(0) - b.mean(0)).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum() - 2 * cross
-    assert moments.rfid()["rfid"] == pytest.approx(expected, rel=1e-4)
+    assert reconstruct.rfid(moments)["rfid"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_one_file_without_networks(folder, tmp_path):

@@ -8,7 +8,8 @@ from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import part_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import sample_files
 from rae_jax.runtime import sharding
@@ -22,9 +23,9 @@ def draw():
     """Draws with random weights, none of them zero: (folder, labels) -> {name of a PNG: its bytes}."""
     config = tiny()
     config.sampler.num_steps = 2
-    shapes = {part: stages.part_shapes(config, part) for part in ("decoder", "dit")}
+    shapes = {part: part_weights.shapes(config, part) for part in ("decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
-    latent = models.latent_shape(config)
+    latent = config_keys.latent_shape(config)
     parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
 
     def run(folder, labels, request=REQUEST, devices=8, batch_size=8, seed=0):

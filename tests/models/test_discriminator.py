@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file
 
 from configs import encoders
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.models.discriminator import DiscriminatorHeads, SpectralConv, TokenNorm
@@ -154,10 +154,10 @@ def test_a_backbone_of_its_own_sees_resized_images_and_gives_patch_tokens_of_its
     encoder_cases.write(tmp_path, shapes)
     theirs = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
 
-    params = stages.load(config, "backbone", "", sharding.make_mesh(config.mesh))
+    params = part_weights.load(config, "backbone", "", sharding.make_mesh(config.mesh))
     assert not np.asarray(params["blocks"]["attention"]["qkv"]["bias"])[:, 16:32].any()
     images = encoder_cases.images(32, 32, batch=3) * 1.4 - 0.2  # as augmentation leaves them, not clipped
-    ours = jax.jit(models.discriminator(config).backbone)(params, images)
+    ours = jax.jit(models.backbone(config))(params, images)
     small = torch.nn.functional.interpolate(
         torch.from_numpy(images).permute(0, 3, 1, 2), size=(24, 24), mode="bilinear", align_corners=False
     )

@@ -15,9 +15,11 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from configs import dit_b
-from rae_jax.build import models, published_weights, stages
+from rae_jax.build import models, part_weights, published_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.diffusion import flow
-from rae_jax.models.dit import DiT, LabelEmbedding
+from rae_jax.models import conditions
+from rae_jax.models.dit import DiT
 from rae_jax.models.dit_dh import DiTDH
 from rae_jax.runtime import sharding
 
@@ -28,7 +30,7 @@ def _ours(case, folder):
     """Our outcome as the oracle's: by the released names, channels first."""
     save_file(weights(case), folder / "dit.pt.safetensors")
     config = config_of(case, folder / "dit.pt.safetensors")
-    params = stages.load(config, "dit", "", sharding.make_mesh(config.mesh))
+    params = part_weights.load(config, "dit", "", sharding.make_mesh(config.mesh))
     model = models.dit(config)
     x, noise, t, labels = inputs(case)
     x, noise = (jnp.moveaxis(a, 1, -1) for a in (x, noise))
@@ -84,7 +86,7 @@ def test_the_oracle_is_the_authors_model():
 
 def _shapes(config):
     """{path: shape} of the DiT's parameters, without making them."""
-    x = jnp.zeros((1, *models.latent_shape(config)))
+    x = jnp.zeros((1, *config_keys.latent_shape(config)))
     params = jax.eval_shape(models.dit(config).init, jax.random.key(0), x, jnp.ones(1), jnp.ones(1, int))["params"]
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
@@ -165,9 +167,12 @@ def _layers(width):
     }
 
 
+LABELS = conditions.labels(200)
+
+
 def test_initial_values_of_dit_dh():
     model = DiTDH(
-        width=64, depth=4, num_heads=2, head_width=96, head_depth=4, head_num_heads=2, num_classes=200, unroll=False
+        width=64, depth=4, num_heads=2, head_width=96, head_depth=4, head_num_heads=2, embed=LABELS.embed, unroll=False
     )
 
     def torch(inputs, outputs):
@@ -190,7 +195,7 @@ def test_initial_values_of_dit_dh():
 
 
 def test_initial_values_of_the_plain_dit():
-    model = DiT(width=64, depth=4, num_heads=2, num_classes=200)
+    model = DiT(width=64, depth=4, num_heads=2, embed=LABELS.embed)
     expected = {
         **_common(),
         "time_embed/fc1/bias": 0,
@@ -219,4 +224,4 @@ def test_without_classes_every_label_is_the_null_one():
     config.dit.class_conditional = False
     assert _shapes(config)["label_embed/table"] == (1, 16)
     table = {"params": {"table": jnp.arange(4.0)[None]}}
-    np.testing.assert_array_equal(LabelEmbedding(0, 4).apply(table, jnp.array([0, 3])), [np.arange(4.0)] * 2)
+    np.testing.assert_array_equal(conditions.LabelEmbedding(0, 4).apply(table, jnp.array([0, 3])), [np.arange(4.0)] * 2)

@@ -11,8 +11,9 @@ import pytest
 from conftest import random_like, tiny
 
 from configs import encoders
-from rae_jax.build import models, stages
+from rae_jax.build import models, part_weights
 from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.models.autoencoder import to_latent
 from rae_jax.runtime import sharding
 
@@ -52,7 +53,7 @@ def test_the_final_norm_has_the_family_s_epsilon(name, eps):
     """Seen in tokens whose variance is as small as that: all weights are."""
     config = cases.config_of(cases.TINY[name], "")
     autoencoder = models.autoencoder(config)
-    params = random_like(stages.part_shapes(config, "encoder"), seed=0, scale=3e-4)
+    params = random_like(part_weights.shapes(config, "encoder"), seed=0, scale=3e-4)
     pixels = autoencoder.encoder_input(cases.images(24, 24))
     tokens = np.float64(jax.jit(lambda p, x: autoencoder.encoder.apply({"params": p}, x))(params, pixels))[-1]
     assert tokens.var(-1).max() < 1e-4
@@ -164,8 +165,8 @@ def test_images_are_resized_to_the_encoder_s_input(height, width):
     expected = (resized - config.encoder.mean) / config.encoder.std
     # Positions are in float32, to 1e-6 of a pixel; the std of 0.22 magnifies what comes of that.
     np.testing.assert_allclose(autoencoder.encoder_input(jnp.asarray(pixels)), expected, atol=3e-5)
-    latents = jax.eval_shape(autoencoder.encode, stages.part_shapes(config, "encoder"), pixels)
-    assert latents.shape == (2, *models.latent_shape(config)) == (2, 6, 6, 16)
+    latents = jax.eval_shape(autoencoder.encode, part_weights.shapes(config, "encoder"), pixels)
+    assert latents.shape == (2, *config_keys.latent_shape(config)) == (2, 6, 6, 16)
 
 
 @pytest.mark.parametrize("add_mean", [False, True])
@@ -186,7 +187,7 @@ def test_weights_and_batches_are_split_over_the_mesh(tmp_path):
     single = cases.tokens_of(config, cases.load(config), cases.images(16, 28, batch=8))
     config.mesh.update({"data": 2, "fsdp": 4})
     mesh = sharding.make_mesh(config.mesh)
-    params = stages.load(config, "encoder", "", mesh)
+    params = part_weights.load(config, "encoder", "", mesh)
     kernel = params["blocks"]["attention"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     batch = sharding.put_batch(cases.images(16, 28, batch=8), mesh)
@@ -241,11 +242,11 @@ def test_published_configs_are_right(name):
     e = config.encoder
     assert (e.weights, e.mlp, (e.mean, e.std)) == (name, mlp, normalisation)
     assert (e.patch_size, e.input_size, e.position_size, e.num_registers) == sides
-    module, blocks = models.encoder(config, e), stages.part_shapes(config, "encoder")["blocks"]
+    module, blocks = models.encoder(config, e), part_weights.shapes(config, "encoder")["blocks"]
     assert (module.width, module.depth, module.num_heads) == (width, depth, num_heads)
     last = blocks["mlp"]["w3" if mlp == "swiglu" else "fc2"]["kernel"]
     assert last.shape == (depth, hidden, width)
-    assert models.latent_shape(config) == (16, 16, width)
+    assert config_keys.latent_shape(config) == (16, 16, width)
 
 
 def test_the_discriminator_s_dino_is_vit_s_8():

@@ -13,10 +13,11 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from configs import small
-from rae_jax.build import stages
+from rae_jax.build import part_weights
 from rae_jax.data.decode import ImageFiles, find_images, read_image
 from rae_jax.errors import UserError
 from rae_jax.inference import batched, evaluator, perceptual_metrics, reconstruct
+from rae_jax.inference.collector import Collector
 from rae_jax.models import resize
 from rae_jax.runtime import sharding
 
@@ -34,7 +35,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(config):
-    return stages.load(config, "inception", "", _mesh(1))
+    return part_weights.load(config, "inception", "", _mesh(1))
 
 
 def test_features_are_torch_fidelitys(params):
@@ -72,7 +73,7 @@ def test_wrong_files_are_refused(tmp_path):
         damage(arrays)
         save_file(arrays, path)
         with pytest.raises(UserError, match=message) as refusal:
-            stages.load(cases.config_of({"inception": str(path)}), "inception", "", _mesh(1))
+            part_weights.load(cases.config_of({"inception": str(path)}), "inception", "", _mesh(1))
         assert "\n" not in str(refusal.value)
 
 
@@ -92,7 +93,7 @@ def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
         np.savez(tmp_path / f"{name}.npz", arr_0=images)
     config.evaluate.reference = str(tmp_path / "reference.npz")
     mesh = _mesh(1)
-    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "inception")}
+    parts = {name: part_weights.load(config, name, "", mesh) for name in ("encoder", "inception")}
     ours = evaluator.Evaluator(config, mesh).images(parts, str(tmp_path / "found.npz"))
 
     network_file, names = tmp_path / "inception.pth", ["2048", "logits_unbiased"]
@@ -115,12 +116,12 @@ def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
 def _moments(config, files, devices, batch_size):
     """Of the files and of their reconstructions by the shipped weights."""
     mesh = _mesh(devices)
-    parts = {name: stages.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
-    redraw, moments = reconstruct.make(config), reconstruct.PairMoments()
+    parts = {name: part_weights.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
+    redraw, moments = reconstruct.make(config), Collector(moments=reconstruct.MOMENTS)
     source, shown = ImageFiles(files, config.data.image_size), []
     batches = batched.batches(source, mesh, batch_size=batch_size, num_threads=2, name="test")
     view = batched.compiled(lambda parts, batch: redraw(parts, batch["image"])[1], mesh)
-    for out in batched.look(view, parts, batches):
+    for out in batched.outputs(view, parts, batches):
         moments.add(out)
         shown.append(out["decoded"])
     return moments, np.concatenate(shown)
@@ -155,7 +156,7 @@ def test_rfid_is_torch_fidelitys_whatever_the_batch(config, tmp_path):
     found, expected = {}, None
     for batch_size in (17, 1, 128):
         moments, decoded = _moments(config, files, 1, batch_size)
-        found[batch_size] = moments.rfid()["rfid"]
+        found[batch_size] = reconstruct.rfid(moments)["rfid"]
         if expected is None:
             given = np.stack([read_image(file, 32) for file in files])
             expected = metric_fid.fid_statistics_to_metric(theirs(given), theirs(decoded), False)

@@ -13,8 +13,8 @@ from etils import epath
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from rae_jax.build import perceptual_networks, stages
-from rae_jax.cli import modes
+from rae_jax.build import part_weights, perceptual_networks
+from rae_jax.cli import train
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -27,7 +27,7 @@ TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5  # relative; of the gradient, to its 
 
 def _load(config):
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return stages.load(config, "lpips", "", mesh)
+    return part_weights.load(config, "lpips", "", mesh)
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +141,8 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
     config.update_from_flattened_dict({key: "some/place:weights.pth"})
     part = "inception" if key == "evaluate.inception" else "lpips"
     for attempt in (
-        perceptual_networks.find,
-        lambda config: stages.load(config, part, "", sharding.make_mesh(config.mesh)),
+        perceptual_networks.check_available,
+        lambda config: part_weights.load(config, part, "", sharding.make_mesh(config.mesh)),
     ):
         with pytest.raises(UserError) as refusal:
             attempt(config)
@@ -154,7 +154,7 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
 def test_training_finds_out_before_anything_is_written(paths, tmp_path):
     config = cases.config_of({**paths, "linear": str(tmp_path / "not_there.pth")})
     with pytest.raises(UserError, match="config.lpips.linear: there is no file .*not_there.pth"):
-        modes.train(config, epath.Path(tmp_path / "run"), sharding.make_mesh(config.mesh), None)
+        train.run(config, epath.Path(tmp_path / "run"), sharding.make_mesh(config.mesh), None)
     assert not (tmp_path / "run").exists()
 
 

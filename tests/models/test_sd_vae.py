@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from configs import encoders, sdvae_dit_xl
 from rae_jax import convert
 from rae_jax.build import models, stages
-from rae_jax.cli import modes
+from rae_jax.cli import reconstruct, sample
 from rae_jax.config import checks
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
@@ -83,9 +84,9 @@ def test_full_size_is_diffusers_own(tmp_path):
 def test_the_published_config_is_the_published_model():
     config = sdvae_dit_xl.get_config()
     checks.check(config, sharding.make_mesh(config.mesh))
-    assert models.latent_shape(config) == (32, 32, 4)
+    assert config_keys.latent_shape(config) == (32, 32, 4)
     vae = models.autoencoder(config)
-    key, shapes = jax.random.key(0), ((1, 256, 256, 3), (1, *models.latent_shape(config)))
+    key, shapes = jax.random.key(0), ((1, 256, 256, 3), (1, *config_keys.latent_shape(config)))
     made = [jax.eval_shape(m.init, key, np.zeros(s)) for m, s in zip((vae.encoder, vae.decoder), shapes, strict=True)]
     assert sum(leaf.size for leaf in jax.tree.leaves(made)) == 83_653_863  # as many as diffusers counts
 
@@ -199,7 +200,7 @@ def test_files_are_reconstructed(checkpoint, tmp_path):
     image, _ = cases.inputs(cases.TINY, 32, 32)
     image_grid.save(epath.Path(tmp_path / "image.png"), np.asarray(to_uint8(image[0])))
     workdir, flags = epath.Path(tmp_path), types.SimpleNamespace(images=str(tmp_path / "image.png"))
-    modes.reconstruct(_dit_job(checkpoint), workdir, one_device(), flags)
+    reconstruct.run(_dit_job(checkpoint), workdir, one_device(), flags)
     results = json.loads((workdir / "eval" / "reconstruct.json").read_text())
     assert results["num_images"] == 1 and 5 < results["psnr"] < 20  # with made-up weights
 
@@ -230,6 +231,6 @@ def test_the_job_on_its_latents(checkpoint, tmp_path):
     flags = types.SimpleNamespace(
         step=None, num_images=8, label=None, labels="balanced", images=str(workdir / "samples" / "images")
     )
-    modes.sample(config, workdir, mesh, flags)
-    modes.reconstruct(config, workdir, mesh, flags)
+    sample.run(config, workdir, mesh, flags)
+    reconstruct.run(config, workdir, mesh, flags)
     assert json.loads((workdir / "eval" / "reconstruct.json").read_text())["num_images"] == 8

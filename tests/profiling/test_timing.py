@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny
 
-from rae_jax.build import stages
+from rae_jax.build import part_weights
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.profiling import jaxpr_flops, timing
@@ -52,7 +52,7 @@ def test_all_programs(capsys):
     cost = {name: result["model_flops"] for name, result in found["programs"].items()}
     assert cost["train_dit"] == cost["train_dit_latents"] + cost["encode"]  # the same batch size
     sample = generate.make_sampler(config, sharding.make_mesh(config.mesh))
-    shapes = {name: stages.part_shapes(config, name) for name in ("decoder", "statistics", "dit")}
+    shapes = {name: part_weights.shapes(config, name) for name in ("decoder", "statistics", "dit")}
     numbers = [jax.ShapeDtypeStruct((16,), dtype) for dtype in (jnp.uint32, jnp.int32)]
     assert cost["sample"] == jaxpr_flops.count(sample, shapes, jax.random.key(0), *numbers)
 

@@ -63,7 +63,7 @@ def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
 
 def test_skipped_updates_leave_the_state_alone(tmp_path, capfd):
     """But for the count of steps; and a run that is interrupted just then ends the same."""
-    how = {"kind": {"nan_image": BAD}, "care": health.Settings(skip=1), "checkpoint_every": 1, "keep": 50}
+    how = {"kind": {"nan_image": BAD}, "health_settings": health.Settings(skip=1), "checkpoint_every": 1, "keep": 50}
     whole, workdir = epath.Path(tmp_path / "whole"), epath.Path(tmp_path / "parts")
     toy_stage.run(whole, 12, **how)
     toy_stage.run(workdir, FIRST, **how)
@@ -139,7 +139,9 @@ def test_the_heartbeat_tells_where_a_run_is(tmp_path):
         seen.append(json.loads((tmp_path / "heartbeat.json").read_text()))
         return {"x": 0.0}
 
-    toy_stage.run(epath.Path(tmp_path), 4, care=health.Settings(heartbeat=0.02), evaluate=look, evaluate_every=2)
+    toy_stage.run(
+        epath.Path(tmp_path), 4, health_settings=health.Settings(heartbeat=0.02), evaluate=look, evaluate_every=2
+    )
     assert [(s["stage"], s["step"], s["num_steps"], s["doing"]) for s in seen] == [
         ("toy", 2, 4, "evaluating"),
         ("toy", 4, 4, "evaluating"),
@@ -151,7 +153,7 @@ def test_the_heartbeat_tells_where_a_run_is(tmp_path):
 
 def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
     (tmp_path / "heartbeat.json").mkdir()
-    toy_stage.run(epath.Path(tmp_path), 2, care=health.Settings(heartbeat=0.01))
+    toy_stage.run(epath.Path(tmp_path), 2, health_settings=health.Settings(heartbeat=0.01))
 
 
 def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd):
@@ -177,14 +179,14 @@ def test_a_stalled_step_is_reported_with_its_place(tmp_path, capfd):
         time.sleep(1.7)
 
     stage = types.SimpleNamespace(name="toy", num_steps=100)
-    pulse = heartbeat.Heartbeat(epath.Path(tmp_path), stage, start=0, every=0.02, stalled=5.0, shortest_stall=1.0)
-    with pulse:
+    beats = heartbeat.Heartbeat(epath.Path(tmp_path), stage, start=0, every=0.02, stalled=5.0, shortest_stall=1.0)
+    with beats:
         for step in range(1, 8):
             time.sleep(0.01)
-            pulse.beat(step)
+            beats.beat(step)
         wait_for_the_disk()
-        pulse.beat(8)
-        with pulse.doing("evaluating"):
+        beats.beat(8)
+        with beats.doing("evaluating"):
             time.sleep(1.2)
     said = [line for line in capfd.readouterr().err.splitlines() if "has taken" in line]
     assert 1 <= len(said) <= 2 and said[0].startswith("toy: step 8 has taken ")

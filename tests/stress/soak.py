@@ -55,6 +55,8 @@ def main(kills, steps, seed, stages, folder, toy=False):
             continue  # the run ended before the kill, which does not count
         os.kill(process.pid, number)
         process.join(300)
+        if process.exitcode == 0:
+            continue  # it ended before the signal arrived
         done += 1
         wrong += _check(killed, newest, process.exitcode, number)
         steps_saved = " ".join(f"{stage} {newest[stage]}" for stage in stages)
@@ -101,7 +103,7 @@ def _check(workdir, newest, status, number):
         if max(found, default=0) < newest[stage]:
             wrong.append(f"{stage}: the checkpoint of step {newest[stage]} is lost")
         newest[stage] = max(found, default=0)
-    if status not in ((-9,) if number == signal.SIGKILL else (RESTART, -15, 0)):
+    if status not in ((-9,) if number == signal.SIGKILL else (RESTART, -15)):
         wrong.append(f"exit status {status} after {number.name}")
     return wrong
 

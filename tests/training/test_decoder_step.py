@@ -12,10 +12,11 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny, uncached
 
-from rae_jax.build import models, stages
+from rae_jax.build import models, objectives, part_weights
+from rae_jax.build.optimiser import optimiser
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import sharding
-from rae_jax.training import decoder as decoder_lib
+from rae_jax.training import decoder
 from rae_jax.training.adversarial import diff_augment
 
 LATENT = (8, 8, 16)
@@ -42,20 +43,22 @@ def _config(**train):
 
 def _stage(config, **changes):
     """(init, step) with a perceptual loss; `changes` of the discriminator."""
-    discriminator = models.discriminator(config)
-    if discriminator is not None:
-        discriminator = dataclasses.replace(discriminator, **changes)
-    return decoder_lib.make(
+    objective = objectives.decoder_objective(config)
+    if objective.discriminator is not None:
+        changed = dataclasses.replace(objective.discriminator, **changes)
+        objective = dataclasses.replace(objective, discriminator=changed)
+    train = config.decoder.train
+    return decoder.make(
         autoencoder=models.autoencoder(config),
-        discriminator=discriminator,
-        perceptual=_perceptual,
+        objective=dataclasses.replace(objective, perceptual=_perceptual),
         latent_shape=LATENT,
-        train=config.decoder.train,
+        optimiser=optimiser(train),
+        ema_decay=train.ema_decay,
     )
 
 
 def _frozen():
-    encoder = random_like(stages.part_shapes(_config(), "encoder"), seed=7, scale=0.3)
+    encoder = random_like(part_weights.shapes(_config(), "encoder"), seed=7, scale=0.3)
     lpips = {"kernel": 0.05 * np.random.default_rng(8).standard_normal((32 * 32 * 3, 5), np.float32)}
     return {"encoder": encoder, "backbone": encoder, "lpips": lpips}
 
@@ -130,7 +133,10 @@ class _Oracle:
 
     def __init__(self, game, before, key):
         self.train, self.frozen, self.before = game.config.decoder.train, game.frozen, before
-        self.autoencoder, self.disc = models.autoencoder(game.config), models.discriminator(game.config)
+        self.autoencoder, self.disc = (
+            models.autoencoder(game.config),
+            objectives.decoder_objective(game.config).discriminator,
+        )
         noise_key, self.fool_key, self.disc_key = jax.random.split(key, 3)
         self.images = _batch()["image"] / np.float32(255)
         self.latents = step_oracles.latents(game.config, self.autoencoder, game.frozen["encoder"], _batch()["image"])
@@ -203,7 +209,7 @@ def test_a_whole_step_is_the_equations(game):
     spectral = _iterated({"params": state["disc_params"], "spectral": state["disc_spectral"]})
     step_oracles.close(new["disc_spectral"], spectral, atol=1e-5)
     (loss, (real, fake)), grads = oracle.discriminator(new["params"], spectral)
-    found = [float(metrics[name]) for name in decoder_lib._DISC_METRICS]
+    found = [float(metrics[name]) for name in decoder._DISC_METRICS]
     expected = [float(loss), step_oracles.norm(grads), float(real.mean()), float(fake.mean())]
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     before, after = ((s["disc_params"], s["disc_opt_state"]) for s in (state, new))
@@ -266,7 +272,7 @@ def test_the_discriminator_minimises_its_loss(game, name):
     new, metrics = run(game.states[2], game.frozen, _batch(), key)
     fake = np.round(np.clip(_decode(game, new), 0, 1) * 255) / np.float32(255)
     both = np.stack([_batch()["image"] / np.float32(255), fake], 1).reshape(-1, *fake.shape[1:])
-    disc = models.discriminator(game.config)
+    disc = objectives.decoder_objective(game.config).discriminator
 
     @jax.jit
     def logits(variables, images):

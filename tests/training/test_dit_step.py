@@ -7,7 +7,8 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny
 
-from rae_jax.build import models, stages
+from rae_jax.build import models, objectives, part_weights
+from rae_jax.config import keys as config_keys
 
 BATCH = 16
 STEPS = 2  # the second one shows what Adam and the averages remember
@@ -26,9 +27,9 @@ def config():
 
 def _frozen(config):
     """Random weights, and statistics of which some variances are as small as the epsilon."""
-    shape, rng = models.latent_shape(config), np.random.default_rng(3)
+    shape, rng = config_keys.latent_shape(config), np.random.default_rng(3)
     variance = np.exp(rng.uniform(np.log(1e-6), np.log(4.0), shape)).astype(np.float32)
-    encoder = random_like(stages.part_shapes(config, "encoder"), seed=7, scale=0.3)
+    encoder = random_like(part_weights.shapes(config, "encoder"), seed=7, scale=0.3)
     return {"encoder": encoder, "statistics": {"mean": np.float32(rng.normal(size=shape)), "var": variance}}
 
 
@@ -57,7 +58,7 @@ def _examples(config, frozen, batch, key):
 def test_whole_steps_are_the_equations(config):
     """Loss, gradients, their norm, clipping, AdamW's moments and parameters, both averages, the count of steps."""
     frozen, train, model = _frozen(config), config.dit.train, models.dit(config)
-    init, step = models.init_and_step(config, "dit")
+    init, step = objectives.init_and_step(config, "dit")
     run, shapes = jax.jit(step), jax.eval_shape(init, jax.random.key(0))
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     for seed, name in enumerate(("params", "ema_params", "more_ema_params")):

@@ -7,7 +7,7 @@ import pytest
 import step_oracles
 from conftest import random_like, tiny
 
-from rae_jax.build import models
+from rae_jax.build import models, objectives
 
 BATCH, SIDE, PATCH = 8, 16, 4
 
@@ -65,7 +65,7 @@ def test_a_whole_step_is_the_equations():
     config, key, rng = _config(), jax.random.key(1), np.random.default_rng(0)
     train = config.encoder.train
     batch = {"image": rng.integers(0, 256, (BATCH, SIDE, SIDE, 3), np.uint8), "label": np.int32(rng.integers(0, 10, 8))}
-    init, step = models.init_and_step(config, "encoder")
+    init, step = objectives.init_and_step(config, "encoder")
     shapes = jax.eval_shape(init, jax.random.key(0))
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state["params"], state["ema_params"] = (random_like(shapes["params"], seed=seed, scale=0.3) for seed in (0, 1))
@@ -87,6 +87,6 @@ def test_a_whole_step_is_the_equations():
 def test_the_heads_have_the_sizes_of_a_patch_and_of_the_classes():
     config = _config()
     config.data.num_classes = 7
-    params = jax.eval_shape(models.init_and_step(config, "encoder")[0], jax.random.key(0))["params"]
+    params = jax.eval_shape(objectives.init_and_step(config, "encoder")[0], jax.random.key(0))["params"]
     assert params["pixels"]["kernel"].shape == (16, PATCH * PATCH * 3)
     assert params["classes"]["kernel"].shape == (16, 7)

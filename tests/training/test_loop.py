@@ -16,8 +16,10 @@ from PIL import Image
 
 import rae_jax
 from rae_jax import convert
-from rae_jax.build import models, stages
-from rae_jax.cli import modes
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights, stages
+from rae_jax.cli import evaluate, reconstruct, sample, train
+from rae_jax.cli import results as cli_results
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -32,7 +34,7 @@ def _train(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
     config_keys.check_workdir(config, workdir)
-    modes.train(config, workdir, mesh, None)
+    train.run(config, workdir, mesh, None)
 
 
 def _rows(workdir, stage):
@@ -73,8 +75,8 @@ def test_the_adversarial_parts_start_when_they_should(run):
 def test_statistics_are_those_of_the_latents(run):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    parts = {name: stages.load(config, name, run, mesh) for name in ("encoder", "statistics")}
-    source = models.source(config, "train")
+    parts = {name: part_weights.load(config, name, run, mesh) for name in ("encoder", "statistics")}
+    source = build_data.source(config, "train")
     images = np.stack([source[i]["image"] for i in range(len(source))]) / np.float32(255)
     latents = np.asarray(models.autoencoder(config).encode(parts["encoder"], images), np.float64)
     np.testing.assert_allclose(parts["statistics"]["mean"], latents.mean(0), atol=1e-6)
@@ -108,9 +110,9 @@ def test_interrupted_anywhere_it_ends_the_same(run, tmp_path, monkeypatch):
     _train(tiny(), workdir)
     for stage in STAGES:
         assert _rows(workdir, stage) == _rows(run, stage)
-    for name in stages.FROZEN:
+    for name in part_weights.FROZEN:
         mesh = sharding.make_mesh(tiny().mesh)
-        ours, theirs = (stages.load(tiny(), name, w, mesh) for w in (workdir, run))
+        ours, theirs = (part_weights.load(tiny(), name, w, mesh) for w in (workdir, run))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -130,7 +132,7 @@ def test_the_library_and_the_report_read_a_run(run):
     mesh = sharding.make_mesh(tiny().mesh)
     assert found.keys() == {"encoder", "decoder", "statistics", "dit"}
     for part, params in found.items():
-        jax.tree.map(np.testing.assert_array_equal, params, stages.load(tiny(), part, run, mesh))
+        jax.tree.map(np.testing.assert_array_equal, params, part_weights.load(tiny(), part, run, mesh))
     convert.export(run, run / "converted", parts=["statistics", "dit"])  # what it trained besides is missed there
     jax.tree.map(np.testing.assert_array_equal, rae_jax.load_dit(run / "converted").params["dit"], found["dit"])
     with pytest.raises(UserError, match="config.encoder.weights is empty"):
@@ -224,7 +226,7 @@ def test_an_average_is_picked(run):
     tables = []
     for average in range(1 + len(config.dit.train.more_ema_decays)):
         config.dit.average = average
-        tables.append(np.asarray(stages.load(config, "dit", run, mesh)["label_embed"]["table"]))
+        tables.append(np.asarray(part_weights.load(config, "dit", run, mesh)["label_embed"]["table"]))
     assert len(tables) == 3 and len({float(np.abs(table).sum()) for table in tables}) == 3
 
 
@@ -232,9 +234,9 @@ def test_exported_weights_come_back(run, tmp_path):
     convert.export(run, tmp_path)
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    for name in stages.FROZEN:
-        read = safetensors_tree.read(tmp_path / f"{name}.safetensors", stages.part_shapes(config, name))
-        jax.tree.map(np.testing.assert_array_equal, read, stages.load(config, name, run, mesh))
+    for name in part_weights.FROZEN:
+        read = safetensors_tree.read(tmp_path / f"{name}.safetensors", part_weights.shapes(config, name))
+        jax.tree.map(np.testing.assert_array_equal, read, part_weights.load(config, name, run, mesh))
 
 
 @pytest.mark.parametrize("missing", ["decoder.weights", "guidance.dit.weights"])
@@ -254,7 +256,7 @@ def test_a_workdir_may_be_relative(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
-    ours, theirs = (stages.load(config, "judge", workdir, mesh) for workdir in (run.name, run))
+    ours, theirs = (part_weights.load(config, "judge", workdir, mesh) for workdir in (run.name, run))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
@@ -263,35 +265,35 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
     config = tiny()
     config.decoder.width = 32
     with pytest.raises(UserError, match="decoder.safetensors: 'blocks/.*' has shape"):
-        safetensors_tree.read(tmp_path / "decoder.safetensors", stages.part_shapes(config, "decoder"))
+        safetensors_tree.read(tmp_path / "decoder.safetensors", part_weights.shapes(config, "decoder"))
     with pytest.raises(UserError, match="lacks tensor"):
-        safetensors_tree.read(tmp_path / "judge.safetensors", stages.part_shapes(config, "decoder"))
+        safetensors_tree.read(tmp_path / "judge.safetensors", part_weights.shapes(config, "decoder"))
     (tmp_path / "dit.safetensors").write_bytes((tmp_path / "dit.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        safetensors_tree.read(tmp_path / "dit.safetensors", stages.part_shapes(config, "dit"))
+        safetensors_tree.read(tmp_path / "dit.safetensors", part_weights.shapes(config, "dit"))
 
 
 def test_sample_and_reconstruct(run, tmp_path):
     config = tiny()
     mesh = sharding.make_mesh(config.mesh)
     flags = types.SimpleNamespace(step=None, num_images=20, label=None, labels="balanced", images=None)
-    modes.sample(config, run, mesh, flags)
+    sample.run(config, run, mesh, flags)
     samples = np.load(run / "samples" / "samples.npz")
     assert samples["arr_0"].shape == (20, 32, 32, 3) and samples["arr_0"].dtype == np.uint8
     assert list(samples["arr_1"]) == list(range(10)) * 2
     np.testing.assert_array_equal(Image.open(run / "samples" / "images" / "000013.png"), samples["arr_0"][13])
 
     config.evaluate.batch_size = 8  # the images do not depend on it
-    modes.sample(config, run, mesh, flags)
+    sample.run(config, run, mesh, flags)
     again = np.load(run / "samples" / "samples.npz")["arr_0"]
     assert np.abs(again.astype(int) - samples["arr_0"]).max() <= 1
 
     flags.images = str(run / "samples" / "images")
-    modes.reconstruct(config, run, mesh, flags)
+    reconstruct.run(config, run, mesh, flags)
     assert json.loads((run / "eval" / "reconstruct.json").read_text())["num_images"] == 20
     flags.label = 10
     with pytest.raises(UserError, match="labels are 0 to 9"):
-        modes.sample(config, run, mesh, flags)
+        sample.run(config, run, mesh, flags)
 
 
 @pytest.mark.slow
@@ -306,12 +308,12 @@ def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
     image = workdir / "samples" / "images" / "000000.png"
 
     def drawn():
-        modes.sample(config, workdir, mesh, flags)
+        sample.run(config, workdir, mesh, flags)
         return image.read_bytes(), image.stat().mtime
 
     first = drawn()
     assert drawn() == first
-    shapes = stages.part_shapes(config, "decoder")
+    shapes = part_weights.shapes(config, "decoder")
     safetensors_tree.write(tmp_path / "weights" / "decoder.safetensors", random_like(shapes, seed=0, scale=0.2))
     assert drawn()[0] != first[0]
 
@@ -326,16 +328,16 @@ def test_an_evaluation_keeps_what_was_found_of_other_weights(run, tmp_path):
     before, picture = json.loads(results.read_text()), (workdir / "samples" / "samples.png").read_bytes()
     results.write_text(json.dumps({**{name: 0.5 for name in before}, "trained_fd": 0.0}))  # of other weights
     mesh = sharding.make_mesh(config.mesh)
-    modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=None))
+    evaluate.run(config, workdir, mesh, types.SimpleNamespace(samples=None, step=None))
     after = json.loads(results.read_text())
     assert after.keys() == before.keys() | {f"trained_{name}" for name in before}
     assert after["fd"] == 0.5 and after["trained_fd"] == pytest.approx(before["fd"], rel=1e-4)
-    assert modes._of_shipped(config, workdir) == {name: 0.5 for name in before}
+    assert cli_results.of_shipped(config, workdir) == {name: 0.5 for name in before}
     (workdir / "eval" / "tiny_6.json").write_text(json.dumps(before))
     config.name = "tiny_6"  # whose results are of one set of weights alone, and nothing says which
-    assert modes._of_shipped(config, workdir) == {}
+    assert cli_results.of_shipped(config, workdir) == {}
     config.name = "tiny"
-    modes.evaluate(config, workdir, mesh, types.SimpleNamespace(samples=None, step=6))
+    evaluate.run(config, workdir, mesh, types.SimpleNamespace(samples=None, step=6))
     assert json.loads(results.read_text()) == after and (workdir / "eval" / "tiny_6.json").exists()
     assert (workdir / "samples" / "samples.png").read_bytes() == picture
     assert (workdir / "samples" / "samples_6.png").exists()
@@ -348,7 +350,7 @@ def test_statistics_of_some_images_are_not_taken_for_those_of_all(run, tmp_path)
     position.write_text(json.dumps({**json.loads(position.read_text()), "position": 4}))
     (position.parent.parent / manifest).unlink()  # it would be taken for damaged
     with pytest.raises(UserError, match="statistics of 64 of the 96 images: end that stage"):
-        stages.load(tiny(), "statistics", workdir, sharding.make_mesh(tiny().mesh))
+        part_weights.load(tiny(), "statistics", workdir, sharding.make_mesh(tiny().mesh))
 
 
 def test_another_configs_workdir_is_refused_and_left_alone(run):

@@ -7,6 +7,7 @@ import optax
 import pytest
 from conftest import tiny
 
+from rae_jax.build import optimiser as build_optimiser
 from rae_jax.runtime import sharding
 from rae_jax.training import optim
 
@@ -18,7 +19,7 @@ def _last_update(name, params, *grads):
     train = tiny().dit.train
     train.update({"optimizer": name, "learning_rate": RATE, "final_learning_rate": RATE, "warmup_steps": 0})
     train.update({"clip_norm": 0.0, "weight_decay": WEIGHT_DECAY, "b1": B1, "b2": B2})
-    optimiser = optim.make(train)
+    optimiser = build_optimiser.optimiser(train)
     state = optimiser.init(params)
     for grad in grads:
         updates, state = optimiser.update(grad, state, params)
@@ -84,7 +85,7 @@ def test_weight_decay_leaves_the_time_embedding_s_frequencies(name):
     params = {"time_embed": {"frequencies": jnp.ones(4), "kernel": jnp.ones((4, 8))}}
     train = tiny().dit.train
     train.update({"optimizer": name, "weight_decay": 0.1, "warmup_steps": 0})
-    optimiser = optim.make(train)
+    optimiser = build_optimiser.optimiser(train)
     updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
     assert not updates["time_embed"]["frequencies"].any() and (updates["time_embed"]["kernel"] < 0).all()
 
@@ -119,4 +120,4 @@ def test_schedule_warms_up_stays_and_decays(decay, warmup, decay_start):
     part = np.clip((steps - begins) / (40 - begins), 0.0, 1.0)
     left = 1 - part if decay == "linear" else 0.5 * (1 + np.cos(np.pi * part))
     expected = np.where(steps < warmup, 0.5 * steps / max(warmup, 1), 0.05 + 0.45 * left)
-    np.testing.assert_allclose(jax.vmap(optim.schedule(train))(steps), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.vmap(build_optimiser.schedule(train))(steps), expected, rtol=1e-5, atol=1e-7)

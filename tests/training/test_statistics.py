@@ -10,7 +10,8 @@ import pytest
 from conftest import tiny
 from etils import epath
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint, sharding
@@ -56,8 +57,8 @@ def _run(config, workdir, devices):
 def _exact(config):
     """Mean and variance of the latents in float64."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    encode, params = jax.jit(models.autoencoder(config).encode), stages.load(config, "encoder", "", mesh)
-    source = models.source(config, "train")
+    encode, params = jax.jit(models.autoencoder(config).encode), part_weights.load(config, "encoder", "", mesh)
+    source = build_data.source(config, "train")
     latents = []
     for some in np.array_split(np.arange(len(source)), -(-len(source) // 50)):
         images = np.stack([source[i]["image"] for i in some]) / np.float32(255)

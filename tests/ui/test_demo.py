@@ -17,7 +17,9 @@ import pytest
 from conftest import one_device, random_like, tiny
 from PIL import Image
 
-from rae_jax.build import models, stages
+from rae_jax.build import data as build_data
+from rae_jax.build import models, part_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
 from rae_jax.models.autoencoder import to_uint8
@@ -29,11 +31,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def shown():
     config = tiny()
-    shapes = {part: stages.part_shapes(config, part) for part in ("encoder", "decoder", "dit")}
+    shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
-    latent = models.latent_shape(config)
+    latent = config_keys.latent_shape(config)
     parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
-    return demo_model.Exhibits(config.lock(), parts), config, parts
+    return demo_model.DemoModel(config.lock(), parts), config, parts
 
 
 def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
@@ -55,9 +57,9 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
 
 def test_reconstructions_and_what_is_between_two(shown):
     exhibit, config, parts = shown
-    one, other = (models.source(config, "heldout")[i]["image"] for i in (0, 1))
+    one, other = (build_data.source(config, "heldout")[i]["image"] for i in (0, 1))
     decoded, latents, scores = exhibit.reconstruct(one)
-    assert decoded.shape == one.shape and latents.shape == models.latent_shape(config)
+    assert decoded.shape == one.shape and latents.shape == config_keys.latent_shape(config)
     mse = np.square(decoded / 255.0 - one / 255.0).mean()
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
     between = exhibit.between(one, other)
@@ -261,7 +263,7 @@ def test_pictures_in_a_browser(address, browsers, tmp_path):
     browser = browsers()
     _open(browser, address, "Reconstruct")
     photo = tmp_path / "photo.jpg"
-    image = Image.fromarray(models.source(tiny(), "heldout")[5]["image"]).resize((320, 256))
+    image = Image.fromarray(build_data.source(tiny(), "heldout")[5]["image"]).resize((320, 256))
     image.save(photo)
     _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
     _give(browser, "reconstruct-file", photo)

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from published_cases import KINDS, convert_kind, kind, write
 
 from rae_jax import convert
-from rae_jax.build import published_weights, stages
+from rae_jax.build import part_weights, published_weights
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -40,7 +40,7 @@ DAMAGE = {
 @functools.cache
 def _shapes(name):
     part, config, _ = kind(name)
-    shapes = stages.part_shapes(config, part)
+    shapes = part_weights.shapes(config, part)
     return shapes, sharding.shardings(shapes, sharding.make_mesh(config.mesh))
 
 

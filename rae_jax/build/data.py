@@ -1,0 +1,49 @@
+"""Config to sources of images and latents."""
+
+from rae_jax.data import sources
+from rae_jax.data.packed_images import PackedImages
+from rae_jax.data.packed_latents import PackedLatents
+from rae_jax.data.shapes import Shapes
+from rae_jax.errors import UserError
+
+
+def source(config, split, crop=None):
+    """Random-access source of 'train' or 'heldout' images; `crop`, if given, is what will be asked of it.
+
+    Raises UserError where its classes are not the config's.
+    """
+    data = config.data
+    match data.source:
+        case "shapes":
+            num_images = {"train": data.num_train, "heldout": data.num_heldout}[split]
+            found = Shapes(split=split, num_images=num_images, image_size=data.image_size, seed=config.seed)
+        case "image_folder":
+            found = sources.image_folder(
+                path=data.path,
+                heldout_path=data.heldout_path,
+                split=split,
+                image_size=data.image_size,
+                num_classes=data.num_classes,
+            )
+        case "array_record":
+            options = {"image_size": data.image_size, "crop": crop, "on_error": data.on_error}
+            found = PackedImages(path=data.path, split=split, **options)
+        case "tfds":
+            part = {"train": data.tfds.split, "heldout": data.tfds.heldout_split}[split]
+            found = sources.tfds(name=data.tfds.name, data_dir=data.path, split=part, image_size=data.image_size)
+        case other:
+            raise ValueError(f"unknown data source {other!r}")
+    return _of_classes(found, data.num_classes)
+
+
+def packed_latents(config, form):
+    """Random-access source of the latents that config.data.latents names, for the DiT stage; see PackedLatents."""
+    options = {"form": form, "mirrored": config.dit.train.flip, "on_error": config.data.on_error}
+    return _of_classes(PackedLatents(path=config.data.latents, **options), config.data.num_classes)
+
+
+def _of_classes(source, expected):
+    count = len(source.class_names)
+    if count != expected:
+        raise UserError(f"the data has {count} classes: set --config.data.num_classes={count}, not {expected}")
+    return source

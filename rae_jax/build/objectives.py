@@ -1,0 +1,105 @@
+"""Config to the objective of each stage: its initial state and its pure step."""
+
+import functools
+
+import jax.numpy as jnp
+
+from rae_jax.build import models, sampler
+from rae_jax.build.optimiser import optimiser
+from rae_jax.config.keys import latent_shape
+from rae_jax.models.discriminator import DiscriminatorHeads
+from rae_jax.models.lpips import Lpips
+from rae_jax.training import adversarial, classifier, decoder, dit, encoder, statistics
+
+
+def init_and_step(config, stage):
+    """Return the two functions that make a stage: init(key) -> state, and step(state, frozen, batch, key)."""
+    match stage:
+        case "encoder":
+            return _encoder(config)
+        case "judge":
+            how = _optimisation(config.judge.train)
+            return classifier.make(classifier=models.classifier(config), image_size=config.data.image_size, **how)
+        case "decoder":
+            return decoder.make(
+                autoencoder=models.autoencoder(config),
+                objective=decoder_objective(config),
+                latent_shape=latent_shape(config),
+                **_optimisation(config.decoder.train),
+            )
+        case "statistics":
+            return statistics.make(autoencoder=models.autoencoder(config), latent_shape=latent_shape(config))
+        case "dit":
+            return _dit(config)
+        case other:
+            raise ValueError(f"unknown stage {other!r}")
+
+
+def _optimisation(train):
+    return {"optimiser": optimiser(train), "ema_decay": train.ema_decay}
+
+
+def _encoder(config):
+    train = config.encoder.train
+    return encoder.make(
+        autoencoder=models.autoencoder(config),
+        patch_size=config.encoder.patch_size,
+        num_classes=config.data.num_classes,
+        image_size=config.data.image_size,
+        noise_tau=train.noise_tau,
+        detail=train.detail,
+        label_weight=train.label_weight,
+        **_optimisation(train),
+    )
+
+
+def _dit(config):
+    train = config.dit.train
+    return dit.make(
+        autoencoder=models.autoencoder(config),
+        dit=models.dit(config),
+        condition=models.condition(config),
+        latent_shape=latent_shape(config),
+        prediction=sampler.prediction(config),
+        time_fn=sampler.time_fn(config),
+        shift_factor=sampler.shift_factor(config),
+        more_ema_decays=tuple(train.more_ema_decays),
+        condition_dropout=train.label_dropout,
+        microbatches=train.microbatches,
+        **_optimisation(train),
+    )
+
+
+def decoder_objective(config):
+    """Return the `Objective` of the decoder; a term whose weight is 0 is None."""
+    train = config.decoder.train
+    return decoder.Objective(
+        discriminator=_discriminator(config) if train.adversarial_weight else None,
+        perceptual=_perceptual(config) if train.lpips_weight else None,
+        perceptual_weight=train.lpips_weight,
+        adversarial_weight=train.adversarial_weight,
+        discriminator_start=train.discriminator_start,
+        adversarial_start=train.adversarial_start,
+        noise_tau=train.noise_tau,
+    )
+
+
+def _discriminator(config):
+    d = config.discriminator
+    augment = functools.partial(adversarial.diff_augment, prob=d.augment.prob, cutout=d.augment.cutout)
+    return decoder.Discriminator(models.backbone(config), DiscriminatorHeads(), augment, _discriminator_loss(d.loss))
+
+
+def _discriminator_loss(name):
+    match name:
+        case "hinge":
+            return adversarial.hinge_loss
+        case "vanilla":
+            return adversarial.vanilla_loss
+        case other:
+            raise ValueError(f"unknown discriminator loss {other!r}")
+
+
+def _perceptual(config):
+    lpips = Lpips(jnp.dtype(config.dtype))
+    return lambda params, a, b: lpips.apply({"params": params}, a, b)

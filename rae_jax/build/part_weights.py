@@ -1,0 +1,220 @@
+"""Weights of the parts of a run, from its checkpoints, the package, a folder or the hub.
+
+A part is what one stage trains (keys.STAGES), 'guide' (AutoGuidance's weaker model), 'backbone' (the discriminator's), or a
+network of perceptual_networks.PARTS.
+"""
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from rae_jax.build import models, objectives, perceptual_networks, published_weights
+from rae_jax.config.keys import input_size, latent_shape, section
+from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint, sharding
+from rae_jax.training import statistics
+from rae_jax.weights import safetensors_tree
+
+SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"
+FROZEN = {  # the parts of earlier stages that the step of each stage takes
+    "encoder": (),
+    "judge": (),
+    "decoder": ("encoder",),
+    "statistics": ("encoder",),
+    "dit": ("encoder", "statistics"),
+}
+
+
+def frozen(config, stage, get):
+    """Return {part: get(part)} of all that a stage's step takes besides its state."""
+    from_latents = stage == "dit" and config.data.latents  # then it needs no encoder
+    found = {part: get(part) for part in FROZEN[stage] if not (from_latents and part == "encoder")}
+    if stage == "decoder" and config.decoder.train.lpips_weight:
+        found["lpips"] = get("lpips")
+    if stage == "decoder" and config.decoder.train.adversarial_weight:
+        own = config.discriminator.backbone.family != "encoder"
+        found["backbone"] = get("backbone") if own else found["encoder"]
+    return found
+
+
+def of_sampling(config):
+    """Return the names of the parts that make images from labels."""
+    return ("decoder", "statistics", "dit", *_guide(config))
+
+
+def of_evaluation(config):
+    """Return the names of the parts that an evaluation takes."""
+    return (*_trained_for_evaluation(config), *perceptual_networks.named(config), *_guide(config))
+
+
+def _trained_for_evaluation(config):
+    """Return the stages whose weights an evaluation takes. It can do without a judge, and without a DiT."""
+    optional = ("judge", "dit") if exists(config, "dit") else ("judge", "dit", "statistics")
+    return [name for name in FROZEN if name not in optional or exists(config, name)]
+
+
+def _guide(config):
+    return ("guide",) if config.guidance.method == "autoguidance" else ()
+
+
+def exists(config, part):
+    """Return whether the run has this part, or will have it after its stages."""
+    if part in perceptual_networks.PARTS:
+        return part in perceptual_networks.named(config)
+    return part in config.stages or bool(config[part].weights)
+
+
+def load_all(config, parts, workdir, mesh, step=None):
+    """Return {part: weights}, each as `load` finds it."""
+    return {part: load(config, part, workdir, mesh, step=step) for part in parts}
+
+
+def load(config, part, workdir, mesh, step=None):
+    """Return the weights of one part, on the devices.
+
+    They are those that `workdir` holds if the part's stage belongs to the run; otherwise those that the config names:
+    ours ('small', or a folder with PART.safetensors) or published ones (see published_weights.load). `step` picks a
+    checkpoint of the run's last stage. Raises UserError for weights that do not exist or do not fit.
+    """
+    if part in perceptual_networks.PARTS:
+        return perceptual_networks.load(config, part, mesh)
+    if part == "guide":
+        return load(_guide_config(config), "dit", "", mesh)
+    folder = epath.Path(workdir) / "checkpoints" / part
+    if part in config.stages and _has_checkpoints(config, workdir):
+        found = checkpoint.latest_step(folder) if step is None or part != config.stages[-1] else step
+        if found is None:
+            raise UserError(f"{workdir} has no checkpoint of stage {part!r} yet: train it first (--mode=train)")
+        return _from_checkpoint(config, part, folder, found, mesh)
+    if _left_out(config, part):
+        return None
+    weights = section(config, part).weights
+    if not weights:
+        raise UserError(f"config.{part}.weights='' names no weights: train that part first, or name its weights")
+    return _from_files(config, part, weights, mesh)
+
+
+def _left_out(config, part):
+    """Return whether latents stay as they are, without statistics."""
+    return part == "statistics" and part not in config.stages and config.statistics.weights == "none"
+
+
+def shapes_or_none(config, part):
+    """Return the tree of shapes of what `load` returns, which is None for statistics that the config leaves out."""
+    return None if _left_out(config, part) else shapes(config, part)
+
+
+def _from_files(config, part, weights, mesh):
+    path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{part}.safetensors"
+    tree = shapes(config, part)
+    placed = sharding.shardings(tree, mesh)
+    if path.exists() or "://" in weights or not published_weights.tables_of(config, part):
+        return jax.device_put(safetensors_tree.read(path, tree), placed)
+    params = published_weights.load(config, part, tree, placed)
+    return _without_key_bias(params) if part == "backbone" else params
+
+
+def _without_key_bias(params):
+    """Return the backbone without biases of keys, as it was published: they would shift all logits of a query alike."""
+    attention = params["blocks"]["attention"]
+    query, key, value = jnp.split(attention["qkv"]["bias"], 3, -1)
+    attention["qkv"]["bias"] = jnp.concatenate([query, jnp.zeros_like(key), value], -1)
+    return params
+
+
+def _guide_config(config):
+    """Return a config whose DiT is the weaker model that config.guidance.dit describes, which another run trained."""
+    with config.unlocked():  # so that the copy is unlocked, too
+        weak = config.copy_and_resolve_references()
+        weak.dit.update(config.guidance.dit)
+        weak.stages = ()
+    return weak
+
+
+def shapes(config, part):
+    """Return the tree of shapes of a part's weights."""
+    if part in perceptual_networks.PARTS:
+        return perceptual_networks.part_shapes(part)
+    if part == "guide":
+        return shapes(_guide_config(config), "dit")
+    if part in ("encoder", "backbone"):
+        e = section(config, part)
+        image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
+        return jax.eval_shape(models.encoder(config, e).init, jax.random.key(0), image)["params"]
+    if part == "decoder":  # without its stage: a decoder can be used without the discriminator that trained it
+        latents = jnp.zeros((1, *latent_shape(config)))
+        return jax.eval_shape(models.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
+    return jax.eval_shape(exported(config, part), _state_shapes(config, part))
+
+
+def _state_shapes(config, stage):
+    return jax.eval_shape(objectives.init_and_step(config, stage)[0], jax.random.key(0))
+
+
+def exported(config, stage):
+    """Return the function that takes the weights that others use out of a stage's state."""
+    match stage:
+        case "statistics":
+            return statistics.statistics
+        case "encoder":
+            return lambda state: state["ema_params"]["encoder"]
+        case "dit" if config.dit.average:
+            return lambda state: state["more_ema_params"][config.dit.average - 1]
+        case _:
+            return lambda state: state["ema_params"]
+
+
+def _from_checkpoint(config, stage, folder, step, mesh):
+    tree = _state_shapes(config, stage)
+    averages = {key: tree[key] for key in ("ema_params", "more_ema_params") if key in tree}
+    wanted = averages or tree  # statistics have no averages
+    restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))  # reports damage first
+    if stage == "statistics":
+        _refuse_unfinished_statistics(folder, step)
+    return jax.jit(exported(config, stage))(restored)
+
+
+def _refuse_unfinished_statistics(folder, step):
+    """Raise UserError for statistics of the first images alone, which may be those of the first classes."""
+    at = checkpoint.position(folder, step)
+    seen = None if at is None else at["position"] * at["batch_size"]
+    if seen is not None and seen < at["num_images"]:
+        raise UserError(
+            f"{folder} holds statistics of {seen} of the {at['num_images']} images: end that stage (--mode=train)"
+        )
+
+
+def _has_checkpoints(config, workdir):
+    return any(checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages)
+
+
+def check_available(config, mesh):
+    """Raise UserError, before anything is trained, for weights that an evaluation needs and that cannot be loaded.
+
+    perceptual_networks.check_available looks for LPIPS and Inception. A run that trains neither decoder nor DiT needs
+    nothing here: a user who trains an encoder may have no decoder of its latents yet.
+    """
+    if not {"decoder", "dit"} & set(config.stages):
+        return
+    for part in _trained_for_evaluation(config):
+        if part not in config.stages:
+            _check_loads(config, part, f"config.{part}.weights", config[part].weights, mesh)
+    for part in _guide(config):
+        _check_loads(config, part, "config.guidance.dit.weights", config.guidance.dit.weights, mesh)
+
+
+def _check_loads(config, part, key, weights, mesh):
+    try:
+        load(config, part, "", mesh)
+    except UserError as error:
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"{key}={weights!r}: {error}") from error
+
+
+def load_shipped(config, mesh):
+    """Return {part: weights} of an evaluation as the config names them, without the run's own checkpoints."""
+    with config.unlocked():
+        untrained = config.copy_and_resolve_references()
+    untrained.stages = ()
+    return load_all(untrained, of_evaluation(untrained), "", mesh)

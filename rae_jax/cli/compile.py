@@ -1,0 +1,16 @@
+"""--mode=compile: the run's programs compiled ahead of time for TPUs that need not be here."""
+
+from rae_jax.config import checks
+from rae_jax.errors import UserError
+from rae_jax.profiling import chips, compile_ahead
+from rae_jax.runtime import sharding
+
+
+def run(config, flags):
+    """Print what the programs need and do on --topology, and a line of JSON. Returns whether all of them fit."""
+    if flags.topology is None:
+        raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
+    devices, chip = chips.devices(flags.topology, flags.num_slices)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    checks.check(config, mesh)
+    return compile_ahead.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)

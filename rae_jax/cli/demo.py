@@ -1,0 +1,29 @@
+"""--mode=demo: a web page on this machine."""
+
+import importlib.util
+
+from rae_jax.build import part_weights
+from rae_jax.cli import results
+from rae_jax.errors import UserError
+from rae_jax.ui import demo_model
+
+
+def run(config, workdir, mesh, flags):
+    """Serve samples on their way from noise, reconstructions, and interpolations, until a signal ends it."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("--mode=demo needs gradio: pip install -e '.[demo]'")
+    from rae_jax.ui import demo_page  # only this mode needs gradio, whose import takes seconds
+
+    demo_page.refuse_more_processes()
+    sampled = part_weights.exists(config, "dit")
+    names = ("encoder", "decoder", *(part_weights.of_sampling(config)[1:] if sampled else ()))
+    page = demo_page.build_page(
+        demo_model.DemoModel(config, part_weights.load_all(config, names, workdir, mesh)),
+        title=f"rae_jax: {config.name}",
+        what=f"weights of {workdir}" if results.is_trained(config, workdir) else "weights as the config names them",
+        class_names=results.class_names(config) if sampled else (),
+        held_out=results.held_out(config),
+        image_size=config.data.image_size,
+        scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
+    )
+    demo_page.serve(page, host=flags.host, port=flags.port)

@@ -1,0 +1,26 @@
+"""--mode=evaluate: metrics of a checkpoint, or of images from elsewhere."""
+
+from rae_jax.build import part_weights
+from rae_jax.cli import results
+from rae_jax.errors import UserError
+from rae_jax.inference import linear_probes
+from rae_jax.inference.evaluator import Evaluator
+
+
+def run(config, workdir, mesh, flags):
+    """Print and write to eval/ the metrics of the newest checkpoint, of --step, or of --samples."""
+    if flags.samples is not None and flags.step is not None:
+        raise UserError(f"--step={flags.step} picks a checkpoint, and --samples names images: leave one out")
+    evaluator = Evaluator(config, mesh)
+    if flags.samples is not None:
+        names = ("encoder", *(name for name in ("judge", "inception") if part_weights.exists(config, name)))
+        parts = part_weights.load_all(config, names, workdir, mesh)
+        results.write(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
+        return
+    linear_probes.check_available(config)
+    parts = part_weights.load_all(config, part_weights.of_evaluation(config), workdir, mesh, step=flags.step)
+    if flags.step is None:
+        results.measure_trained(evaluator, config, parts, workdir, results.of_shipped(config, workdir))
+    else:
+        found = results.measure(evaluator, config, parts, workdir, str(flags.step))
+        results.write(workdir, f"{config.name}_{flags.step}.json", found)

@@ -1,0 +1,66 @@
+"""Results of a mode: metrics measured, printed and written to eval/, and the facts of a workdir that modes share."""
+
+import json
+import time
+
+from rae_jax.build import data as build_data
+from rae_jax.errors import UserError
+from rae_jax.inference import image_grid
+from rae_jax.runtime import atomic_files, processes
+from rae_jax.runtime.checkpoint import latest_step
+
+
+def measure(evaluator, config, parts, workdir, name):
+    """Evaluate the weights `parts`; write their pictures to samples/KIND_NAME.png. Returns {metric: number}."""
+    began = time.monotonic()
+    results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
+    for kind, picture in shown.items() if processes.is_first() else ():
+        image_grid.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
+    return {**results, "seconds": time.monotonic() - began}
+
+
+def measure_trained(evaluator, config, parts, workdir, shipped):
+    """Evaluate the run's weights and write the numbers, next to those of the shipped weights if there are any."""
+    prefix = "trained" if config.evaluate.shipped and is_trained(config, workdir) else ""
+    found = measure(evaluator, config, parts, workdir, prefix)
+    found = {f"{prefix}_{name}" if prefix else name: value for name, value in found.items()}
+    write(workdir, f"{config.name}.json", {**shipped, **found})
+
+
+def of_shipped(config, workdir):
+    """Return the numbers of the shipped weights that the run has written next to its own; {} without."""
+    path = workdir / "eval" / f"{config.name}.json"
+    found = json.loads(path.read_text()) if config.evaluate.shipped and path.exists() else {}
+    shipped = {name: value for name, value in found.items() if not name.startswith("trained_")}
+    return shipped if len(shipped) < len(found) else {}
+
+
+def write(workdir, name, results):
+    """Write {metric: number} to WORKDIR/eval/NAME and print it; the first process does."""
+    if not processes.is_first():
+        return
+    path = workdir / "eval" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.write_text(path, json.dumps(results, indent=2) + "\n")
+    width = max(map(len, results))
+    for key, value in results.items():
+        print(f"{key:{width}}  {value:.4f}")
+
+
+def is_trained(config, workdir):
+    """Return whether the workdir holds a checkpoint of any stage of the config."""
+    return any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
+
+
+def held_out(config):
+    """Return the source of held-out images; None if the data is not on this machine."""
+    try:
+        return build_data.source(config, "heldout")
+    except UserError:
+        return None
+
+
+def class_names(config):
+    """Return the names of the classes, from the data if it is on this machine; otherwise their numbers."""
+    found = held_out(config)
+    return found.class_names if found else [str(c) for c in range(config.data.num_classes)]

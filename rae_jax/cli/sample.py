@@ -1,0 +1,44 @@
+"""--mode=sample: class-conditional images as a picture, as single PNGs, and as an ADM-style npz."""
+
+import json
+
+import numpy as np
+
+from rae_jax.build import part_weights
+from rae_jax.cli import results
+from rae_jax.config import keys
+from rae_jax.errors import UserError
+from rae_jax.inference import sample_files
+from rae_jax.runtime import processes
+from rae_jax.weights import safetensors_tree
+
+# Sections and keys of the config on which samples do not depend.
+_WITHOUT_EFFECT = (
+    *("name", "log_every", "wandb", "checkpoint", "health", "mesh", "evaluate"),
+    *("unroll", "remat", "attention", "compilation_cache"),
+)
+
+
+def run(config, workdir, mesh, flags):
+    """Write samples/{sampled.png, images/, samples.npz}. An interrupted run resumes if the request is the same."""
+    labels = _labels(config, flags)
+    parts = part_weights.load_all(config, part_weights.of_sampling(config), workdir, mesh, step=flags.step)
+    flat = keys.flatten(json.loads(config.to_json()))
+    request = {
+        "config": {key: value for key, value in flat.items() if key.split(".")[0] not in _WITHOUT_EFFECT},
+        "weights": {name: safetensors_tree.digest(params) for name, params in parts.items() if params is not None},
+    }
+    folder, names = workdir / "samples", results.class_names(config)
+    sample_files.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
+    if processes.is_first():
+        print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
+
+
+def _labels(config, flags):
+    classes = config.data.num_classes
+    if flags.num_images < 1:
+        raise UserError(f"--num_images={flags.num_images} cannot work: it must be positive")
+    if flags.label is not None and not 0 <= flags.label < classes:
+        raise UserError(f"--label={flags.label} cannot work: labels are 0 to {classes - 1}")
+    labels = sample_files.labels_of(flags.labels, flags.num_images, classes, config.seed)
+    return labels if flags.label is None else np.full(flags.num_images, flags.label)

@@ -1,0 +1,143 @@
+"""--mode=train: the stages of a config in order, then an evaluation and the report."""
+
+import functools
+import time
+
+import jax
+
+from rae_jax.build import data as build_data
+from rae_jax.build import part_weights, perceptual_networks, stages
+from rae_jax.cli import results
+from rae_jax.config import keys
+from rae_jax.errors import UserError
+from rae_jax.inference import image_grid, linear_probes
+from rae_jax.inference.evaluator import Evaluator
+from rae_jax.runtime import atomic_files, checkpoint_manifest, environment, health, logs, processes, workdir_lock
+from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
+from rae_jax.training.loop import fit
+from rae_jax.ui import report
+
+_EVALUATED = {  # a stage that is evaluated while it trains: the other parts that this takes
+    "decoder": ("encoder",),
+    "dit": ("encoder", "judge", "decoder", "statistics"),
+}
+
+
+def run(config, workdir, mesh, flags):
+    """Run the config's stages in order, each from its newest checkpoint; then evaluate and write the report."""
+    in_workdir(config, workdir, mesh, _train_and_evaluate)
+
+
+def in_workdir(config, workdir, mesh, work):
+    """Call `work(config, workdir, mesh, evaluator)` while this run owns the workdir.
+
+    What is missing and can be found at once is reported before anything is written. `work` is called again after it met
+    a damaged checkpoint of a finished stage, which is set aside.
+    """
+    for split in ("train", "heldout"):
+        build_data.source(config, split)
+    if config.data.latents:
+        stages.packed_latents(config, mesh)
+    perceptual_networks.check_available(config)
+    linear_probes.check_available(config)
+    evaluator = Evaluator(config, mesh)  # one for all evaluations: each of its programs is compiled once
+    with workdir_lock.hold(workdir):
+        keys.save(config, workdir)
+        environment.record(workdir)
+        while True:
+            try:
+                return work(config, workdir, mesh, evaluator)
+            except DamagedCheckpoint as error:  # of a finished stage, which is trained again from the checkpoint before
+                if processes.is_first():
+                    aside = checkpoint_manifest.set_aside(error.path)
+                    logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
+                processes.wait_for_all("set aside")
+
+
+def _train_and_evaluate(config, workdir, mesh, evaluator):
+    part_weights.check_available(config, mesh)
+    shipped = {}
+    if config.evaluate.shipped:
+        logs.say("evaluating the shipped weights:")
+        shipped = results.measure(evaluator, config, part_weights.load_shipped(config, mesh), workdir, "shipped")
+        results.write(workdir, f"{config.name}.json", shipped)
+    run_stages(config, workdir, mesh, evaluator)
+    parts = part_weights.load_all(config, part_weights.of_evaluation(config), workdir, mesh)
+    results.measure_trained(evaluator, config, parts, workdir, shipped)
+    if processes.is_first():
+        print(f"pictures: {workdir / 'samples'}")
+        print(f"report:   {report.write_report(workdir)}")
+
+
+def run_stages(config, workdir, mesh, evaluator):
+    """Train the config's stages in order; finished ones are skipped, interrupted ones resume."""
+    with logs.tracker(config.wandb, workdir, config.to_dict()) as tracker:
+        for name in config.stages:
+            _run_stage(config, name, workdir, mesh, evaluator, tracker)
+
+
+def _run_stage(config, name, workdir, mesh, evaluator, tracker):
+    stage = stages.stage(config, name, workdir, mesh)
+    if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
+        logs.say(f"{name}: finished before")
+        return
+    logs.say(f"{name}: compiling its first step, which may take minutes; then {stage.num_steps} steps")
+    began = time.monotonic()
+    fit(
+        stage,
+        workdir=workdir,
+        mesh=mesh,
+        key=jax.random.key(stages.stage_seed(config, name)),
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint.every,
+        **{key: config.checkpoint[key] for key in ("keep", "keep_every", "on_error")},
+        health_settings=health.Settings(**config.health),
+        evaluate=evaluate_in_training(config, stage, workdir, mesh, evaluator),
+        evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
+        scored=bool(config.checkpoint.best),
+        tracker=tracker,
+    )
+    logs.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+
+def evaluate_in_training(config, stage, workdir, mesh, evaluator):
+    """Return the loop's function (state, step) -> metrics of the averaged weights; pictures go to samples/STAGE/.
+
+    Linear probes are left out: they measure the encoder, which does not change.
+    """
+
+    @functools.cache
+    def other_parts():
+        names = [name for name in _EVALUATED[stage.name] if part_weights.exists(config, name)]
+        names += perceptual_networks.named(config)
+        if stage.name == "dit" and "guide" in part_weights.of_sampling(config):
+            names.append("guide")
+        return {name: stage.frozen.get(name) or part_weights.load(config, name, workdir, mesh) for name in names}
+
+    last = [name for name in config.stages if name in _EVALUATED][-1:] == [stage.name]
+
+    def evaluate(state, step):
+        parts = {**other_parts(), stage.name: part_weights.exported(config, stage.name)(state)}
+        found, shown = evaluator.weights(parts)
+        for kind, picture in shown.items() if processes.is_first() else ():
+            path = workdir / "samples" / stage.name / f"{step:07d}_{kind}.png"
+            try:
+                image_grid.save(path, picture)
+            except Exception as error:  # a picture is not worth a run; object stores raise errors of many types
+                logs.say(f"cannot write the picture {path} ({atomic_files.reason(error)})")
+        return {**found, **score(config.checkpoint, found, must=last)}
+
+    return evaluate
+
+
+def score(checkpoint, results, *, must):
+    """Return {'score': a number, the higher the better} of the metric config.checkpoint.best.
+
+    {} without such a metric; UserError if one `must` exist and the results lack it.
+    """
+    if not checkpoint.best or (checkpoint.best not in results and not must):
+        return {}
+    if checkpoint.best not in results:
+        raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")
+    sign = 1.0 if checkpoint.best_is == "highest" else -1.0
+    return {"score": sign * float(results[checkpoint.best])}

@@ -1,0 +1,51 @@
+"""Conditions of a diffusion transformer: what an image has to show, as a pytree, and its embedding."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rae_jax.runtime import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """One kind of condition. Conditions of a batch are a pytree of arrays [B, ...] of the shapes of `spec`."""
+
+    spec: object  # tree of jax.ShapeDtypeStruct: the condition of one image
+    null: object  # tree of the same structure: the condition of an image that may show anything
+    embed: Callable  # width -> module: conditions of a batch -> [B, width]
+
+    def zeros(self, batch_size):
+        """Return conditions of zeros for a batch, for initialisation and for shapes."""
+        return jax.tree.map(lambda spec: jnp.zeros((batch_size, *spec.shape), spec.dtype), self.spec)
+
+    def with_null(self, conditions, rows):
+        """Return the conditions with the null one in the rows that `rows` [B], booleans, marks."""
+
+        def replace(condition, null):
+            return jnp.where(rows.reshape(-1, *(1,) * (condition.ndim - 1)), null, condition)
+
+        return jax.tree.map(replace, conditions, self.null)
+
+
+def labels(num_classes, *, used=True):
+    """Return the condition that is a label of `num_classes` classes. Without `used` all labels mean the null one."""
+    embed = functools.partial(LabelEmbedding, num_classes if used else 0, name="label_embed")
+    return Condition(jax.ShapeDtypeStruct((), jnp.int32), num_classes, embed)
+
+
+class LabelEmbedding(nn.Module):
+    """Labels [B] -> [B, width]; the row after the last class is the null label. With 0 classes, every label is null."""
+
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, labels):
+        table = self.param("table", nn.initializers.normal(0.02), (self.num_classes + 1, self.width))
+        table = sharding.gathered(table, "table")
+        return table[labels if self.num_classes else jnp.zeros_like(labels)]
