@@ -1,13 +1,14 @@
-"""Runs as the work units of an XManager experiment: one for each combination of the values of --sweep.
+"""Start runs as the work units of an XManager experiment: one for each combination of the values of --sweep.
 
     python -m launch.xm --title=seeds --sweep=config.seed=0,1 \
         -- bash launch/local.sh -- --config=configs/small.py --workdir=runs/seeds/{}
     python -m launch.xm --title=seeds --sweep=config.seed=0,1 \
         -- python -m launch.gke --name=seeds-{} --image=IMAGE ... -- --config=... --workdir=gs://BUCKET/seeds/{}
 
-What stands behind the first -- is a launcher's command; {} in it becomes the work unit's number, and the values come at
-its end. Work units follow one another; of launch.gke, their submissions. XManager's own executor for Kubernetes knows
-neither TPU slices nor several hosts. --dry_run prints the commands; all else needs `pip install xmanager`.
+The first -- is followed by a launcher's command. {} in it becomes the number of the work unit, and the values of the
+sweep are added at its end. Work units run one after the other; with launch.gke this means their submissions. XManager's
+own executor for Kubernetes supports neither TPU slices nor several hosts. --dry_run only prints the commands; otherwise
+run `pip install xmanager` first.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 
 
 def main(argv):
-    """Run the work units, or show them."""
+    """Run the work units, or print them."""
     given = _parse(argv)
     units = work_units(given.command, given.sweep)
     if given.dry_run:
@@ -29,7 +30,7 @@ def main(argv):
         from absl import flags
         from xmanager import xm, xm_local
     except ImportError:
-        raise SystemExit("error: this needs XManager: pip install xmanager") from None
+        raise SystemExit("error: XManager is not installed: pip install xmanager") from None
     flags.FLAGS(["xm", "--noxm_use_multiplexer"], known_only=True)
 
     @xm.run_in_asyncio_loop
@@ -45,7 +46,7 @@ def main(argv):
 
 
 def work_units(command, sweep):
-    """The command of each combination of the values of `sweep` {key: values}."""
+    """Return one command for each combination of the values of `sweep`: {key: values}."""
     combinations = itertools.product(*([f"--{key}={value}" for value in values] for key, values in sweep))
     return [
         [word.replace("{}", str(number)) for word in command] + list(combination)
@@ -58,16 +59,16 @@ def _parse(argv):
     if "--" in argv:
         argv, command = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     parser = argparse.ArgumentParser(prog="python -m launch.xm", allow_abbrev=False)
-    parser.add_argument("--title", required=True, help="of the experiment")
+    parser.add_argument("--title", required=True, help="title of the experiment")
     parser.add_argument(
-        "--sweep", default=[], action="append", type=_sweep, help="KEY=VALUE,VALUE,...; again for more keys"
+        "--sweep", default=[], action="append", type=_sweep, help="KEY=VALUE,VALUE,...; repeat it for more keys"
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the work units' commands")
+    parser.add_argument("--dry_run", action="store_true", help="only print the commands of the work units")
     given = parser.parse_args(argv, argparse.Namespace(command=command))
     if not command or shutil.which(command[0]) is None:
-        parser.exit(2, "error: behind -- stands no command: bash launch/local.sh -- ..., say\n")
+        parser.exit(2, "error: no command after --, or an unknown one: add bash launch/local.sh -- ...\n")
     if given.sweep and not any(word.startswith("--workdir=") and "{}" in word for word in command):
-        parser.exit(2, "error: several runs need a workdir each: --workdir=DIR/{}\n")
+        parser.exit(2, "error: each run of a sweep needs its own workdir: set --workdir=DIR/{}\n")
     return given
 
 
