@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A run on this machine that goes on by itself:
+# Starts a run on this machine, and restarts it when it can resume:
 #
 #     bash launch/local.sh [--processes=N] [--dry_run] -- --config=configs/dit_b.py --workdir=DIR [--config.KEY=VALUE ...]
 #
-# The command is started again where it ends as one that can go on (status 75 or 134, docs/robustness.md). Ctrl-C, or a
-# SIGTERM to this script, is passed on: all is saved, and it ends. One process uses all GPUs or TPU chips of the machine;
-# --processes=N makes N of them on its CPU that are one run.
+# The command restarts when it ends with a status after which it can resume (75 or 134, docs/robustness.md). Ctrl-C, or a
+# SIGTERM to this script, is passed on: the run saves its state and ends. One process uses all GPUs or TPU chips of the
+# machine; --processes=N starts a run of N processes on its CPU.
 set -euo pipefail
-set -m # without it, bash has what it starts in the background ignore SIGINT
+set -m # otherwise background processes of bash ignore SIGINT
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/options.sh"
@@ -27,7 +27,7 @@ pass_on() {
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
-# The commands of all processes, one `start` each.
+# Calls `start` for the command of each process.
 start_all() {
     local port id
     if ((processes == 1)); then
@@ -48,14 +48,14 @@ start() {
     children+=($!)
 }
 
-# Sets `status`: 0; or that of a process which asks to be started again, unless another one says that it would not help.
+# Sets `status`: 0 when all processes end with 0; a status that asks for a restart, unless another process has a final status.
 wait_for_all() {
     local child one
     status=0
     for child in ${children[@]+"${children[@]}"}; do
         one=0
         wait "$child" || one=$?
-        while kill -0 "$child" 2>/dev/null; do # it was a signal to this script that ended the wait
+        while kill -0 "$child" 2>/dev/null; do # a signal to this script ended the wait
             one=0
             wait "$child" || one=$?
         done
@@ -73,8 +73,8 @@ while :; do
     wait_for_all
     case $status in 75 | 134) ;; *) exit "$status" ;; esac
     [[ $asked ]] && exit "$status"
-    echo "ended with status $status: the same command again in $pause s" >&2
+    echo "ended with status $status: the command restarts in $pause s" >&2
     sleep "$pause" &
-    wait $! || true # which a signal ends at once
+    wait $! || true # a signal ends the wait at once
     [[ $asked ]] && exit "$status"
 done

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers in bash are given: `launch/X.sh --option=value ... -- the command's own flags`. Sourced, `root` set.
+# Parses options of the launchers in bash: `launch/X.sh --option=value ... -- flags of the command`. Source it with `root` set.
 
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
@@ -9,7 +9,7 @@ die() {
     exit 2
 }
 
-# One command as it could be typed.
+# Prints a command as one could type it.
 show() {
     local word line=''
     for word; do
@@ -19,21 +19,21 @@ show() {
     echo "$line"
 }
 
-# Does it; or shows it, in a dry run.
+# Runs a command, or prints it in a dry run.
 run() {
     if [[ $dry_run ]]; then show "$@"; else "$@"; fi
 }
 
-# take "NAMES" "$@": sets the variable of each option (of --spot, to 1), `dry_run`, and `flags` to what follows `--`.
+# take "NAMES" "$@": sets a variable for each option (--spot sets it to 1), `dry_run`, and `flags` to all words after `--`.
 take() {
-    local _known=" $1 dry_run " _name # which no option is called
+    local _known=" $1 dry_run " _name # names that no option has
     shift
     dry_run='' flags=()
     while (($#)) && [[ $1 != -- ]]; do
         _name=${1%%=*}
         _name=${_name#--}
         [[ $1 == --* && $_known == *" $_name "* ]] ||
-            die "unknown option '$1': there are$(printf " --%s" $_known); the command's own flags stand behind --"
+            die "unknown option '$1': choose from$(printf " --%s" $_known); flags of the command come after --"
         if [[ $1 == *=* ]]; then printf -v "$_name" %s "${1#*=}"; else printf -v "$_name" 1; fi
         shift
     done
@@ -41,10 +41,10 @@ take() {
     flags=("$@")
 }
 
-# What no run can be without.
+# Stops when a flag is missing that every run needs.
 need_a_run() {
     local name
     for name in config workdir; do
-        [[ " ${flags[*]-}" == *" --$name="* ]] || die "no --$name=... behind --: see the first lines of $0"
+        [[ " ${flags[*]-}" == *" --$name="* ]] || die "--$name=... is missing: set it after --, as the first lines of $0 show"
     done
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A run as a SLURM job, a process a GPU:
+# Starts a run as a SLURM job, with one process for each GPU:
 #
-#     bash launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 [sbatch's options] [--dry_run] \
+#     bash launch/slurm.sh --nodes=2 --gpus-per-node=8 --time=24:00:00 [options of sbatch] [--dry_run] \
 #         -- --config=configs/dit_b.py --workdir=DIR [--config.KEY=VALUE ...]
 #
-# What stands before -- is sbatch's; WORKDIR has to be on a file system of all nodes. 300 s before the time limit, and
-# where the job is preempted, all processes get SIGTERM, save and end, and the job is queued again and goes on. Its log is
-# rae_jax_JOB.log, where it was submitted; scancel JOB ends it, with all saved.
+# Options before -- go to sbatch; WORKDIR must be on a file system that all nodes share. 300 s before the time limit, and
+# when the job is preempted, all processes get SIGTERM, save and end; the job is queued again and resumes. The log is
+# rae_jax_JOB.log in the folder where you submit the job; scancel JOB ends it after saving.
 #SBATCH --job-name=rae_jax
 #SBATCH --output=rae_jax_%j.log
 #SBATCH --open-mode=append
@@ -14,7 +14,7 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 
-most_restarts=100 # a run that ends at once again and again ends for good
+most_restarts=100 # stops a run that fails at once each time
 
 if [[ ${1-} != --in_job ]]; then
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,7 +23,7 @@ if [[ ${1-} != --in_job ]]; then
     while (($#)) && [[ $1 != -- ]]; do
         case $1 in
             --dry_run) dry_run=1 ;;
-            # In a process that SLURM started, JAX takes one GPU.
+            # In a process of a SLURM job, JAX uses one GPU.
             --gpus-per-node=*) options+=("$1" "--ntasks-per-node=${1##*[=:]}") ;;
             *) options+=("$1") ;;
         esac
@@ -41,7 +41,7 @@ root=$2
 shift 2
 source "$root/launch/options.sh" # SLURM runs a copy of this file
 status=0
-# One that has ended does not end the others, which are still saving.
+# The end of one process must not end the others, which may still be saving.
 srun --kill-on-bad-exit=0 "$python" -m rae_jax.main "$@" || status=$?
 case $status in
     75 | 134)

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh has each worker of a slice do, in the checkout that it copied there:
+# Commands of launch/tpu_vm.sh on each worker of a slice, in the copied checkout:
 #
-#     bash launch/tpu_worker.sh running        says so where there is a run, and fails where not
-#     bash launch/tpu_worker.sh start FLAGS    installs, and starts the run
-#     bash launch/tpu_worker.sh follow         shows its log until it ends
-#     bash launch/tpu_worker.sh status         its exit status, or "running"; nothing where it never was
-#     bash launch/tpu_worker.sh stop           has it save and end
+#     bash launch/tpu_worker.sh running        succeeds when a run exists, otherwise fails
+#     bash launch/tpu_worker.sh start FLAGS    installs the project and starts the run
+#     bash launch/tpu_worker.sh follow         shows the log of the run until it ends
+#     bash launch/tpu_worker.sh status         prints its exit status, or "running", or nothing before the first run
+#     bash launch/tpu_worker.sh stop           makes it save its state and end
 #
-# Beside the checkout lie rae_jax.log, rae_jax.pid, rae_jax.status and rae_jax.env.
+# rae_jax.log, rae_jax.pid, rae_jax.status and rae_jax.env are next to the checkout.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 files=$(cd .. && pwd)/rae_jax
 
-# The run's process, where there is one. Process ids are given anew.
+# Prints the process id of the run, if it exists. The system may give an old id to another process.
 process() {
     local id
     id=$(cat "$files.pid" 2>/dev/null) && grep -qs tpu_worker.sh "/proc/$id/cmdline" && echo "$id"
@@ -21,12 +21,12 @@ process() {
 
 install() {
     source launch/venv.sh
-    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && [[ ! -e .venv ]]; then # the images' is older
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' && [[ ! -e .venv ]]; then # the image's Python is older
         python3 -m pip install -q --user uv
         python3 -m uv python install -q 3.12
         PYTHON=$(python3 -m uv python find 3.12)
     fi
-    ensure_venv tpu,gcs,torch # workdirs on gs:// take gcs; released files torch
+    ensure_venv tpu,gcs,torch # gcs for workdirs on gs://, torch for released files
 }
 
 case $1 in
@@ -36,8 +36,7 @@ case $1 in
         [[ ! -e $files.env ]] || chmod 600 "$files.env"
         install
         rm -f "$files.status" "$files.pid"
-        # In a session of its own, which no connection that ends takes along; and not deaf to SIGINT, as what is started
-        # in the background is.
+        # A session of its own outlives the connection. Background processes ignore SIGINT by default; this one must not.
         setsid nohup env --default-signal=INT bash launch/tpu_worker.sh run "$@" >> "$files.log" 2>&1 < /dev/null &
         until [[ -s $files.pid ]]; do sleep 0.1; done
         ;;
@@ -45,7 +44,7 @@ case $1 in
         shift
         echo $$ > "$files.pid"
         [[ ! -e $files.env ]] || source "$files.env"
-        # A machine that goes down sends SIGTERM to every process: the command gets its own, and none besides from here.
+        # A machine that shuts down sends SIGTERM to every process: the command must not get a second one from here.
         trap '' TERM
         trap : INT
         status=0
