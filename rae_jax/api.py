@@ -17,13 +17,14 @@ from etils import epath
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from rae_jax.build import models, part_weights, saved_config
+from rae_jax.build import models, part_weights, sampler, saved_config
 from rae_jax.config import checks
+from rae_jax.config import files as config_files
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.models.autoencoder import to_float
-from rae_jax.runtime import config_files, sharding
+from rae_jax.runtime import sharding
 from rae_jax.weights import hub
 
 Source: TypeAlias = str | os.PathLike[str] | ConfigDict
@@ -70,7 +71,7 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
     """Load the diffusion transformer of `source` (see load_rae), with the statistics of its latents."""
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
-    weaker = config.guidance.method == "autoguidance"
+    weaker = "guide" in part_weights.of_sampling(config)
     guide = part_weights.load(config, "guide", "", _mesh(mesh)) if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
 
@@ -122,7 +123,7 @@ def sample(
     theirs, ours = (config_keys.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
         raise UserError(f"the RAE's latents are {theirs}, the DiT's are {ours}: load both from one source")
-    least = 2 if dit.config.sampler.grid == "published" else 1  # the published grid counts points, not steps
+    least = sampler.fewest_steps(dit.config)
     if num_steps is not None and num_steps < least:
         raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
     if guide is not None:
@@ -175,7 +176,7 @@ def _sample(
         config.guidance.method = "autoguidance"
         config.guidance.dit.update({key: guide.config.dit[key] for key in config.guidance.dit})
         parts["guide"] = guide.params["dit"]
-    elif scale is not None and config.guidance.method == "none":
+    elif scale is not None and not sampler.is_guided(config):
         config.guidance.method = "cfg"
     indices = jnp.arange(len(labels), dtype=jnp.uint32)
     latents = generate.draw(config, parts, jax.random.key(seed), indices, labels, scale=scale)

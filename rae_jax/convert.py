@@ -17,11 +17,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax.build import part_weights, published_weights, saved_config
-from rae_jax.config import checks
+from rae_jax.build import models, part_weights, published_weights, saved_config
+from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, checkpoint, command_line, logs, sharding
+from rae_jax.runtime import atomic_files, checkpoint_reader, command_line, logs, sharding
 from rae_jax.weights import safetensors_tree
 
 _ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
@@ -44,7 +44,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
         for done, part in enumerate(parts, 1):
             trees[part] = jax.device_get(part_weights.load(config, part, workdir or "", mesh))
             progress.update(done, part)
-            step = checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
+            step = checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
             if step is not None:
                 logs.say(f"{part}: as it was after step {step}")
     try:
@@ -79,7 +79,7 @@ def _write(config, trees, output, form):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command_line.parser(_define_flags()))
+    app.run(_run, flags_parser=command_flag.parser(_define_flags()))
 
 
 def _define_flags():
@@ -108,14 +108,14 @@ def _run(argv):
 
 def _parts(config, named, form):
     """The parts that are asked for, or that the format always has."""
-    together = ("encoder", "decoder") if config.encoder.family == "sd_vae" else ("encoder", "decoder", "statistics")
+    together = ("encoder", "decoder") if models.is_vae(config) else ("encoder", "decoder", "statistics")
     if form == "diffusers" and named:
         raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
     parts = together if form == "diffusers" else named or config.stages
     for part in parts:
         if part not in config_keys.STAGES:
             raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_keys.STAGES)}")
-    if "statistics" in parts and "statistics" not in config.stages and config.statistics.weights == "none":
+    if "statistics" in parts and part_weights.is_left_out(config, "statistics"):
         raise UserError("config.statistics.weights='none' leaves no statistics to write: name other --parts")
     return parts
 

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from rae_jax.cli import benchmark, demo, evaluate, reconstruct, sample, train
 from rae_jax.cli import compile as compile_mode
-from rae_jax.config import checks
+from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.profiling import timing
@@ -37,7 +37,7 @@ def main():
     config = _define_flags()
     for flag in flags.FLAGS.get_flags_for_module(__name__):  # `rae-jax --help` lists the flags of the script alone
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
-    app.run(_run, flags_parser=command_line.parser(config))
+    app.run(_run, flags_parser=command_flag.parser(config))
 
 
 def _define_flags():

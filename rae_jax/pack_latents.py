@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rae_jax.build import data as build_data
 from rae_jax.build import models, part_weights, stages
-from rae_jax.config import checks
+from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
 from rae_jax.data import packed_images, packed_latents, pipeline, shard_writer
 from rae_jax.errors import UserError
@@ -116,7 +116,7 @@ def _records(iterator, encode, numbers, batch_size, progress):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command_line.parser(_define_flags()))
+    app.run(_run, flags_parser=command_flag.parser(_define_flags()))
 
 
 def _define_flags():

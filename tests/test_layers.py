@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from rae_jax.config import checks
+
 PACKAGE = Path(__file__).parents[1] / "rae_jax"
 
 # From the roof down; rooms of one floor do not know each other.
@@ -18,18 +20,15 @@ FLOORS = (
     ("errors",),
 )
 DOORS = ("__init__", "main", "convert", "pack_latents", "report", "api")
-ROOMS = {  # modules that are not in a folder of their room yet
-    "errors": ("errors",),
-    "doors": DOORS,
-}
 
-_ROOM = {module: room for room, modules in ROOMS.items() for module in modules}
 _FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def _room(path):
     folder, *rest = path.relative_to(PACKAGE).parts
-    return folder if rest else _ROOM[path.stem]
+    if rest:
+        return folder
+    return "errors" if path.stem == "errors" else "doors"
 
 
 def _arrows():
@@ -51,3 +50,52 @@ def test_imports_go_down():
         if _FLOOR[_room(arrow[0])] >= _FLOOR[_room(arrow[1])]
     }
     assert len(arrows) > 100 and not upward
+
+
+def _reads_of_choices(path):
+    """Yield the lines where a file compares a key of the config that has choices, or matches on it."""
+    keys = {key.split(".")[-1] for table in (checks.CHOICES, checks.TRAIN_CHOICES) for key in table}
+
+    def is_choice(node):
+        return isinstance(node, ast.Attribute) and node.attr in keys
+
+    def is_name(node):
+        return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Match) and is_choice(node.subject):
+            yield node.lineno
+        if isinstance(node, ast.Compare):
+            sides = (node.left, *node.comparators)
+            if any(map(is_choice, sides)) and any(map(is_name, sides)):
+                yield node.lineno
+
+
+def test_only_build_knows_the_names_of_the_config():
+    found = {room: set() for room in _FLOOR}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found[_room(path)] |= {f"{path.relative_to(PACKAGE)}:{line}" for line in _reads_of_choices(path)}
+    assert len(found.pop("build")) > 20 and found.pop("config")
+    assert not set().union(*found.values())
+
+
+def test_nothing_below_build_sees_the_config():
+    below = [room for room in _FLOOR if _FLOOR[room] > _FLOOR["build"] and room != "config"]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if _room(path) in below:
+            names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert "config" not in names and "ConfigDict" not in names, path
+
+
+def test_the_root_has_doors_alone():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*DOORS, "errors"}
+
+
+def test_files_and_functions_are_read_in_one_sitting():
+    for folder in ("rae_jax", "configs", "launch"):
+        for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+            text = path.read_text()
+            assert text.count("\n") <= 320, path
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.end_lineno - node.lineno < 70, (path, node.name)

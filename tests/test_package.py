@@ -91,7 +91,7 @@ def test_an_installed_wheel_works_without_the_checkout(wheel, tmp_path):
         return subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=300)
 
     code = (
-        "import rae_jax; from rae_jax.runtime import config_files; print(rae_jax.__file__, config_files.FOLDER);"
+        "import rae_jax; from rae_jax.config import files; print(rae_jax.__file__, files.FOLDER);"
         "rae, dit = rae_jax.load_rae(), rae_jax.load_dit('quickstart');"
         "print(rae_jax.sample(rae, dit, [0], num_steps=1).shape)"
     )

@@ -26,7 +26,7 @@ from rae_jax.inference import batched, generate, linear_probes, metrics, reconst
 from rae_jax.inference.evaluator import Evaluator
 from rae_jax.models.autoencoder import normalise, to_float
 from rae_jax.profiling import jaxpr_flops
-from rae_jax.runtime import checkpoint, logs, sharding
+from rae_jax.runtime import checkpoint_reader, logs, sharding
 
 PROBE_IMAGES = 2_000  # number of images that a probe is fitted to
 
@@ -123,7 +123,11 @@ def _probe(config, workdir, mesh, job):
 def _generation(config, workdir, mesh, job):
     """Evaluate images with equally many of each class, from the last checkpoint and from all kept ones."""
     every = config.checkpoint.keep_every if "dit" in config.stages else 0
-    kept = [step for step in checkpoint.steps(workdir / "checkpoints" / "dit") if step % every == 0] if every else []
+    kept = (
+        [step for step in checkpoint_reader.steps(workdir / "checkpoints" / "dit") if step % every == 0]
+        if every
+        else []
+    )
     last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
     sample = generate.make_sampler(config, mesh)
     count = config.evaluate.num_images

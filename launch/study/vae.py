@@ -13,7 +13,7 @@ from rae_jax.build import models
 from rae_jax.build import optimiser as build_optimiser
 from rae_jax.data import pipeline
 from rae_jax.models.autoencoder import to_float
-from rae_jax.runtime import checkpoint, sharding
+from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import optim
 from rae_jax.training.loop import Stage, fit
 from rae_jax.weights import safetensors_tree
@@ -75,5 +75,7 @@ def trained(stage, workdir, mesh):
     """Return the averaged weights of the last checkpoint."""
     shapes = {"ema_params": jax.eval_shape(stage.init, jax.random.key(0))["ema_params"]}
     folder = workdir / "checkpoints" / stage.name
-    restored = checkpoint.restore_entries(folder, checkpoint.latest_step(folder), sharding.abstract(shapes, mesh))
+    restored = checkpoint_reader.restore_entries(
+        folder, checkpoint_reader.latest_step(folder), sharding.abstract(shapes, mesh)
+    )
     return jax.device_get(restored["ema_params"])

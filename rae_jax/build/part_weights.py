@@ -11,7 +11,7 @@ from etils import epath
 from rae_jax.build import models, objectives, perceptual_networks, published_weights
 from rae_jax.config.keys import input_size, latent_shape, section
 from rae_jax.errors import UserError
-from rae_jax.runtime import checkpoint, sharding
+from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import statistics
 from rae_jax.weights import safetensors_tree
 
@@ -82,11 +82,11 @@ def load(config, part, workdir, mesh, step=None):
         return load(_guide_config(config), "dit", "", mesh)
     folder = epath.Path(workdir) / "checkpoints" / part
     if part in config.stages and _has_checkpoints(config, workdir):
-        found = checkpoint.latest_step(folder) if step is None or part != config.stages[-1] else step
+        found = checkpoint_reader.latest_step(folder) if step is None or part != config.stages[-1] else step
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {part!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, part, folder, found, mesh)
-    if _left_out(config, part):
+    if is_left_out(config, part):
         return None
     weights = section(config, part).weights
     if not weights:
@@ -94,14 +94,14 @@ def load(config, part, workdir, mesh, step=None):
     return _from_files(config, part, weights, mesh)
 
 
-def _left_out(config, part):
+def is_left_out(config, part):
     """Return whether latents stay as they are, without statistics."""
     return part == "statistics" and part not in config.stages and config.statistics.weights == "none"
 
 
 def shapes_or_none(config, part):
     """Return the tree of shapes of what `load` returns, which is None for statistics that the config leaves out."""
-    return None if _left_out(config, part) else shapes(config, part)
+    return None if is_left_out(config, part) else shapes(config, part)
 
 
 def _from_files(config, part, weights, mesh):
@@ -168,7 +168,7 @@ def _from_checkpoint(config, stage, folder, step, mesh):
     tree = _state_shapes(config, stage)
     averages = {key: tree[key] for key in ("ema_params", "more_ema_params") if key in tree}
     wanted = averages or tree  # statistics have no averages
-    restored = checkpoint.restore_entries(folder, step, sharding.abstract(wanted, mesh))  # reports damage first
+    restored = checkpoint_reader.restore_entries(folder, step, sharding.abstract(wanted, mesh))  # reports damage first
     if stage == "statistics":
         _refuse_unfinished_statistics(folder, step)
     return jax.jit(exported(config, stage))(restored)
@@ -176,7 +176,7 @@ def _from_checkpoint(config, stage, folder, step, mesh):
 
 def _refuse_unfinished_statistics(folder, step):
     """Raise UserError for statistics of the first images alone, which may be those of the first classes."""
-    at = checkpoint.position(folder, step)
+    at = checkpoint_reader.position(folder, step)
     seen = None if at is None else at["position"] * at["batch_size"]
     if seen is not None and seen < at["num_images"]:
         raise UserError(
@@ -185,7 +185,9 @@ def _refuse_unfinished_statistics(folder, step):
 
 
 def _has_checkpoints(config, workdir):
-    return any(checkpoint.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages)
+    return any(
+        checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages
+    )
 
 
 def check_available(config, mesh):

@@ -156,6 +156,21 @@ def _diffusion(name):
             raise ValueError(f"unknown diffusion coefficient {other!r}")
 
 
+def is_guided(config):
+    """Return whether the config's sampler uses guidance."""
+    return config.guidance.method != "none"
+
+
+def fewest_steps(config):
+    """Return the smallest config.sampler.num_steps: the published grid counts points, so one step is two points."""
+    return 2 if config.sampler.grid == "published" else 1
+
+
+def has_fixed_steps(config):
+    """Return whether the sampler takes a number of steps that is known before it runs."""
+    return config.sampler.method != "adaptive"
+
+
 def velocity(config, parts, labels, scale=None):
     """Return the `Velocity` of the DiT for these labels [B], with the config's guidance.
 

@@ -71,6 +71,17 @@ def stage_seed(config, name):
     return int(np.random.SeedSequence((config.seed, _STREAMS[name])).generate_state(1)[0])
 
 
+def sign_of_best(checkpoint):
+    """Return the factor that makes a metric a score, the higher the better, from the section config.checkpoint."""
+    match checkpoint.best_is:
+        case "highest":
+            return 1.0
+        case "lowest":
+            return -1.0
+        case other:
+            raise ValueError(f"unknown order of metrics {other!r}")
+
+
 def _load_frozen(config, part, workdir, mesh):
     """Load a frozen part. The UserError for a network of the decoder's losses says how to train without it."""
     train, backbone = config.decoder.train, config.discriminator.backbone

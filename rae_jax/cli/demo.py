@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from rae_jax.build import part_weights
+from rae_jax.build import part_weights, sampler
 from rae_jax.cli import results
 from rae_jax.errors import UserError
 from rae_jax.ui import demo_model
@@ -24,6 +24,6 @@ def run(config, workdir, mesh, flags):
         class_names=results.class_names(config) if sampled else (),
         held_out=results.held_out(config),
         image_size=config.data.image_size,
-        scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
+        scale=config.guidance.scale if sampler.is_guided(config) else 1.0,
     )
     demo_page.serve(page, host=flags.host, port=flags.port)

@@ -7,7 +7,7 @@ from rae_jax.build import data as build_data
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid
 from rae_jax.runtime import atomic_files, processes
-from rae_jax.runtime.checkpoint import latest_step
+from rae_jax.runtime.checkpoint_reader import latest_step
 
 
 def measure(evaluator, config, parts, workdir, name):

@@ -13,7 +13,7 @@ from rae_jax.errors import UserError
 from rae_jax.inference import image_grid, linear_probes
 from rae_jax.inference.evaluator import Evaluator
 from rae_jax.runtime import atomic_files, checkpoint_manifest, environment, health, logs, processes, workdir_lock
-from rae_jax.runtime.checkpoint import DamagedCheckpoint, latest_step
+from rae_jax.runtime.checkpoint_reader import DamagedCheckpoint, latest_step
 from rae_jax.training.loop import fit
 from rae_jax.ui import report
 
@@ -139,5 +139,4 @@ def score(checkpoint, results, *, must):
         return {}
     if checkpoint.best not in results:
         raise UserError(f"config.checkpoint.best={checkpoint.best!r} cannot work: choose from {', '.join(results)}")
-    sign = 1.0 if checkpoint.best_is == "highest" else -1.0
-    return {"score": sign * float(results[checkpoint.best])}
+    return {"score": stages.sign_of_best(checkpoint) * float(results[checkpoint.best])}

@@ -15,7 +15,7 @@ from rae_jax.runtime import sharding
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
-_CHOICES = {
+CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("xla", "cudnn", "flash"),
     "remat": ("none", "dots", "full"),
@@ -37,7 +37,7 @@ _CHOICES = {
     "sampler.last_step": ("mean", "tweedie", "euler", "none"),
     "guidance.method": ("none", "cfg", "autoguidance"),
 }
-_TRAIN_CHOICES = {  # of every stage's `train`
+TRAIN_CHOICES = {  # of every stage's `train`
     **{"unit": ("step", "epoch"), "crop": ("centre", "random")},
     **{"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")},
 }
@@ -64,7 +64,7 @@ _FRACTIONS = ("dit.train.label_dropout", "discriminator.augment.prob", "discrimi
 
 def check(config, mesh):
     """Raise UserError for the first value that cannot work."""
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         _require(_get(config, key) in choices, config, key, f"choose one of {', '.join(choices)}")
     for key in _NUMBERS:
         numbers = all(isinstance(value, int | float) for value in _get(config, key))
@@ -129,7 +129,7 @@ def _check_training(config, section):
     _require(train.decay_start >= 0, config, f"{section}.decay_start", "it must be 0 or more")
     for key in ("ema_decay", "b1", "b2"):
         _require(0.0 <= train[key] < 1.0, config, f"{section}.{key}", _DECAYS)
-    for key, choices in _TRAIN_CHOICES.items():
+    for key, choices in TRAIN_CHOICES.items():
         _require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     drawn = config.data.source == "shapes"
     _require(not (drawn and train.crop == "random"), config, f"{section}.crop", "shapes are drawn at their size")

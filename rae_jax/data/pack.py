@@ -105,7 +105,7 @@ class _Form:
     def __init__(self, *, split, image_size, crop, encoding, quality, on_error):
         self._size, self._encoding, self._quality = image_size, encoding, quality
         self._enlarge = crop == "random" and split == "train"
-        self.on_error = on_error
+        self.skips = on_error == "skip"
 
     def crop(self, image):
         """Pixels from a PIL image."""
@@ -135,7 +135,7 @@ def _pack_shard(source, rows, file, form):
             try:
                 example = source.example(row, form.crop)
             except UserError as error:
-                if form.on_error == "stop":
+                if not form.skips:
                     raise
                 skipped.append(str(error))
                 continue

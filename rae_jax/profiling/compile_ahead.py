@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rae_jax.build import objectives, part_weights
+from rae_jax.build import sampler as build_sampler
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
@@ -175,7 +176,7 @@ def _train(config, name, mesh):
 
 
 def _sample(config, mesh):
-    if config.sampler.method == "adaptive":
+    if not build_sampler.has_fixed_steps(config):
         raise UserError("config.sampler.method='adaptive' has no number of steps to count: compile it with 'heun'")
     shapes = {part: part_weights.shapes_or_none(config, part) for part in part_weights.of_sampling(config)}
     batch_size = sharding.round_up(config.evaluate.batch_size, mesh)

@@ -218,7 +218,7 @@ def made_up(shapes):
 
 def _train(config, mesh, *, name, latents=""):
     """A stage's step."""
-    if name == "decoder" and config.encoder.family == "sd_vae":
+    if name == "decoder" and models.is_vae(config):
         raise UserError("the VAE's decoder is not trained")
     config = config.copy_and_resolve_references()
     with config.unlocked():

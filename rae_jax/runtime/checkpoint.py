@@ -14,24 +14,15 @@ import time
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, checkpoint_manifest, logs, processes
+from rae_jax.runtime import atomic_files, checkpoint_manifest, checkpoint_reader, logs, processes
 
 LONGEST_PAUSE = 600.0  # seconds between two tries to write
 TOGETHER = 300  # seconds for which a process waits at the end of a write for the others; one may have failed
 PROMPT = 10.0  # seconds that a write may take for the next one, which is due, to be waited with
 # Of a program. Disks, networks and Orbax raise anything else: OSError, ValueError, RuntimeError.
 _MISTAKES = (TypeError, AttributeError, NameError, LookupError, AssertionError, NotImplementedError)
-
-
-class DamagedCheckpoint(UserError):
-    """A checkpoint that was whole when it was written, and no longer is; `path` names it."""
-
-    def __init__(self, path, reason):
-        super().__init__(f"the checkpoint {path} is damaged ({reason}): move it away, and --mode=train makes it again")
-        self.path, self.reason = path, reason
 
 
 class Checkpoints:
@@ -43,15 +34,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder, *, keep, every=1, keep_every=0, on_error="stop"):
-        self._folder = absolute(folder)
+        self._folder = checkpoint_reader.absolute(folder)
         self._keep, self._every, self._keep_every, self._on_error = keep, every, keep_every, on_error
         self._due, self._failures, self._not_before = False, 0, 0.0
         self._pending, self._began, self._step, self._score, self._reason = None, 0.0, None, None, ""
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in _inside(self._folder):
-                if _is_unfinished(path):  # of a run that was killed
+            for path in checkpoint_reader.inside(self._folder):
+                if checkpoint_reader.is_unfinished(path):  # of a run that was killed
                     path.rmtree()
         self._writer = self._new_writer()
 
@@ -75,7 +66,7 @@ class Checkpoints:
     @property
     def latest(self):
         """Newest finished checkpoint's step as this process sees it, or None."""
-        return max(steps(self._folder), default=None)
+        return max(checkpoint_reader.steps(self._folder), default=None)
 
     def newest_in_words(self):
         """Where to go on from, for messages; what is being written is waited for."""
@@ -111,7 +102,7 @@ class Checkpoints:
         of them can go on.
         """
         self._collect(wait=True)
-        if step in steps(self._folder):
+        if step in checkpoint_reader.steps(self._folder):
             return
         self._step, self._score, self._due, self._began = step, score, False, time.monotonic()
         # Where memory is the devices' own, Orbax copies it to the host. On CPU it reads it where it lies until all is
@@ -139,7 +130,7 @@ class Checkpoints:
         while True:
             self.save(step, state, iterator, score)
             self._collect(wait=True)
-            if processes.agreed(step in steps(self._folder)):
+            if processes.agreed(step in checkpoint_reader.steps(self._folder)):
                 return
             while not over() and time.monotonic() < self._not_before:
                 time.sleep(0.2)
@@ -155,15 +146,17 @@ class Checkpoints:
         Those that are damaged are reported and set aside. Raises UserError where no other is left.
         """
         if jax.process_index() == 0:
-            for step in reversed(steps(self._folder)):
+            for step in reversed(checkpoint_reader.steps(self._folder)):
                 path = self._path(step)
                 reason = checkpoint_manifest.damage(path)
                 if reason is None:
                     break
                 aside = checkpoint_manifest.set_aside(path)
                 logs.say(f"the checkpoint {path} is damaged ({reason}): set aside as {aside.name}")
-        step = latest_step(self._folder)
-        if step is None and processes.agreed(any(".damaged" in path.name for path in _inside(self._folder))):
+        step = checkpoint_reader.latest_step(self._folder)
+        if step is None and processes.agreed(
+            any(".damaged" in path.name for path in checkpoint_reader.inside(self._folder))
+        ):
             raise UserError(
                 f"all checkpoints in {self._folder} are damaged: bring a whole one back, or remove that folder to "
                 f"train this stage from its beginning"
@@ -221,7 +214,7 @@ class Checkpoints:
                     logs.say(f"cannot remove the old checkpoint {self._path(step)} ({atomic_files.reason(error)})")
 
     def _superfluous(self):
-        there = steps(self._folder)
+        there = checkpoint_reader.steps(self._folder)
         scores = {step: score for step in there if (score := checkpoint_manifest.score(self._path(step))) is not None}
         stay = set(there[-self._keep :])
         stay |= {step for step in there if self._keep_every and step % self._keep_every == 0}
@@ -231,7 +224,7 @@ class Checkpoints:
     def _is_best(self, score):
         if score is None or not math.isfinite(score):
             return False
-        others = [checkpoint_manifest.score(self._path(step)) for step in steps(self._folder)]
+        others = [checkpoint_manifest.score(self._path(step)) for step in checkpoint_reader.steps(self._folder)]
         # The first process says so: the others may see its newest one later than it does.
         return bool(processes.agreed(all(other is None or score > other for other in others)))
 
@@ -257,7 +250,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):  # half a checkpoint takes room that the next one needs
                 for path in self._folder.iterdir():
-                    if _is_unfinished(path):
+                    if checkpoint_reader.is_unfinished(path):
                         path.rmtree()
         self._writer = self._new_writer()
         said = f"the checkpoint of step {self._step} cannot be written ({self._reason})"
@@ -271,72 +264,7 @@ def _copy(tree):
     return jax.tree.map(jnp.copy, tree)
 
 
-def steps(folder):
-    """Steps of the finished checkpoints in a stage's folder, in order; creates nothing."""
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if path.name.isdecimal()]
-    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
-
-
-def latest_step(folder):
-    """Newest finished checkpoint's step in a stage's folder, or None; creates nothing.
-
-    To be called by all processes: the first one's answer is all others', who may see what it has written later.
-    """
-    newest = int(processes.agreed(max(steps(folder) if jax.process_index() == 0 else (), default=-1)))
-    return None if newest < 0 else newest
-
-
-def restore_entries(folder, step, abstract):
-    """Some top-level entries of a stage's state; `abstract` holds just those, with shapes and shardings.
-
-    Raises DamagedCheckpoint.
-    """
-    path = absolute(folder) / str(step)
-    reason = checkpoint_manifest.damage(path) if jax.process_index() == 0 else None
-    if processes.agreed(reason is not None):
-        raise DamagedCheckpoint(path, reason or "see the first process")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore(
-            item=abstract, restore_args=jax.tree.map(_restore_arg, abstract), partial_restore=True
-        )
-        return checkpointer.restore(path / "state", args=args)
-
-
-def position(folder, step):
-    """That of the data iterator when a checkpoint was written, as `BatchIterator.get_state` gives it; None where an
-    earlier version wrote it."""
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(absolute(folder) / str(step) / "data")
-    except FileNotFoundError:
-        return None
-
-
-def absolute(path):
-    """A path as Orbax takes it: a local one absolute. A bucket's is, and would become a local one by `resolve`."""
-    path = epath.Path(path)
-    return path if "://" in str(path) else path.resolve()
-
-
-def _inside(folder):
-    """The paths in a folder; none in one that is empty, which buckets do not have."""
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _is_unfinished(path):
-    if ".orbax-checkpoint-tmp" in path.name:
-        return True
-    return path.name.isdecimal() and not ocp.utils.is_checkpoint_finalized(path)
-
-
 def _in_one_line(error):
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # at the end of a screenful of TensorStore's
         return os.strerror(int(code[1]))
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _restore_arg(leaf):
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)

@@ -8,40 +8,21 @@ import sys
 from absl import flags
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import config_files, processes, shutdown
+from rae_jax.runtime import processes, shutdown
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
 
-def parser(config_flag, values=flags.FLAGS):
-    """absl's parser for a command whose --config is `config_flag`, a file or a config's name."""
-    values[config_flag.name].parser = config_files.FlagParser()
-
-    def parse(argv):
-        try:
-            return _without_words(values(argv))
-        except UserError as error:
-            fail(str(error))
-        except flags.Error as error:
-            fail(_one_line(error))
-        except (AttributeError, KeyError) as error:
-            fail(f"unknown config key {_one_line(error)}")
-        except (TypeError, ValueError) as error:
-            fail(f"in a --config flag: {_one_line(error)}")
-
-    return parse
-
-
-def plain_parser(argv):
-    """absl's parser for a command without a config; a mistake is one line."""
+def plain_parser(argv, values=flags.FLAGS):
+    """Parse the flags as absl does; a mistake is one line."""
     try:
-        return _without_words(flags.FLAGS(argv))
+        return _without_words(values(argv))
     except flags.Error as error:
-        fail(_one_line(error))
+        fail(one_line(error))
 
 
 def _without_words(arguments):
-    """The program's name, which is all that may be left when the flags are taken."""
+    """Return the program's name, the only argument that may be left when the flags are taken."""
     if len(arguments) > 1:
         fail(f"unknown argument {arguments[1]!r}: flags look like --name=value")
     return arguments
@@ -83,7 +64,7 @@ def fail(message):
     raise Failed(message)
 
 
-def _one_line(error):
+def one_line(error):
     text = str(error.args[0] if error.args else error).replace("\\n", "\n")
     text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may come unpaired
     return ": ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())

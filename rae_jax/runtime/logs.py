@@ -74,13 +74,13 @@ class WandB:
     UserError where it cannot be begun.
     """
 
-    def __init__(self, project, workdir, config):
+    def __init__(self, project, workdir, keys):
         import wandb
 
         workdir = epath.Path(workdir)
         words = {"project": project, "name": workdir.name, "id": _run_id(workdir), "resume": "allow"}
         try:
-            self._run = wandb.init(**words, config=config, dir=_local_folder(workdir))
+            self._run = wandb.init(**words, config=keys, dir=_local_folder(workdir))
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise UserError(f"config.wandb={project!r}: {reason}; WANDB_MODE=offline needs no account") from error
@@ -101,11 +101,11 @@ class WandB:
         self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
 
 
-def tracker(project, workdir, config):
+def tracker(project, workdir, keys):
     """Context manager of a WandB in the first process, where there is a project; of None elsewhere."""
     if not project or jax.process_index() != 0:
         return contextlib.nullcontext()
-    return WandB(project, workdir, config)
+    return WandB(project, workdir, keys)
 
 
 def _run_id(workdir):

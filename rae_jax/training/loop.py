@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import signal
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
 from rae_jax.runtime import checkpoint, health, heartbeat, logs, processes, sharding
 from rae_jax.runtime.health import DivergedRun  # noqa: F401  what the loop raises is found here
+from rae_jax.training.clock import Clock
 
 # Seconds for which a checkpoint that cannot be written is tried again where nothing else is left to do; after a signal,
 # it has to be there before the machine goes.
@@ -60,12 +59,11 @@ def fit(
 ):
     """Bring `stage` to its last step, from its newest whole checkpoint if it has one.
 
-    The key of step n is fold_in(key, n): what is computed does not depend on interruptions. Every so many steps (0:
-    never) `evaluate(state, step)` gives more numbers by name to write; `scored`: 'score' among them says which
-    checkpoint is the best. `tracker`, a logs.WandB, is told them as well. `saving`: what else Checkpoints takes. Raises
-    InterruptedRun after a first SIGINT or SIGTERM (a second one ends the process at once); DivergedRun for a step that is
-    not finite and that `health_settings` does not skip; UserError for a checkpoint that cannot be read, or one that must
-    exist and cannot be written.
+    The key of step n is fold_in(key, n): interruptions do not change what is computed. Every `evaluate_every` steps (0:
+    never) `evaluate(state, step)` returns more numbers to write; with `scored`, its 'score' says which checkpoint is the
+    best. `tracker`: a logs.WandB. `saving`: further arguments of Checkpoints. Raises InterruptedRun after a first SIGINT or
+    SIGTERM, DivergedRun for a step that is not finite and may not be skipped, UserError for a checkpoint that cannot be
+    read or written.
     """
     abstract = sharding.abstract(jax.eval_shape(stage.init, key), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -77,51 +75,79 @@ def fit(
     with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
         start, state = _begin(stage, checkpoints, abstract, feed, key)
         step_fn = compiled_step(stage.step, placed, mesh)
-        stop = processes.Agreement(lambda: signals.received)
         metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
         settings, incidents = health_settings, health.Incidents(workdir, stage.name)
         watch = health.Watch(stage, settings, incidents, checkpoints.newest_in_words)
         beats = heartbeat.Heartbeat(workdir, stage, start=start, every=settings.heartbeat, stalled=settings.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
-
-        with progress, beats, contextlib.closing(_Clock(stage.batch_size)) as clock:
+        with progress, beats, contextlib.closing(Clock(stage.batch_size)) as clock:
             observers = _Observers(clock, watch, beats, metrics_file, progress)
             evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, beats, clock)
             if evaluations.due(start) and metrics_file.lack_evaluation(start):
                 checkpoints.note_score(start, evaluations.run(start, state))  # an interruption left that out
-            if start < stage.num_steps:
-                clock.wait_for(feed.fetch)
-            for step in range(start + 1, stage.num_steps + 1):
-                last = step == stage.num_steps
-                state, metrics = step_fn(state, frozen, feed.take(), key)
-                observers.began(step, metrics)
-                stop.exchange(last=last)
-                if not (last or stop.value):
-                    clock.wait_for(feed.fetch)  # while the devices compute this step
-                if step % log_every == 0 or last:
-                    observers.log(step, metrics)
-                # An evaluation comes after the checkpoint, because it may take longer than a machine that is taken away
-                # waits, and a resumed run makes up for it. It comes before the checkpoint that its score belongs to,
-                # and after the last step.
-                early = evaluations.due(step) and (scored or last) and not stop.value
-                score = evaluations.run(step, state) if early else None
-                stopping = stop.value
-                if last or stopping or checkpoints.wants(step, score):
-                    watch.ended()
-                    with beats.doing("saving"):
-                        _save(checkpoints, step, state, feed, score, last=last, stop=stop)
-                if evaluations.due(step) and not (early or stopping):
-                    evaluations.run(step, state)
-                stopping = stopping or (stop.at_the_end() if last else None)
-                if stopping:
-                    raise InterruptedRun(f"interrupted at step {step} of stage {stage.name!r}", stopping)
+            stop = processes.Agreement(lambda: signals.received)
+            loop = _Loop(stage, feed, checkpoints, observers, evaluations, stop, log_every, scored)
+            loop.run(start, state, lambda state, batch: step_fn(state, frozen, batch, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The steps of a stage, and what happens between them."""
+
+    stage: Stage
+    feed: "_Feed"
+    checkpoints: checkpoint.Checkpoints
+    observers: "_Observers"
+    evaluations: "_Evaluations"
+    stop: processes.Agreement
+    log_every: int
+    scored: bool
+
+    def run(self, start, state, step_fn):
+        """Take the steps after `start`. Raises InterruptedRun after a checkpoint."""
+        stop, clock = self.stop, self.observers.clock
+        if start < self.stage.num_steps:
+            clock.wait_for(self.feed.fetch)
+        for step in range(start + 1, self.stage.num_steps + 1):
+            last = step == self.stage.num_steps
+            state, metrics = step_fn(state, self.feed.take())
+            self.observers.began(step, metrics)
+            stop.exchange(last=last)
+            if not (last or stop.value):
+                clock.wait_for(self.feed.fetch)  # while the devices compute this step
+            if step % self.log_every == 0 or last:
+                self.observers.log(step, metrics)
+            # An evaluation comes after the checkpoint, because it may take longer than a machine that is taken away waits,
+            # and a resumed run makes up for it. It comes before the checkpoint that its score belongs to, and after the
+            # last step.
+            early = self.evaluations.due(step) and (self.scored or last) and not stop.value
+            score = self.evaluations.run(step, state) if early else None
+            stopping = stop.value
+            if last or stopping or self.checkpoints.wants(step, score):
+                self.save(step, state, score, last=last)
+            if self.evaluations.due(step) and not (early or stopping):
+                self.evaluations.run(step, state)
+            stopping = stopping or (stop.at_the_end() if last else None)
+            if stopping:
+                raise InterruptedRun(f"interrupted at step {step} of stage {self.stage.name!r}", stopping)
+
+    def save(self, step, state, score, *, last):
+        """Begin a checkpoint; one that no other follows is written before this returns."""
+        self.observers.watch.ended()
+        with self.observers.heartbeat.doing("saving"):
+            if last or self.stop.value:
+                # A signal may come meanwhile.
+                patience = lambda: STOPPING_PATIENCE if self.stop.value else LAST_PATIENCE  # noqa: E731
+                self.checkpoints.save_surely(step, state, self.feed, score, patience=patience)
+            else:
+                self.checkpoints.save(step, state, self.feed, score)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Observers:
     """Everything that is told of a step."""
 
-    clock: "_Clock"
+    clock: Clock
     watch: health.Watch
     heartbeat: heartbeat.Heartbeat
     metrics_file: logs.Metrics
@@ -153,15 +179,6 @@ def _begin(stage, checkpoints, abstract, feed, key):
             logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return 0, jax.jit(stage.init, out_shardings=placed)(key)
-
-
-def _save(checkpoints, step, state, feed, score, *, last, stop):
-    """Begin a checkpoint; one after which nothing more comes has to be there before this returns."""
-    if last or stop.value:
-        patience = lambda: STOPPING_PATIENCE if stop.value else LAST_PATIENCE  # noqa: E731  a signal may come meanwhile
-        checkpoints.save_surely(step, state, feed, score, patience=patience)
-    else:
-        checkpoints.save(step, state, feed, score)
 
 
 def compiled_step(step, placed, mesh):
@@ -226,60 +243,6 @@ class _Evaluations:
         self._metrics_file.write(step, {f"eval/{name}": value for name, value in results.items()})
         self._clock.read()  # its time is not the steps'
         return score
-
-
-class _Clock:
-    """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more.
-
-    A thread sees when a step ends and when the next batch has come to the devices. In between they wait for data.
-    """
-
-    def __init__(self, batch_size):
-        self._batch_size = batch_size
-        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="clock")
-        self._previous, self._idle_since, self._fed = None, None, None
-        self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
-
-    def wait_for(self, fetch):
-        """Let `fetch` bring the next batch. What it takes while a step still runs costs nothing."""
-        began = time.monotonic()
-        batch = fetch()
-        self._fed = self._watcher.submit(self._count, batch, began, self._idle_since)
-
-    def tick(self, metrics):
-        """A step has begun that will give these metrics; wait for the one before it."""
-        self._idle_since = self._watcher.submit(_when_ready, metrics)
-        if self._previous is not None:
-            jax.block_until_ready(self._previous)
-        self._previous = metrics
-        self._steps += 1
-
-    def read(self):
-        """Rates since the last reading, data_wait as a part of the time; the batch that was fetched is waited for."""
-        if self._fed is not None:
-            self._fed.result()
-        elapsed = time.monotonic() - self._began
-        rates = {
-            "perf/steps_per_second": self._steps / elapsed,
-            "perf/images_per_second": self._steps * self._batch_size / elapsed,
-            "perf/data_wait": self._waited / elapsed,
-        }
-        self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
-        return rates
-
-    def close(self):
-        """End the thread."""
-        self._watcher.shutdown(wait=False, cancel_futures=True)
-
-    def _count(self, batch, began, idle_since):
-        """In the watcher, after `idle_since` has its result: one thread does things in order."""
-        start = began if idle_since is None else max(began, idle_since.result())
-        self._waited += max(0.0, _when_ready(batch) - start)
-
-
-def _when_ready(arrays):
-    jax.block_until_ready(arrays)
-    return time.monotonic()
 
 
 class _Signals:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rae_jax.build import models
+from rae_jax.build import models, sampler
 from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, reconstruct
@@ -32,14 +32,14 @@ class DemoModel:
 
     def __init__(self, config, parts):
         self._config, self._parts = ConfigDict(config.to_dict()), parts
-        if self._config.guidance.method == "none" and self._config.dit.class_conditional:
+        if not sampler.is_guided(self._config) and self._config.dit.class_conditional:
             self._config.guidance.method = "cfg"
         self._autoencoder = models.autoencoder(config)
 
     @property
     def guided(self):
         """Whether a scale makes a difference."""
-        return self._config.guidance.method != "none"
+        return sampler.is_guided(self._config)
 
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): what the DiT takes for data at that time, and the end."""

@@ -8,7 +8,8 @@ import pytest
 
 import rae_jax
 from configs import dit_xl, small
-from rae_jax.runtime import config_files
+from rae_jax.config import command_flag
+from rae_jax.config import files as config_files
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["decoder_b", "decoder_l", "decoder_xl", "dit_b", "dit_l", "dit_s", "dit_xl", "dit_xl_512", "own_data"]
@@ -47,7 +48,7 @@ def test_a_file_is_found_by_its_path(elsewhere):
 def test_a_config_of_a_user_imports_the_shipped_ones(elsewhere):
     (elsewhere / "mine.py").write_text(OWN)
     assert config_files.load("mine.py").name == "mine"
-    parsed = config_files.FlagParser().parse("mine.py:other")
+    parsed = command_flag.FlagParser().parse("mine.py:other")
     assert parsed.name == "other" and parsed.is_locked
     assert {**parsed.to_dict(), "name": "small"} == small.get_config().to_dict()
 

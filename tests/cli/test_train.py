@@ -8,7 +8,7 @@ from etils import epath
 from stress import toy_stage
 
 from rae_jax.cli import train
-from rae_jax.runtime import checkpoint
+from rae_jax.runtime import checkpoint_reader
 
 FD = (9.0, 3.0, 7.0, 12.0, 8.0)  # of the first, second, ... evaluation
 
@@ -53,4 +53,4 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, best_is, best):
     evaluate = _evaluate(tiny_config, "dit", _Evaluator())
     how = {"evaluate": lambda state, step: evaluate({"ema_params": state["ema_params"]}, step), "evaluate_every": 1}
     toy_stage.run(epath.Path(tmp_path), 5, keep=1, scored=True, checkpoint_every=100, **how)
-    assert checkpoint.steps(epath.Path(tmp_path) / "checkpoints" / "toy") == [best, 5]
+    assert checkpoint_reader.steps(epath.Path(tmp_path) / "checkpoints" / "toy") == [best, 5]

@@ -28,7 +28,7 @@ def test_every_key_has_a_meaning():
     assert all(cells[1] for cells in rows.values())
 
 
-@pytest.mark.parametrize("table, prefix", [("_CHOICES", ""), ("_TRAIN_CHOICES", "STAGE.train.")])
+@pytest.mark.parametrize("table, prefix", [("CHOICES", ""), ("TRAIN_CHOICES", "STAGE.train.")])
 def test_every_choice_is_named(table, prefix):
     rows = _rows()
     for key, choices in getattr(checks, table).items():

@@ -13,7 +13,7 @@ from etils import epath
 from stress import harness, toy_stage
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import checkpoint, checkpoint_manifest, sharding
+from rae_jax.runtime import checkpoint, checkpoint_manifest, checkpoint_reader, sharding
 
 
 @pytest.fixture(scope="module")
@@ -65,29 +65,29 @@ def test_a_damaged_newest_one_is_set_aside_and_the_run_ends_the_same(begun, whol
     told = capfd.readouterr().err
     assert "6 is damaged" in told and said in told and "going on from step 4" in told
     assert (_folder(begun) / "6.damaged").exists()  # nothing is deleted
-    assert checkpoint.steps(_folder(begun)) == [4, 6, 8]
+    assert checkpoint_reader.steps(_folder(begun)) == [4, 6, 8]
     assert harness.differences(begun, whole, ["toy"]) == []
 
 
 def test_where_all_are_damaged_nothing_begins_anew(begun):
-    for step in checkpoint.steps(_folder(begun)):
+    for step in checkpoint_reader.steps(_folder(begun)):
         DAMAGE["truncated"][0](_folder(begun) / str(step))
     for _ in range(2):  # and not the second time, either
         with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
             toy_stage.run(begun, 8)
-    assert checkpoint.steps(_folder(begun)) == []
+    assert checkpoint_reader.steps(_folder(begun)) == []
 
 
 def test_a_done_stage_that_is_damaged_is_named(begun):
     DAMAGE["a bit of an array"][0](_folder(begun) / "6")
-    with pytest.raises(checkpoint.DamagedCheckpoint, match="toy/6 is damaged .*move it away"):
-        checkpoint.restore_entries(_folder(begun), 6, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
+    with pytest.raises(checkpoint_reader.DamagedCheckpoint, match="toy/6 is damaged .*move it away"):
+        checkpoint_reader.restore_entries(_folder(begun), 6, {"step": jax.ShapeDtypeStruct((), jnp.int32)})
 
 
 def test_what_was_half_written_is_not_taken_for_whole(begun, whole):
     unfinished = _folder(begun) / "8.orbax-checkpoint-tmp"
     shutil.copytree(_folder(begun) / "6", unfinished)
-    assert checkpoint.latest_step(_folder(begun)) == 6
+    assert checkpoint_reader.latest_step(_folder(begun)) == 6
     toy_stage.run(begun, 8)
     assert not unfinished.exists()
     assert harness.differences(begun, whole, ["toy"]) == []
@@ -97,7 +97,7 @@ def test_the_newest_every_so_many_and_the_best_stay(tmp_path):
     scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2, 10: 0.3, 12: 0.3}
     how = {"evaluate": lambda state, step: {"score": scores[step], "psnr": 1.0}, "evaluate_every": 2, "scored": True}
     toy_stage.run(epath.Path(tmp_path), 12, keep=2, keep_every=6, **how)
-    assert checkpoint.steps(_folder(tmp_path)) == [4, 6, 10, 12]
+    assert checkpoint_reader.steps(_folder(tmp_path)) == [4, 6, 10, 12]
     assert all("eval/score" not in row for row in toy_stage.rows(tmp_path))
 
 
@@ -105,14 +105,14 @@ def test_the_best_one_is_kept_although_none_is_due(tmp_path):
     scores = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
     toy_stage.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
-    assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
+    assert checkpoint_reader.steps(_folder(tmp_path)) == [2, 4]
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
     scores = {1: float("nan"), 2: 0.9, 3: float("inf"), 4: 0.2}
     how = {"evaluate": lambda state, step: {"score": scores[step]}, "evaluate_every": 1, "checkpoint_every": 100}
     toy_stage.run(epath.Path(tmp_path), 4, keep=1, scored=True, **how)
-    assert checkpoint.steps(_folder(tmp_path)) == [2, 4]
+    assert checkpoint_reader.steps(_folder(tmp_path)) == [2, 4]
 
 
 def test_a_score_is_noted_and_the_checkpoint_stays_whole(begun):
@@ -127,8 +127,8 @@ def test_a_score_is_noted_and_the_checkpoint_stays_whole(begun):
 
 def test_a_bucket_s_path_stays_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(checkpoint.absolute("gs://bucket/run/checkpoints/dit")) == "gs://bucket/run/checkpoints/dit"
-    assert checkpoint.absolute("run") == epath.Path(tmp_path).resolve() / "run"
+    assert str(checkpoint_reader.absolute("gs://bucket/run/checkpoints/dit")) == "gs://bucket/run/checkpoints/dit"
+    assert checkpoint_reader.absolute("run") == epath.Path(tmp_path).resolve() / "run"
 
 
 def test_checkpoints_copied_from_an_object_store_are_whole(begun):
@@ -151,7 +151,7 @@ def test_other_meshes_restore_the_same(tmp_path):
         mesh, shapes = toy_stage.mesh(data, fsdp), jax.eval_shape(toy_stage.stage(1).init, jax.random.key(0))
         placed = sharding.shardings(shapes, mesh)
         abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-        step = checkpoint.latest_step(_folder(workdir))
+        step = checkpoint_reader.latest_step(_folder(workdir))
         with checkpoint.Checkpoints(_folder(workdir), keep=20) as checkpoints:
             restored = checkpoints.restore(step, abstract, iter(toy_stage.stage(1).batches))
         on_disk = harness.read_state(_folder(workdir) / str(step))
@@ -175,11 +175,11 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, cap
 
     def seen(step):
         if step == 3:
-            while checkpoint.latest_step(_folder(workdir)) is None:
+            while checkpoint_reader.latest_step(_folder(workdir)) is None:
                 time.sleep(0.01)
             _no_file_above(100)
         if step == 6:
-            newest.append(checkpoint.latest_step(_folder(workdir)))
+            newest.append(checkpoint_reader.latest_step(_folder(workdir)))
             _no_file_above(resource.RLIM_INFINITY)
         return {}
 
@@ -195,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, cap
         and newest == [2]
     )
     assert "metrics/toy.jsonl cannot be written" in told and "no line of it is lost" in told
-    assert checkpoint.latest_step(_folder(workdir)) == 8
+    assert checkpoint_reader.latest_step(_folder(workdir)) == 8
     assert [row for row in toy_stage.rows(workdir) if "loss" in row] == toy_stage.rows(whole)
 
 
@@ -208,7 +208,7 @@ def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
             toy_stage.run(workdir, 8, log_every=100)
     finally:
         _no_file_above(resource.RLIM_INFINITY)
-    assert checkpoint.steps(_folder(workdir)) == [2]
+    assert checkpoint_reader.steps(_folder(workdir)) == [2]
     found = json.loads((_folder(workdir) / "2" / checkpoint_manifest.NAME).read_text())
     assert found["files"]["data/metadata"][0] > 0
 

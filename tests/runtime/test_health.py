@@ -17,7 +17,7 @@ from etils import epath
 from stress import harness, toy_stage
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, checkpoint, health, heartbeat, logs
+from rae_jax.runtime import atomic_files, checkpoint, checkpoint_reader, health, heartbeat, logs
 from rae_jax.training import loop
 from rae_jax.training.loop import DivergedRun, InterruptedRun
 
@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_stops_with_its_batch(tmp_path):
     images = PLACES(FIRST)[1]
     assert f"stopped at step {FIRST}, where not all is finite: " in str(stop.value) and "loss nan" in str(stop.value)
     assert f"images {' '.join(map(str, images))} of epoch 0" in str(stop.value) and "\n" not in str(stop.value)
-    assert checkpoint.latest_step(workdir / "checkpoints" / "toy") == (FIRST - 1 or None)
+    assert checkpoint_reader.latest_step(workdir / "checkpoints" / "toy") == (FIRST - 1 or None)
     (incident,) = _incidents(workdir)
     assert incident["kind"] == "not finite" and incident["step"] == FIRST and incident["images"] == images
     assert incident["metrics"] == {"loss": "nan", "grad_norm": "nan"} and incident["stage"] == "toy"
@@ -217,10 +217,10 @@ def test_a_run_that_is_to_stop_saves_first_and_evaluates_when_it_goes_on(tmp_pat
     seen.clear()
     with pytest.raises(InterruptedRun, match="interrupted at step 4"):
         toy_stage.run(cut, 6, **how)
-    assert seen == [2] and checkpoint.latest_step(cut / "checkpoints" / "toy") == 4
+    assert seen == [2] and checkpoint_reader.latest_step(cut / "checkpoints" / "toy") == 4
     toy_stage.run(cut, 6, **how)
     assert seen == [2, 4, 6] and toy_stage.rows(cut) == toy_stage.rows(whole)
-    kept = [checkpoint.steps(workdir / "checkpoints" / "toy") for workdir in (whole, cut)]
+    kept = [checkpoint_reader.steps(workdir / "checkpoints" / "toy") for workdir in (whole, cut)]
     assert kept == [[4, 6] if scored else [6]] * 2
 
 
@@ -234,7 +234,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heeded(tmp_path, monke
     monkeypatch.setattr(checkpoint.Checkpoints, "save_surely", save_while_it_is_told_to_stop)
     with pytest.raises(InterruptedRun, match="interrupted at step 4"):
         toy_stage.run(epath.Path(tmp_path), 4)
-    assert checkpoint.latest_step(epath.Path(tmp_path) / "checkpoints" / "toy") == 4
+    assert checkpoint_reader.latest_step(epath.Path(tmp_path) / "checkpoints" / "toy") == 4
 
 
 def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypatch):
@@ -265,5 +265,5 @@ def test_either_signal_saves_and_says_which(tmp_path):
         with pytest.raises(InterruptedRun) as stop:
             toy_stage.run(workdir, 8, checkpoint_every=100, **how)
         # The evaluation is over when it is seen, and the next step has begun.
-        assert stop.value.number == number and checkpoint.latest_step(workdir / "checkpoints" / "toy") == 4
+        assert stop.value.number == number and checkpoint_reader.latest_step(workdir / "checkpoints" / "toy") == 4
     assert jax.devices()

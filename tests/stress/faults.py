@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rae_jax.runtime import checkpoint
+from rae_jax.runtime import checkpoint_reader
 from rae_jax.runtime.command_line import RESTART
 
 from . import harness
@@ -177,7 +177,7 @@ class Faults:
         os.kill(process.pid, signal.SIGTERM)
         process.join()
         folder = workdir / "checkpoints" / STAGE
-        damage(folder / str(checkpoint.latest_step(folder)))
+        damage(folder / str(checkpoint_reader.latest_step(folder)))
         status, output = self._finish(workdir)
         return self._compare(workdir, status, output, "is damaged")
 

@@ -26,11 +26,11 @@ from PIL import Image
 
 from rae_jax.build import data as build_data
 from rae_jax.build import part_weights
-from rae_jax.config import checks
+from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
 from rae_jax.errors import UserError
-from rae_jax.runtime import command_line, sharding
+from rae_jax.runtime import sharding
 from rae_jax.weights import hub, safetensors_tree
 
 from . import tiny_run
@@ -233,7 +233,7 @@ def _start_up(arguments, folder, with_shapes):
     path = str(Path(tiny_run.__file__))
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     sys.argv = ["main", f"--config={path}", *arguments]  # ml_collections reads the overrides here
-    command_line.parser(holder, values)(sys.argv)
+    command_flag.parser(holder, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)

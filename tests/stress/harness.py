@@ -90,14 +90,14 @@ def wait_for(condition, process, limit=3000):
 
 def differences(ours, theirs, stages):
     """[description] of each array and metric that differs between two finished workdirs, without perf/ metrics."""
-    from rae_jax.runtime import checkpoint, logs
+    from rae_jax.runtime import logs
 
     found = []
     for stage in stages:
         states = []
         for workdir in (ours, theirs):
             folder = Path(workdir) / "checkpoints" / stage
-            states.append(read_state(folder / str(checkpoint.latest_step(folder))))
+            states.append(read_state(folder / str(checkpoint_reader.latest_step(folder))))
         if states[0].keys() != states[1].keys():
             found.append(f"{stage}: the states have different keys")
             continue

@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rae_jax.runtime import checkpoint, checkpoint_manifest
+from rae_jax.runtime import checkpoint_manifest, checkpoint_reader
 from rae_jax.runtime.command_line import RESTART
 
 from . import harness
@@ -98,7 +98,7 @@ def _check(workdir, newest, status, number):
     wrong = []
     for stage in newest:
         folder = workdir / "checkpoints" / stage
-        found = checkpoint.steps(folder)
+        found = checkpoint_reader.steps(folder)
         wrong += [f"{folder / str(s)}: {why}" for s in found if (why := checkpoint_manifest.damage(folder / str(s)))]
         if max(found, default=0) < newest[stage]:
             wrong.append(f"{stage}: the checkpoint of step {newest[stage]} is lost")

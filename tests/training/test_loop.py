@@ -23,7 +23,7 @@ from rae_jax.cli import results as cli_results
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
-from rae_jax.runtime import checkpoint, logs, sharding
+from rae_jax.runtime import checkpoint_reader, logs, sharding
 from rae_jax.training.loop import DivergedRun, InterruptedRun, fit
 from rae_jax.weights import safetensors_tree
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_the_design_says(run):
         assert [row["step"] for row in rows] == list(range(1, 7))
         assert all(np.isfinite(value) for row in rows for value in row.values())
         assert {"perf/steps_per_second", "perf/data_wait"} <= rows[0].keys()
-        assert checkpoint.latest_step(run / "checkpoints" / stage) == 6
+        assert checkpoint_reader.latest_step(run / "checkpoints" / stage) == 6
     results = json.loads((run / "eval" / "tiny.json").read_text())
     assert {"psnr", "ssim", "fd", "fd_real", "agreement", "judge_accuracy"} <= results.keys()
     assert "reconstructions" in (run / "report.html").read_text()
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         re.match(r"stage 'judge' stopped at step \d+, where not all is finite: .*loss (nan|inf)", said)
         and "\n" not in said
     )
-    kept = checkpoint.latest_step(tmp_path / "checkpoints" / "judge")
+    kept = checkpoint_reader.latest_step(tmp_path / "checkpoints" / "judge")
     expected = "there is no checkpoint" if kept is None else f"checkpoint: {tmp_path}/checkpoints/judge/{kept}"
     assert said.endswith(expected)
     for row in logs.read(tmp_path / "metrics" / "judge.jsonl"):

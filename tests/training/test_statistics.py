@@ -14,7 +14,7 @@ from rae_jax.build import data as build_data
 from rae_jax.build import models, part_weights, stages
 from rae_jax.config import checks
 from rae_jax.errors import UserError
-from rae_jax.runtime import checkpoint, sharding
+from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import statistics
 from rae_jax.training.loop import fit
 
@@ -51,7 +51,7 @@ def _run(config, workdir, devices):
     shapes = jax.eval_shape(stage.init, jax.random.key(0))
     placed = sharding.shardings(shapes, mesh)
     abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-    return checkpoint.restore_entries(workdir / "checkpoints" / "statistics", stage.num_steps, abstract)
+    return checkpoint_reader.restore_entries(workdir / "checkpoints" / "statistics", stage.num_steps, abstract)
 
 
 def _exact(config):

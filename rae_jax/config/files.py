@@ -7,7 +7,6 @@ import sys
 import types
 from pathlib import Path
 
-from absl import flags
 from ml_collections import ConfigDict
 
 from rae_jax.errors import UserError
@@ -15,14 +14,6 @@ from rae_jax.errors import UserError
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel configs/ is a folder of the package (launch/wheel.py); in a checkout it is next to the package.
 FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-
-
-class FlagParser(flags.ArgumentParser):
-    """Parser of --config=SOURCE or --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
-
-    def parse(self, text):
-        source, *arguments = text.split(":", 1)
-        return load(source, *arguments).lock()
 
 
 def names():

@@ -1,0 +1,32 @@
+"""The flag --config of the commands: a file or a config's name, and its keys as --config.KEY=VALUE."""
+
+from absl import flags
+
+from rae_jax.config import files
+from rae_jax.errors import UserError
+from rae_jax.runtime import command_line
+
+
+class FlagParser(flags.ArgumentParser):
+    """Parser of --config=SOURCE or --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
+
+    def parse(self, text):
+        source, *arguments = text.split(":", 1)
+        return files.load(source, *arguments).lock()
+
+
+def parser(config_flag, values=flags.FLAGS):
+    """Return absl's parser for a command whose --config is `config_flag`; a mistake is one line."""
+    values[config_flag.name].parser = FlagParser()
+
+    def parse(argv):
+        try:
+            return command_line.plain_parser(argv, values)
+        except UserError as error:
+            command_line.fail(str(error))
+        except (AttributeError, KeyError) as error:
+            command_line.fail(f"unknown config key {command_line.one_line(error)}")
+        except (TypeError, ValueError) as error:
+            command_line.fail(f"in a --config flag: {command_line.one_line(error)}")
+
+    return parse
