@@ -123,11 +123,8 @@ def _probe(config, workdir, mesh, job):
 def _generation(config, workdir, mesh, job):
     """Evaluate images with equally many of each class, from the last checkpoint and from all kept ones."""
     every = config.checkpoint.keep_every if "dit" in config.stages else 0
-    kept = (
-        [step for step in checkpoint_reader.steps(workdir / "checkpoints" / "dit") if step % every == 0]
-        if every
-        else []
-    )
+    steps = checkpoint_reader.steps(workdir / "checkpoints" / "dit")
+    kept = [step for step in steps if step % every == 0] if every else []
     last = kept[-1] if kept and kept[-1] == config.dit.train.num_steps else None
     sample = generate.make_sampler(config, mesh)
     count = config.evaluate.num_images

@@ -75,7 +75,6 @@ def trained(stage, workdir, mesh):
     """Return the averaged weights of the last checkpoint."""
     shapes = {"ema_params": jax.eval_shape(stage.init, jax.random.key(0))["ema_params"]}
     folder = workdir / "checkpoints" / stage.name
-    restored = checkpoint_reader.restore_entries(
-        folder, checkpoint_reader.latest_step(folder), sharding.abstract(shapes, mesh)
-    )
+    step = checkpoint_reader.latest_step(folder)
+    restored = checkpoint_reader.restore_entries(folder, step, sharding.abstract(shapes, mesh))
     return jax.device_get(restored["ema_params"])

@@ -90,7 +90,7 @@ def wait_for(condition, process, limit=3000):
 
 def differences(ours, theirs, stages):
     """[description] of each array and metric that differs between two finished workdirs, without perf/ metrics."""
-    from rae_jax.runtime import logs
+    from rae_jax.runtime import checkpoint_reader, logs
 
     found = []
     for stage in stages:
