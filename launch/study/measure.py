@@ -111,7 +111,7 @@ def _probe(config, workdir, mesh, job):
         chosen = np.random.default_rng(config.seed).permutation(len(source))[:PROBE_IMAGES]
         reading = {"batch_size": 100, "num_threads": config.data.num_threads, "name": f"probe: {split}"}
         found = list(
-            batched.outputs(view, params, batched.batches(linear_probes.Chosen(source, chosen), mesh, **reading))
+            batched.outputs(view, params, batched.batches(linear_probes.Subset(source, chosen), mesh, **reading))
         )
         sets.append([np.concatenate([out[key] for out in found]) for key in ("latent", "label")])
     for name, features in (("pooled", lambda z: z.mean((1, 2))), ("whole", lambda z: z.reshape(len(z), -1))):

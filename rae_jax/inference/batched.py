@@ -1,4 +1,4 @@
-"""A function over all images of a source, each exactly once, for any batch size, mesh and number of processes."""
+"""Apply a function to all images of a source, each exactly once, for any batch size, mesh and number of processes."""
 
 import jax
 
@@ -7,7 +7,7 @@ from rae_jax.runtime import logs, sharding
 
 
 def compiled(function, mesh):
-    """Compile a pure `function(parts, batch)` -> tree of arrays [B, ...] for `outputs`: every process can read them."""
+    """Compile a pure `function(parts, batch)` -> tree of arrays [B, ...] for `outputs`; every process can read it."""
 
     def masked(parts, batch):
         return function(parts, batch), batch["mask"]
@@ -16,7 +16,7 @@ def compiled(function, mesh):
 
 
 def outputs(function, parts, batches):
-    """Yield the outputs of a `compiled` function for batches on the devices, as numpy arrays [<= B, ...], B at least 1."""
+    """Yield the outputs of a `compiled` function for batches on the devices, as numpy arrays [N, ...], 1 <= N <= B."""
     for batch in batches:
         out, mask = jax.device_get(function(parts, batch))
         if mask.any():  # a batch may hold no readable image
@@ -24,9 +24,9 @@ def outputs(function, parts, batches):
 
 
 def batches(source, mesh, *, batch_size, num_threads, name, on_error="stop"):
-    """Yield a source's examples in order, in batches on the devices; 'mask' is 0 where the last one was filled up.
+    """Yield a source's examples in order, in batches on the devices; 'mask' is 0 for rows that fill up the last batch.
 
-    All batches have one size, as small as their number allows; `on_error` as in pipeline.one_pass.
+    All batches have one size, as small as the number of batches allows. `on_error`: see pipeline.one_pass.
     """
     size = sharding.even_batch(len(source), batch_size, mesh)
     with logs.Progress(name, total=len(source), unit="image") as progress:

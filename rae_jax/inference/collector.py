@@ -1,4 +1,4 @@
-"""What an evaluation keeps of the batches that pass."""
+"""Collector of the outputs of an evaluation, batch by batch."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ from rae_jax.inference import metrics
 
 
 class Collector:
-    """Collects outputs {name: [B, ...]} of batches: the arrays of the names in `arrays`, the moments of those in `moments`.
+    """Collects outputs {name: [B, ...]} of batches: arrays of the names in `arrays`, moments of the names in `moments`.
 
     Moments of features [B, D] need no memory per image.
     """
 
     def __init__(self, *, arrays=(), moments=()):
-        self.moments = {}  # {name: metrics.Moments} of the names that occurred
+        self.moments = {}  # {name: metrics.Moments}, without names that never occurred
         self._names, self._batches = moments, {name: [] for name in arrays}
 
     def add(self, outputs):
-        """Take in the outputs of a batch; names that are not collected are ignored."""
+        """Add the outputs of a batch; names that are not collected are ignored."""
         for name in self._names:
             if name in outputs:
                 before = self.moments.get(name, metrics.Moments())
@@ -26,5 +26,5 @@ class Collector:
                 batches.append(outputs[name])
 
     def arrays(self):
-        """Return {name: [N, ...]} of the names that occurred."""
+        """Return {name: [N, ...]}, without names that never occurred."""
         return {name: np.concatenate(batches) for name, batches in self._batches.items() if batches}

@@ -1,4 +1,4 @@
-"""Metrics and pictures of a set of weights on held-out images, and of images of any origin against a reference."""
+"""Metrics and pictures of weights on held-out images; metrics of images of any origin compared with a reference."""
 
 import functools
 
@@ -24,13 +24,13 @@ from rae_jax.models import resize
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
-SHOWN = 10  # reconstructions in the picture, each of another class
+SHOWN = 10  # reconstructions in the picture, one of each class
 
 
 class Evaluator:
-    """Evaluates weights, and images, by the same code, any number of times; it compiles each program once.
+    """Evaluates weights and files of images by the same code. Each program is compiled once for all evaluations.
 
-    Raises UserError for a config.evaluate.reference that does not exist or cannot be used.
+    Raises UserError if config.evaluate.reference does not exist or cannot be used.
     """
 
     def __init__(self, config, mesh):
@@ -40,20 +40,20 @@ class Evaluator:
         self._reconstructions = batched.compiled(self._outputs_of_reconstruction, mesh)
         self._features = batched.compiled(self._outputs_of_images, mesh)
         self._reference_images, self._reference_moments = self._open_reference()
-        self._reference_of = None  # the encoder's weights, and the features of the reference by them
+        self._cached_reference = None  # (weights of an encoder, Collector of the reference)
 
     def weights(self, parts, *, probe=False):
-        """Return ({metric: number}, {name: uint8 picture}) of the weights `parts` by name.
+        """Return ({metric: number}, {name: uint8 picture}) of the weights `parts`, {name: params}.
 
-        Reconstruction of the held-out images: psnr, ssim; lpips and rfid with their networks among the parts;
-        judge_accuracy with a judge; linear probes of the encoder with `probe`. Generation, with a DiT: as `images`.
+        Reconstruction of held-out images: psnr, ssim; lpips and rfid if their networks are among the parts;
+        judge_accuracy if a judge is; linear probes of the encoder with `probe`. Generation, with a DiT: see `images`.
         """
         config = self._config
         is_reference = "dit" in parts and not config.evaluate.reference
         names = ("features", "predicted", "label", *reconstruct.SCORES)
         names += ("pool",) * is_reference + ("image",) * probe
-        kinds = (*perceptual_metrics.MOMENTS_OF, "decoded_pool") if is_reference else reconstruct.MOMENTS
-        collector, pairs = Collector(arrays=names, moments=kinds), {}
+        moments = (*perceptual_metrics.MOMENTS_OF, "decoded_pool") if is_reference else reconstruct.MOMENTS
+        collector, pairs = Collector(arrays=names, moments=moments), {}
         for out in batched.outputs(self._reconstructions, parts, self._batches(self._held_out, "reconstruct")):
             collector.add(out)
             _add_pairs(pairs, out)
@@ -64,30 +64,30 @@ class Evaluator:
             results["judge_accuracy"] = float((held_out["predicted"] == held_out["label"]).mean())
         if probe:
             results.update(linear_probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
-        shown = {"reconstructions": _picture(pairs)}
+        pictures = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
             reference = collector if is_reference else self._reference(parts)
-            generation, shown["samples"] = self._generation(parts, reference)
+            generation, pictures["samples"] = self._generation(parts, reference)
             results.update(generation)
-        return results, shown
+        return results, pictures
 
     def images(self, parts, path):
-        """Return {metric: number} of the images at `path`, an npz's or a folder's, against config.evaluate.reference.
+        """Return {metric: number} of the images at `path` (npz or folder), compared with config.evaluate.reference.
 
-        fd in the space of the encoder; fid, sfid, inception_score, precision and recall with Inception among the parts;
-        agreement with a judge, if the npz has labels. Without a named reference the held-out images are the reference:
-        fd is then the distance to one half of them, next to fd_real of the other half. Encoder and judge see images of
-        another size resized. Raises UserError for images that cannot be used.
+        fd of the encoder's features; fid, sfid, inception_score, precision and recall if Inception is among the parts;
+        agreement if a judge is and the npz has labels. Without config.evaluate.reference the held-out images are the
+        reference: fd is the distance to one half of the held-out images, fd_real the distance between both halves.
+        Images of another size are resized for encoder and judge. Raises UserError for images that cannot be used.
         """
         with prefixed(f"--samples={path}"):
             source = self._open(path)
             if source is None:
-                raise UserError(f"it lacks {evaluator_npz.IMAGES}, the images: uint8 [N, H, W, 3]")
+                raise UserError(f"it lacks {evaluator_npz.IMAGES}: store the images, uint8 [N, H, W, 3], by this name")
         found = self._compare(parts, self._batches(source, "samples"), self._reference(parts))
         if not found:
             raise UserError(
-                f"--samples={path} cannot be compared: {len(self._held_out)} held-out images are too few; name more by "
-                f"config.evaluate.reference"
+                f"--samples={path} cannot be compared: {len(self._held_out)} held-out images are too few; set "
+                f"config.evaluate.reference to more images"
             )
         return found
 
@@ -96,7 +96,7 @@ class Evaluator:
         return build_data.source(self._config, "heldout")
 
     def _open_reference(self):
-        """Return (source of the named reference's images or None, {kind: Gaussian} of the moments that it holds)."""
+        """Return (source of the reference's images or None, {name: Gaussian} of the moments that it holds)."""
         path = self._config.evaluate.reference
         if not path:
             return None, {}
@@ -104,27 +104,29 @@ class Evaluator:
             images = self._open(path, labelled=False)
             moments = evaluator_npz.read_moments(path, perceptual_metrics.MOMENTS_OF)
             if images is None and not moments:
-                raise UserError(f"it holds neither images ({evaluator_npz.IMAGES}) nor moments (mu and sigma)")
+                raise UserError(
+                    f"it holds neither images ({evaluator_npz.IMAGES}) nor moments (mu and sigma): name another file"
+                )
             if images is None and not self._config.evaluate.inception:
-                raise UserError("it holds no images, and its moments need config.evaluate.inception: name that as well")
-        return images, {kind: metrics.Gaussian(*of) for kind, of in moments.items()}
+                raise UserError("it holds no images, and its moments need config.evaluate.inception: set this key")
+        return images, {name: metrics.Gaussian(*values) for name, values in moments.items()}
 
     def _open(self, path, *, labelled=True):
-        """Return the source of the images at `path`, None for an npz without images; report a size that is resized."""
+        """Return the source of the images at `path`, or None for an npz without images; log a size that is resized."""
         size = self._config.data.image_size
         source = evaluator_npz.open_images(path, size, labelled=labelled)
         if source is not None and len(source) < 2:
-            raise UserError("it holds a single image: a distribution needs two or more")
+            raise UserError("it holds a single image: name at least two images")
         if source is not None and source.sides != (size, size):
             height, width = source.sides
-            logs.say(f"{path}: {height}x{width} px, which the encoder and the judge see resized to {size}x{size}")
+            logs.say(f"{path}: images of {height}x{width} px are resized to {size}x{size} for encoder and judge")
         return source
 
     def _reference(self, parts):
-        """Return the Collector of the reference; the same encoder sees it once."""
-        if self._reference_of is None or self._reference_of[0] is not parts["encoder"]:
-            self._reference_of = parts["encoder"], self._collect_reference(parts)
-        return self._reference_of[1]
+        """Return the Collector of the reference; it is computed again only if the encoder's weights are others."""
+        if self._cached_reference is None or self._cached_reference[0] is not parts["encoder"]:
+            self._cached_reference = parts["encoder"], self._collect_reference(parts)
+        return self._cached_reference[1]
 
     def _collect_reference(self, parts):
         source = self._reference_images if self._config.evaluate.reference else self._held_out
@@ -136,19 +138,19 @@ class Evaluator:
         return collector
 
     def _generation(self, parts, reference):
-        """Return ({metric: number}, picture) of images that are generated here, the same number of each class."""
+        """Return ({metric: number}, picture) of generated images, the same number of each class."""
         config = self._config
         labels = sample_files.labels_of("balanced", config.evaluate.num_images, config.data.num_classes, config.seed)
-        shown = dict.fromkeys(image_grid.chosen(labels).tolist())
-        results = self._compare(parts, self._generated(parts, labels, shown), reference)
-        picture = image_grid.overview(np.stack(list(shown.values())), labels[list(shown)], self._held_out.class_names)
+        kept = dict.fromkeys(image_grid.chosen(labels).tolist())
+        results = self._compare(parts, self._generated(parts, labels, kept), reference)
+        picture = image_grid.overview(np.stack(list(kept.values())), labels[list(kept)], self._held_out.class_names)
         return results, picture
 
-    def _generated(self, parts, labels, shown):
-        """Yield batches on the devices of images for the labels; fill in `shown`, {index: None}, with these images."""
-        how, size = {"batch_size": self._config.evaluate.batch_size, "seed": self._config.seed}, 0
-        for indices, images in generate.batches(self._sample, parts, labels, self._mesh, **how):
-            shown.update({i: images[n].copy() for n, i in enumerate(indices.tolist()) if i in shown})
+    def _generated(self, parts, labels, kept):
+        """Yield batches of generated images on the devices; store the images of the indices `kept`, {index: None}."""
+        settings, size = {"batch_size": self._config.evaluate.batch_size, "seed": self._config.seed}, 0
+        for indices, images in generate.batches(self._sample, parts, labels, self._mesh, **settings):
+            kept.update({i: images[n].copy() for n, i in enumerate(indices.tolist()) if i in kept})
             size = max(size, sharding.round_up(len(images), self._mesh))
             rows = np.arange(size) % len(images)
             mask = (np.arange(size) < len(images)).astype(np.float32)
@@ -156,7 +158,7 @@ class Evaluator:
             yield sharding.put_global(batch, self._mesh)
 
     def _compare(self, parts, batches, reference):
-        """Return {metric: number} of the images in batches on the devices against the Collector of a reference."""
+        """Return {metric: number} of images in batches on the devices, compared with the Collector of a reference."""
         names = ("features", "predicted", "label", "pool", "logits")
         collector = Collector(arrays=names, moments=perceptual_metrics.MOMENTS_OF)
         for out in batched.outputs(self._features, parts, batches):
@@ -170,9 +172,10 @@ class Evaluator:
         return results
 
     def _fd(self, found, reference):
-        """Return the distance to the named reference; or to one half of the held-out images, and fd_real of the other.
+        """Return {'fd': distance to config.evaluate.reference}.
 
-        fd and fd_real take the same number of images from all three sets: a distance of fewer images would be larger.
+        Without it, 'fd' to one half of the held-out images, and 'fd_real' between both halves. These two take the same
+        number of images from all three sets, because a distance of fewer images is larger.
         """
         if self._config.evaluate.reference:
             return perceptual_metrics.frechet("fd", metrics.moments(found), metrics.moments(reference))
@@ -182,11 +185,11 @@ class Evaluator:
             return {}
         rng = np.random.default_rng(self._config.seed)
         order = rng.permutation(half * 2)
-        one, other = (metrics.moments(reference[order[start : start + count]]) for start in (0, half))
+        first, second = (metrics.moments(reference[order[start : start + count]]) for start in (0, half))
         found = found[rng.permutation(len(found))[:count]] if len(found) > count else found
         return {
-            **perceptual_metrics.frechet("fd", metrics.moments(found), one),
-            **perceptual_metrics.frechet("fd_real", other, one),
+            **perceptual_metrics.frechet("fd", metrics.moments(found), first),
+            **perceptual_metrics.frechet("fd_real", second, first),
         }
 
     def _batches(self, source, name):
@@ -196,11 +199,11 @@ class Evaluator:
     def _outputs_of_reconstruction(self, parts, batch):
         """Return the outputs of held-out images and of their reconstructions."""
         latents, outputs = self._reconstruct(parts, batch["image"])
-        seen = self._features_and_class(parts, to_float(batch["image"]), latents)
-        return {"image": batch["image"], "label": batch["label"], **seen, **outputs}
+        features = self._features_and_class(parts, to_float(batch["image"]), latents)
+        return {"image": batch["image"], "label": batch["label"], **features, **outputs}
 
     def _outputs_of_images(self, parts, batch):
-        """Return the features of images; Inception sees them at their own size, as in ADM's evaluator."""
+        """Return the features of images; Inception takes images at their own size, as in ADM's evaluator."""
         images = to_float(batch["image"])
         out = {"label": batch["label"]} if "label" in batch else {}
         if "inception" in parts:

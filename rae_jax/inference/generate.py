@@ -1,4 +1,4 @@
-"""Labels to images: noise, guided trajectory, decoder. One compiled program for any number of images."""
+"""Images from labels: noise, guided trajectory, decoder. One compiled program for any number of images."""
 
 import functools
 
@@ -34,7 +34,7 @@ def sampler(config):
 
 
 def draw(config, parts, key, indices, labels, *, scale=None):
-    """Return latents [B, h, w, D] as the decoder takes them, for indices and labels [B]; pure.
+    """Return denormalised latents [B, h, w, D], the decoder's input, for indices and labels [B]; pure.
 
     `parts`: 'dit', 'statistics', and 'guide' for AutoGuidance. `scale` replaces config.guidance.scale.
     """
@@ -49,12 +49,12 @@ def draw(config, parts, key, indices, labels, *, scale=None):
 
 
 def times(config):
-    """Return the sampler's times, from noise to data; numbers, also inside of jit."""
+    """Return the sampler's times, from noise to data; concrete numbers, also inside jit."""
     return build_sampler.sampler(config).times
 
 
 def first_noise(config, key, indices):
-    """Return the noise [B, h, w, D] that the images with these indices start from."""
+    """Return the noise [B, h, w, D] from which the images with these indices start."""
     shape = latent_shape(config)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, indices))
 
@@ -64,7 +64,7 @@ def _keys(key, indices):
 
 
 def euler_step(config, parts, x, t, t_next, labels, scale):
-    """Return (x at the time t_next, the data that the DiT predicts from x [B, h, w, D] at t, as decoder's latents)."""
+    """Return (x at time t_next, the denormalised clean latents that the DiT predicts from x [B, h, w, D] at time t)."""
     all_t = jnp.full(x.shape[:1], t)
     v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)
     predicted = flow.data_of(v, x, all_t, build_sampler.prediction(config).path)
@@ -72,10 +72,10 @@ def euler_step(config, parts, x, t, t_next, labels, scale):
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
-    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for the labels [N]; a batch is computed ahead of its use.
+    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for labels [N], one batch computed ahead.
 
-    `sample` is what make_sampler made. Batches whose indices are all among `present` are left out; the others stay what
-    they are.
+    `sample` is the result of make_sampler. A batch is left out if all its indices are in `present`; the other
+    batches do not change.
     """
     key, gather = jax.random.key(seed), _gather(mesh)
     size = sharding.even_batch(len(labels), batch_size, mesh)
@@ -102,5 +102,5 @@ def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset(
 
 @functools.cache
 def _gather(mesh):
-    """Compiled: all of a batch on every device, so that every process can read it."""
+    """Return a compiled function that replicates a batch on every device, so that every process can read it."""
     return jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))

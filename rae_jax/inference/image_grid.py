@@ -1,4 +1,4 @@
-"""Pictures of images: grids, with a caption beside each row where one is wanted."""
+"""Pictures of images: grids, with or without a caption next to each row."""
 
 import io
 
@@ -6,15 +6,15 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-GAP = 2
+GAP = 2  # white pixels between images
 FONT_SIZE = 14
 SHOWN_PER_CLASS = 8
 ROWS = 10
-ENLARGED_TO = 96  # pixels a side, about, where images are smaller
+ENLARGED_TO = 96  # pixels a side, about, to which smaller images are enlarged
 
 
 def grid(images, columns):
-    """uint8 [N, H, W, 3] -> one uint8 picture, row by row, white between; the last row is filled with white."""
+    """Return one uint8 picture of images uint8 [N, H, W, 3], row by row; gaps and missing images are white."""
     images = np.asarray(images)
     rows = -(-len(images) // columns)
     _, height, width, channels = images.shape
@@ -26,7 +26,7 @@ def grid(images, columns):
 
 
 def with_captions(picture, captions, *, scale):
-    """Enlarge a picture by `scale` and write one caption left of each of its equal rows."""
+    """Return the picture enlarged by `scale`, with one caption to the left of each of its equal rows."""
     picture = Image.fromarray(picture)
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     font = ImageFont.load_default(FONT_SIZE)
@@ -40,9 +40,9 @@ def with_captions(picture, captions, *, scale):
 
 
 def chosen(labels):
-    """Indices of the images with these labels [N] that `overview` shows: a few of each of the first classes.
+    """Return the indices of the images with labels [N] that `overview` shows: a few of each of the first classes.
 
-    The first ones, where there is a single class, or one image of each.
+    If there is a single class, or one image of each class: the first images.
     """
     classes = list(dict.fromkeys(labels.tolist()))[:ROWS]
     rows = [np.flatnonzero(labels == c)[:SHOWN_PER_CLASS] for c in classes]
@@ -52,7 +52,7 @@ def chosen(labels):
 
 
 def overview(images, labels, names):
-    """A picture of `chosen` images [N, H, W, 3]: a row for each class, with its name, where there are several each."""
+    """Return a picture of `chosen` images [N, H, W, 3]: a row with a caption for each class that has several images."""
     classes = list(dict.fromkeys(labels.tolist()))
     rows = [images[labels == c] for c in classes]
     columns = min(map(len, rows))
@@ -72,28 +72,28 @@ def save(path, picture):
 
 
 def enlarged(image, side):
-    """uint8 [H, W, 3] in whole multiples, its pixels square, to about `side` pixels; larger ones as they are."""
+    """Return uint8 [H, W, 3] enlarged by a whole factor to about `side` pixels; a larger image is unchanged."""
     times = max(1, side // max(image.shape[:2]))
     return image.repeat(times, 0).repeat(times, 1)
 
 
 def latent_colours(latents):
-    """Latents [h, w, D] as uint8 [h, w, 3]: red, green and blue are the first three principal components of the tokens.
+    """Return latents [h, w, D] as colours uint8 [h, w, 3]: the first three principal components of the tokens.
 
-    Each is spread over its range, but for the outermost hundredth at both ends.
+    Each component is scaled to its range between the 1st and the 99th percentile.
     """
     height, width, channels = latents.shape
     tokens = np.asarray(latents, np.float64).reshape(-1, channels)
     _, _, axes = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
     values = np.zeros((len(tokens), 3))
-    found = (tokens - tokens.mean(0)) @ axes[:3].T
-    values[:, : found.shape[1]] = found
+    components = (tokens - tokens.mean(0)) @ axes[:3].T
+    values[:, : components.shape[1]] = components
     low, high = np.percentile(values, (1, 99), axis=0)
     return _to_uint8((values - low) / np.maximum(high - low, 1e-9)).reshape(height, width, 3)
 
 
 def heat(values, largest):
-    """Values [H, W] as uint8 [H, W, 3]: 0 is black, then red, yellow, and white for `largest` and above."""
+    """Return values [H, W] as colours uint8 [H, W, 3]: 0 is black, then red, yellow, and white from `largest` on."""
     return _to_uint8(3.0 * np.asarray(values)[..., None] / largest - np.arange(3))
 
 

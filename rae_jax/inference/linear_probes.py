@@ -1,4 +1,4 @@
-"""Linear probes: what a logistic regression reads from an encoder's features, from random ones, and from pixels."""
+"""Linear probes: logistic regression on an encoder's features, on a random encoder's features, and on pixels."""
 
 import functools
 
@@ -14,23 +14,27 @@ from rae_jax.inference import metrics
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
-TRAIN_IMAGES = 10_000  # that a probe is fitted to
-PIXELS_UP_TO = 64  # pixels a side: a probe of larger images themselves would take tens of gigabytes
+TRAIN_IMAGES = 10_000  # to which a probe is fitted
+PIXELS_UP_TO = 64  # pixels a side: a probe on the pixels of larger images would take tens of gigabytes
 _BATCH = 250
 
 
 def probes(config, parts, images, labels, mesh):
-    """Accuracy of pooled tokens on uint8 images, beside a random encoder's and, of small images, raw pixels'."""
+    """Return {name: accuracy} on uint8 `images`, [N, H, W, 3], of probes fitted to training images.
+
+    'probe' takes the pooled tokens of the encoder, 'probe_random' of a random encoder, 'probe_pixels' (only for small
+    images) the pixels.
+    """
     logs.say("fitting linear probes")
     source = _source(config)
-    chosen = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
-    train_images, train_labels = _read(Chosen(source, chosen), config.data)
+    indices = np.random.default_rng(config.seed).permutation(len(source))[:TRAIN_IMAGES]
+    train_images, train_labels = _read_all(Subset(source, indices), config.data)
     encoder = models.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
-    on_all = sharding.replicated(mesh)  # so that every process can read it
-    pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=on_all)
+    replicated = sharding.replicated(mesh)  # so that every process can read the features
+    pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=replicated)
     random = jax.device_put(random, sharding.shardings(random, mesh))
     views = {
         "probe": functools.partial(pooled, parts["encoder"]),
@@ -60,7 +64,7 @@ def probes(config, parts, images, labels, mesh):
 
 
 def check_available(config):
-    """Raise UserError where probes are asked for, and the training images are not packed as they would see them."""
+    """Raise UserError if config.evaluate.probe is set and the training images cannot be had centre-cropped."""
     if config.evaluate.probe:
         try:
             _source(config)
@@ -69,12 +73,12 @@ def check_available(config):
 
 
 def _source(config):
-    """The training images, cut as held-out ones are."""
+    """Return the source of training images, centre-cropped as held-out images are."""
     return build_data.source(config, "train", crop="centre")
 
 
-class Chosen:
-    """Some examples of a source."""
+class Subset:
+    """The examples of a source with the given indices."""
 
     def __init__(self, source, indices):
         self._source, self._indices = source, indices
@@ -86,13 +90,13 @@ class Chosen:
         return self._source[self._indices[index]]
 
 
-def _read(source, data):
-    """Images and labels of a source; what cannot be read stops or is left out, as everywhere."""
+def _read_all(source, data):
+    """Return (images, labels) of a source. An image that cannot be read raises or is left out: config.data.on_error."""
     reading = {"num_threads": data.num_threads, "on_error": data.on_error}
     batches = []
-    with logs.Progress("read for the probes", total=len(source), unit="image") as progress:
+    with logs.Progress("read images for probes", total=len(source), unit="image") as progress:
         for batch in pipeline.one_pass(source, batch_size=_BATCH, **reading):
             batches.append(batch)
             progress.update(min(len(batches) * _BATCH, len(source)))
-    there = np.concatenate([batch["mask"] for batch in batches]) > 0
-    return tuple(np.concatenate([batch[key] for batch in batches])[there] for key in ("image", "label"))
+    is_read = np.concatenate([batch["mask"] for batch in batches]) > 0
+    return tuple(np.concatenate([batch[key] for batch in batches])[is_read] for key in ("image", "label"))

@@ -11,31 +11,33 @@ import optax
 import scipy.linalg
 import scipy.special
 
-SPLIT = 5000  # images over which the Inception Score is taken: the mean over a set's splits, in order
-NEIGHBOURS = 3  # of precision and recall
-_BLOCK = 1024  # features whose distances to all others are in memory at once
+SPLIT = 5000  # images in a split; the Inception Score is the mean over the splits of a set, in order
+NEIGHBOURS = 3  # precision and recall: a radius is the distance to the third nearest neighbour
+_BLOCK = 1024  # rows of the matrix of distances that are in memory at once
 
 
 def psnr(images, reference):
-    """Peak signal-to-noise ratio in dB per image, [B]; peak 1. At most 100 dB: of the same image it would be infinite,
-    and a whole set's mean with it."""
+    """Return the peak signal-to-noise ratio in dB of each image, [B]; peak 1.
+
+    At most 100 dB: equal images have an infinite ratio, which would make the mean of a set infinite.
+    """
     return jnp.minimum(dm_pix.psnr(images, reference), 100.0)
 
 
 def ssim(images, reference):
-    """Structural similarity per image, [B]: Gaussian window 11, sigma 1.5, data range 1 (Wang et al. 2004).
+    """Return the structural similarity per image, [B]: Gaussian window 11, sigma 1.5, data range 1 (Wang et al. 2004).
 
-    The mean over all pixels, windows at the edge going on in the image's reflection, as torchmetrics 1.9 has it; Wang,
-    and older versions of torchmetrics, leave out 5 pixels at each edge. Sides of 6 and more.
+    The mean is over all pixels. The image is continued by reflection at its edges, as in torchmetrics 1.9; Wang et al.
+    and older versions of torchmetrics leave out 5 pixels at each edge. Sides must be at least 6.
     """
     edge = ((0, 0), (5, 5), (5, 5), (0, 0))
     return dm_pix.ssim(*(jnp.pad(x, edge, mode="reflect") for x in (images, reference)))
 
 
 class Moments(NamedTuple):
-    """Of a set of features: how many, their mean [D], and the sum of outer products of differences from it [D, D].
+    """Count of a set of features, their mean [D], and the sum [D, D] of outer products of differences from the mean.
 
-    float64; as they start out, those of no feature at all.
+    float64. The defaults are the moments of an empty set.
     """
 
     count: int = 0
@@ -44,20 +46,20 @@ class Moments(NamedTuple):
 
     @property
     def covariance(self):
-        """Unbiased, [D, D]; of two features or more."""
+        """Return the unbiased covariance [D, D]; it needs at least two features."""
         return self.scatter / (self.count - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Of a set of features all that a Fréchet distance needs: mean [D] and covariance [D, D], float64."""
+    """Mean [D] and covariance [D, D] of a set of features, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
 
 def moments(features):
-    """Moments of features [N, D], N at least 1."""
+    """Return the Moments of features [N, D], N at least 1."""
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     centred = features - mean
@@ -65,17 +67,17 @@ def moments(features):
 
 
 def merge(a, b):
-    """Moments of two sets together (Chan et al.); b's is not empty."""
+    """Return the Moments of the union of two sets (Chan et al.); `b` must not be empty."""
     count, delta = a.count + b.count, b.mean - a.mean
     between = np.outer(delta, delta) * (a.count * b.count / count)
     return Moments(count, a.mean + delta * (b.count / count), a.scatter + b.scatter + between)
 
 
 def frechet_distance(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)) of two `Moments`, of two features or more each, or `Gaussian`s.
+    """Return |mu_a - mu_b|^2 + tr(C_a + C_b - 2 sqrt(C_a C_b)) of two `Gaussian`s or `Moments` (two features or more).
 
-    The trace of the square root comes from eigenvalues of sqrt(C_a) C_b sqrt(C_a), which is symmetric: no
-    complex numbers, and no trouble where a covariance is singular. float64.
+    The trace of the square root comes from the eigenvalues of sqrt(C_a) C_b sqrt(C_a), which is symmetric: no complex
+    numbers occur, and a covariance may be singular. float64.
     """
     values, vectors = scipy.linalg.eigh(a.covariance)
     roots = _roots(values)
@@ -86,14 +88,14 @@ def frechet_distance(a, b):
 
 
 def _roots(values):
-    """Square roots of the eigenvalues of a positive semidefinite matrix; those within rounding of zero are zero."""
+    """Return square roots of a positive semidefinite matrix's eigenvalues; eigenvalues within rounding of 0 give 0."""
     return np.sqrt(np.where(values > np.finfo(np.float64).eps * len(values) * values.max(), values, 0.0))
 
 
 def inception_score(logits, *, split=SPLIT):
-    """exp of the mean KL divergence of softmax(logits [N, K]) from its mean, of each split; their mean. float64.
+    """Return the mean over splits of exp(mean KL divergence of softmax(logits [N, K]) from the split's mean softmax).
 
-    The last split may be smaller. Source: ADM's evaluator.
+    float64. The last split may be smaller. Source: ADM's evaluator.
     """
     parts = np.split(np.asarray(logits), range(split, len(logits), split))
     return float(np.mean([_score(part.astype(np.float64)) for part in parts]))
@@ -106,13 +108,14 @@ def _score(logits):
 
 
 def precision_recall(generated, reference, *, block=_BLOCK, tick=lambda rows: None):
-    """(precision, recall) of features [N, D] against [M, D], more than three each.
+    """Return (precision, recall) of features [N, D] compared with a reference [M, D], more than three each.
 
-    Precision is the fraction of generated features that lie no further from some reference feature than its third
-    nearest fellow does; recall the same the other way round. In float32 on the device, `block` rows of distances at a
-    time, of which `tick` is told: 2 (N + M) in all. Source: Kynkäänniemi et al. 2019, as ADM's evaluator has it.
+    Precision is the fraction of generated features that lie within the radius of some reference feature; the radius is
+    the distance to its third nearest neighbour in the reference. Recall exchanges both sets. float32 on the device,
+    `block` rows of distances at a time; `tick` is called with the number of rows of each block, 2 (N + M) in all.
+    Source: Kynkäänniemi et al. 2019, as implemented in ADM's evaluator.
     """
-    centre = np.mean(reference, 0)  # distances are differences of squares: from here, little of them cancels
+    centre = np.mean(reference, 0)  # centred: distances are differences of squares, which cancel less
     generated, reference = (np.asarray(x - centre, np.float32) for x in (generated, reference))
     within = []
     for rows, others in ((generated, reference), (reference, generated)):
@@ -123,36 +126,36 @@ def precision_recall(generated, reference, *, block=_BLOCK, tick=lambda rows: No
 
 
 def _in_blocks(function, rows, *others, block, tick):
-    """function(rows, *others), so many rows at a time; the last block is filled up, so that all have one shape."""
+    """Return function(rows, *others), `block` rows at a time; the last block is filled up to the same shape."""
     size, blocks = min(block, len(rows)), []
     for start in range(0, len(rows), size):
-        some = np.take(rows, range(start, start + size), axis=0, mode="wrap")
-        blocks.append(np.asarray(function(some, *others)))
+        block_rows = np.take(rows, range(start, start + size), axis=0, mode="wrap")
+        blocks.append(np.asarray(function(block_rows, *others)))
         tick(min(size, len(rows) - start))
     return np.concatenate(blocks)[: len(rows)]
 
 
 @jax.jit
 def _radii(rows, others):
-    """Squared distance of each row, which is one of the others, to its third nearest fellow, [B]."""
+    """Return the squared distance [B] of each row, which is one of the others, to its third nearest neighbour."""
     nearest, _ = jax.lax.top_k(-_distances(rows, others), NEIGHBOURS + 1)  # the first is the row itself
     return -nearest[:, -1]
 
 
 @jax.jit
 def _are_within(rows, others, radii):
-    """Whether each row lies within the radius of any of the others, [B]."""
+    """Return for each row whether it lies within the radius of any of the others, [B]."""
     return (_distances(rows, others) <= radii).any(1)
 
 
 def _distances(a, b):
-    """Squared, [A, B]."""
+    """Return squared distances [A, B]."""
     products = jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(jnp.square(a).sum(1)[:, None] - 2.0 * products + jnp.square(b).sum(1), 0.0)
 
 
 def linear_probe(train, train_labels, test, test_labels, *, num_classes, steps=200, weight_decay=1e-4):
-    """Accuracy on `test` of logistic regression fitted to `train` features by L-BFGS; features are standardised."""
+    """Return the accuracy on `test` of logistic regression on standardised features, fitted to `train` by L-BFGS."""
     mean, std = train.mean(0), train.std(0) + 1e-6
     train, test = jnp.asarray((train - mean) / std), jnp.asarray((test - mean) / std)
 

@@ -1,4 +1,4 @@
-"""LPIPS of pairs of images, and metrics of sets of images by Inception's features."""
+"""PSNR, SSIM and LPIPS of pairs of images, and metrics of sets of images that use Inception's features."""
 
 import jax
 
@@ -7,12 +7,12 @@ from rae_jax.models.inception import POOL, SPATIAL, Inception
 from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import logs, sharding
 
-AT_A_TIME = 32  # images per device in one pass of Inception: on a CPU each one takes some 90 MB
-MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # Inception's features whose moments FID and sFID take, and their sizes
+AT_A_TIME = 32  # images per device in one pass of Inception: on a CPU each image takes about 90 MB
+MOMENTS_OF = {"pool": POOL, "spatial": SPATIAL}  # {name: size} of Inception's features whose moments FID and sFID take
 
 
 def compare(parts, images, others):
-    """Return {'psnr', 'ssim', and 'lpips' if it is among the parts: [B]} of pairs of images in [0, 1]."""
+    """Return {'psnr': [B], 'ssim': [B]} of pairs of images in [0, 1], and 'lpips': [B] if LPIPS is among the parts."""
     scores = {"psnr": metrics.psnr(images, others), "ssim": metrics.ssim(images, others)}
     if "lpips" in parts:
         # Metrics are exact rather than fast: full float32 on every kind of device.
@@ -28,10 +28,10 @@ def features(params, images):
 
 
 def compare_sets(found, reference):
-    """Return {'fid', 'sfid', 'inception_score', 'precision', 'recall'} of two Collectors, as ADM's evaluator defines them.
+    """Return {'fid', 'sfid', 'inception_score', 'precision', 'recall'} of two Collectors, as in ADM's evaluator.
 
-    `found` holds the moments of `MOMENTS_OF`, 'pool' and 'logits'; the score is of `found` alone. A metric for which there
-    are too few images is left out.
+    `found` holds the moments of `MOMENTS_OF`, 'pool' and 'logits'; inception_score is of `found` alone. A metric that
+    needs more images is left out.
     """
     names = {"fid": "pool", "sfid": "spatial"}
     results = {}
@@ -63,7 +63,7 @@ def _precision_recall(found, reference):
 def frechet(name, a, b):
     """Return {name: Fréchet distance} of two `metrics.Moments` or `Gaussian`s; {} for fewer than two images.
 
-    Too few images for a number that can be compared with the numbers of others are reported.
+    Log a message if the number of images is too small to compare the distance with published numbers.
     """
     count = min(m.count for m in (a, b) if isinstance(m, metrics.Moments))
     if count < 2:
@@ -71,7 +71,7 @@ def frechet(name, a, b):
     size = len(a.mean)
     if count <= size:
         logs.say(
-            f"{name}: the covariance of {size} features from {count} images has no full rank: compare this number only "
-            f"with numbers of the same images"
+            f"{name}: the covariance of {size} features from {count} images does not have full rank: "
+            f"compare this number only with numbers of the same images"
         )
     return {name: metrics.frechet_distance(a, b)}

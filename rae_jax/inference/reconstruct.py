@@ -1,4 +1,4 @@
-"""Images through encoder and decoder: reconstructions, their metrics, and files of them side by side."""
+"""Reconstructions of images by encoder and decoder, their metrics, and files of both."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,16 +13,16 @@ from rae_jax.inference.collector import Collector
 from rae_jax.models.autoencoder import to_float, to_uint8
 from rae_jax.runtime import processes
 
-SHOWN = 10
+SHOWN = 10  # pairs in the picture
 SCORES = ("psnr", "ssim", "lpips")  # per pair of images
-MOMENTS = ("pool", "decoded_pool")  # of which rfid is computed
+MOMENTS = ("pool", "decoded_pool")  # from which rfid is computed
 
 
 def make(config):
     """Return the pure function (parts, images uint8 [B, H, W, 3]) -> (latents, outputs by name).
 
-    Outputs are 'decoded' (uint8) and the SCORES [B], 'lpips' with LPIPS among the parts. With Inception among the parts
-    they are also its features of the images that FID and sFID take, and 'decoded_pool' of the reconstructions.
+    Outputs are 'decoded' (uint8) and the SCORES [B], 'lpips' only if LPIPS is among the parts. If Inception is, outputs
+    also are the features of the images that FID and sFID take, and 'decoded_pool' of the reconstructions.
     """
     autoencoder = models.autoencoder(config)
 
@@ -30,11 +30,11 @@ def make(config):
         images = to_float(pixels)
         latents = autoencoder.encode(parts["encoder"], images)
         decoded = to_uint8(autoencoder.decode(parts["decoder"], latents) + 0.5 / 255.0)
-        again = to_float(decoded)
-        outputs = {"decoded": decoded, **perceptual_metrics.compare(parts, again, images)}
+        reconstructions = to_float(decoded)
+        outputs = {"decoded": decoded, **perceptual_metrics.compare(parts, reconstructions, images)}
         if "inception" in parts:
             both = jax.lax.map(  # one after the other: the network is compiled once
-                lambda x: perceptual_metrics.features(parts["inception"], x), jnp.stack([images, again])
+                lambda x: perceptual_metrics.features(parts["inception"], x), jnp.stack([images, reconstructions])
             )
             outputs.update({name: both[name][0] for name in perceptual_metrics.MOMENTS_OF})
             outputs["decoded_pool"] = both["pool"][1]
@@ -44,7 +44,7 @@ def make(config):
 
 
 def rfid(collector):
-    """Return {'rfid': Fréchet distance of reconstructions to images} from the moments of MOMENTS; {} without them."""
+    """Return {'rfid': Fréchet distance of reconstructions to images} from the moments of MOMENTS; {} without these."""
     if not set(MOMENTS) <= collector.moments.keys():
         return {}
     return perceptual_metrics.frechet("rfid", *(collector.moments[name] for name in MOMENTS))
@@ -53,8 +53,8 @@ def rfid(collector):
 def reconstruct(config, parts, path, mesh, folder):
     """Write each pair to FOLDER/given and FOLDER/decoded. Returns ({metric: number}, a picture of the first pairs).
 
-    `path`: an image, a folder of images, or a folder of such folders. Raises UserError if there is no image, and for a
-    broken one unless config.data.on_error is 'skip'.
+    `path`: an image, a folder of images, or a folder of such folders. Raises UserError if no image exists, and for an
+    image that cannot be read unless config.data.on_error is 'skip'.
     """
     files = find_images(path)
     root = path if path.is_dir() else path.parent
@@ -80,7 +80,7 @@ def reconstruct(config, parts, path, mesh, folder):
 
 
 def _write(folder, names, out):
-    """Write the pairs as PNG files, named as the given files with .png appended."""
+    """Write the pairs as PNG files; each name is the name of the given file with .png appended."""
     if not processes.is_first():
         return
     with ThreadPoolExecutor() as pool:

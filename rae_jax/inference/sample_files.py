@@ -1,4 +1,4 @@
-"""Samples as files: written while the next batch is computed, and taken up where an earlier run was interrupted."""
+"""Files of samples: written while the next batch is computed; an interrupted request resumes."""
 
 import json
 import zipfile
@@ -14,9 +14,9 @@ from rae_jax.runtime import atomic_files, logs, processes
 
 
 def labels_of(kind, num_images, num_classes, seed):
-    """Labels [num_images] of the kind 'balanced' (classes in turn), 'random', or a text file with one label a line.
+    """Return labels [num_images]: 'balanced' (classes in turn), 'random', or from a text file with one label a line.
 
-    Label i depends on (seed, i) alone. Raises UserError for a file that is not there, too short or no list of labels.
+    Label i depends on (seed, i) alone. Raises UserError for a file that does not exist, is too short or has no labels.
     """
     match kind:
         case "balanced":
@@ -27,32 +27,32 @@ def labels_of(kind, num_images, num_classes, seed):
         labels = np.loadtxt(kind, dtype=np.int64, ndmin=1)[:num_images]
     except (OSError, ValueError) as error:
         reason = str(error).rstrip(".")
-        raise UserError(f"--labels={kind}: {reason}; take balanced, random, or a file with one label a line") from error
+        raise UserError(f"--labels={kind}: {reason}; choose balanced, random, or a file, one label a line") from error
     if labels.ndim != 1:
-        raise UserError(f"--labels={kind} holds {labels.shape[1]} numbers a line: it takes one label a line")
+        raise UserError(f"--labels={kind} holds {labels.shape[1]} numbers a line: write one label a line")
     if len(labels) < num_images:
-        raise UserError(f"--labels={kind} holds {len(labels)} labels: lower --num_images={num_images}, or add some")
+        raise UserError(f"--labels={kind} holds {len(labels)} labels: lower --num_images={num_images}, or add labels")
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
-        raise UserError(f"--labels={kind} holds {labels[wrong][0]}: labels are 0 to {num_classes - 1}")
+        raise UserError(f"--labels={kind} holds the label {labels[wrong][0]}: labels are 0 to {num_classes - 1}")
     return labels
 
 
 def draw(config, parts, labels, mesh, folder, *, request, class_names):
     """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0; labels are arr_1: as ADM's) and sampled.png, a picture.
 
-    `request` says as plain data what is drawn, but for the labels. Images that are there from the same request with the
-    same label are kept, those of another one are replaced. Only the first process writes.
+    `request` is plain data on which the images depend, without the labels. Existing images of the same request and
+    label are kept; existing images of another request or label are replaced. Only the first process writes.
     """
     writes = jax.process_index() == 0
     present = _present(folder, request, labels) if writes else frozenset()
-    # All must compute the same batches.
+    # All processes must compute the same batches.
     present = frozenset(np.flatnonzero(processes.agreed(np.isin(np.arange(len(labels)), list(present)))).tolist())
     with ThreadPoolExecutor() as pool:
         pending = []
-        how = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
-        for indices, images in generate.batches(generate.make_sampler(config, mesh), parts, labels, mesh, **how):
-            for future in pending:  # the batch before: no more than two are in memory
+        settings = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
+        for indices, images in generate.batches(generate.make_sampler(config, mesh), parts, labels, mesh, **settings):
+            for future in pending:  # of the batch before: at most two batches are in memory
                 future.result()
             if writes:
                 paths = [_path(folder, i) for i in indices]
@@ -67,33 +67,34 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
 
 
 def _present(folder, request, labels):
-    """Indices of the images that are there and are what is wanted; those that are not are removed.
+    """Return the indices of existing images of the same request and label; existing images of another one are removed.
 
-    request.json keeps the request and the label of every image, also of those beyond the wanted ones.
+    request.json keeps the request and the label of every image, also of images beyond the number of labels.
     """
     path = folder / "images" / "request.json"
-    then, given = _read_request(path)
-    found = {int(file.stem): file for file in path.parent.glob("*.png") if file.stem.isdecimal()}
-    wanted = labels.tolist() + given[len(labels) :]
-    same = {i for i in found if then == request and i < len(given) and given[i] == wanted[i]}
-    if len(same) < len(found):
-        logs.say(f"{path.parent} holds {len(found) - len(same)} images of another request: replacing them")
+    old_request, old_labels = _read_request(path)
+    existing = {int(file.stem): file for file in path.parent.glob("*.png") if file.stem.isdecimal()}
+    wanted = labels.tolist() + old_labels[len(labels) :]
+    is_same = old_request == request
+    same = {i for i in existing if is_same and i < len(old_labels) and old_labels[i] == wanted[i]}
+    if len(same) < len(existing):
+        logs.say(f"{path.parent} holds {len(existing) - len(same)} images of another request: replacing them")
         (folder / "samples.npz").unlink(missing_ok=True)
     if more := sum(i >= len(labels) for i in same):
-        logs.say(f"{path.parent} holds {more} images more than are asked for, of the same request: they stay")
-    for i in found.keys() - same:
-        found[i].unlink()
+        logs.say(f"{path.parent} holds {more} more images of the same request than --num_images: they are kept")
+    for i in existing.keys() - same:
+        existing[i].unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = wanted if then == request else labels.tolist()
+    kept = wanted if is_same else labels.tolist()
     atomic_files.write_text(path, json.dumps({"request": request, "labels": kept}) + "\n")
     return frozenset(same)
 
 
 def _read_request(path):
-    """(request, labels) of the images that are there; (None, []) where nothing tells."""
+    """Return (request, labels) of the existing images; (None, []) if request.json does not tell."""
     try:
-        there = json.loads(path.read_text())
-        return there["request"], there["labels"]
+        saved = json.loads(path.read_text())
+        return saved["request"], saved["labels"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None, []
 
@@ -103,7 +104,7 @@ def _path(folder, index):
 
 
 def _write(path, image):
-    """A file is there whole or not at all."""
+    """Write a PNG under another name and rename it: an interruption leaves no incomplete PNG."""
     part = path.with_suffix(".part")
     image_grid.save(part, image)
     part.replace(path)
@@ -115,7 +116,7 @@ def _read(path):
 
 
 def _write_npz(folder, labels):
-    """Image by image: fifty thousand of them need not be in memory at once."""
+    """Write samples.npz image by image: 50,000 images need not be in memory at once."""
     shape = _read(_path(folder, 0)).shape
     with (folder / "samples.npz").open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:

@@ -140,7 +140,7 @@ def _same(found, expected, names):
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_the_weights_images_are_judged_alike_from_an_npz_and_from_a_folder(evaluated, parts, drawn, tmp_path):
+def test_the_weights_images_have_the_same_metrics_from_an_npz_and_from_a_folder(evaluated, parts, drawn, tmp_path):
     evaluator, (results, shown) = evaluated
     images, labels = drawn
     found = evaluator.images(parts, _npz(tmp_path, arr_0=images, arr_1=labels))
@@ -191,7 +191,7 @@ def test_reconstructions_of_all_held_out_images_are_compared_with_them(evaluated
 
 
 def test_distances_in_the_encoders_space_are_of_as_many_images(evaluated, parts, drawn, held_out, view):
-    """Thirty generated ones beside halves of twenty, chosen once more; and what the judge says, once more."""
+    """Thirty generated images next to halves of twenty, chosen again; the judge's classes are computed again."""
     config, results = _config(), evaluated[1][0]
     found, real = (view(parts, images / 255) for images in (drawn[0], held_out))
     rng = np.random.default_rng(config.seed)
@@ -293,8 +293,8 @@ def test_images_of_another_size(evaluated, parts, view, tmp_path, capsys):
     assert found["fd"] == pytest.approx(_distance(*(of["features"] for of in views)), rel=1e-3)
     assert found["agreement"] == (views[0]["judged"] == labels).mean()
     said = capsys.readouterr().err
-    assert "samples.npz: 48x64 px, which the encoder and the judge see resized to 32x32" in said
-    assert "fid: 10 images leave the covariance of 12 features without full rank" in said
+    assert "samples.npz: images of 48x64 px are resized to 32x32 for encoder and judge" in said
+    assert "fid: the covariance of 12 features from 10 images does not have full rank" in said
     three = evaluated[0].images(parts, _npz(tmp_path, arr_0=images[:3]))
     assert "precision" not in three and "no precision and recall" in capsys.readouterr().err
 
@@ -321,7 +321,7 @@ def test_of_a_reference_labels_do_not_matter(parts, drawn, held_out, tmp_path):
 def test_with_nothing_to_compare_with_it_says_so(parts, drawn, tmp_path):
     config = _config(inception="")
     config.data.num_heldout = 3
-    with pytest.raises(UserError, match="as 3 held-out images are too few: name more"):
+    with pytest.raises(UserError, match="3 held-out images are too few; set config.evaluate.reference"):
         _evaluator(config).images({"encoder": parts["encoder"]}, _npz(tmp_path, arr_0=drawn[0]))
 
 
@@ -338,12 +338,15 @@ MU, SIGMA = np.zeros(12), np.eye(12)
     "arrays, message",
     [
         ({"images": IMAGES}, "it lacks arr_0"),
-        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(4, 32, 32, 3\), not images: uint8 \[N, H, W, 3\]"),
+        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(4, 32, 32, 3\), not images: it must be uint8 \[N, H, W, 3\]"),
         ({"arr_0": IMAGES[..., 0]}, r"arr_0 is uint8 \(4, 32, 32\), not images"),
         ({"arr_0": IMAGES[:0]}, r"arr_0 is uint8 \(0, 32, 32, 3\), not images"),
         ({"arr_0": IMAGES[:1]}, "it holds a single image"),
         ({"arr_0": np.array([None, 1])}, "not a whole npz file"),
-        ({"arr_0": IMAGES, "arr_1": np.arange(3)}, r"arr_1 is int64 \(3,\), not a label for each of the 4 images"),
+        (
+            {"arr_0": IMAGES, "arr_1": np.arange(3)},
+            r"arr_1 is int64 \(3,\), not 4 integers: it must hold one label for each image",
+        ),
     ],
 )
 def test_samples_that_are_wrong_are_named(evaluated, parts, tmp_path, arrays, message):
@@ -379,14 +382,14 @@ def test_files_that_are_none_are_named(evaluated, parts, tmp_path):
     for name, message in (
         ("cut.npz", "not a whole npz file"),
         ("other.npz", "not a whole npz file"),
-        ("nowhere.npz", "there is nothing: name an .npz file or a folder of images"),
+        ("nowhere.npz", "it does not exist: name an .npz file or a folder of images"),
         ("empty", "holds no image"),
     ):
         with pytest.raises(UserError, match=f"--samples={tmp_path / name}: .*{message}") as refusal:
             evaluated[0].images(parts, str(tmp_path / name))
         assert "\n" not in str(refusal.value)
     moments = _npz(tmp_path, mu=MU, sigma=SIGMA)
-    with pytest.raises(UserError, match="its moments take config.evaluate.inception"):
+    with pytest.raises(UserError, match="its moments need config.evaluate.inception"):
         _evaluator(_config(reference=moments, inception=""))
 
 

@@ -89,7 +89,7 @@ def test_guided_euler_on_the_published_grid(case, method):
 
 @pytest.mark.parametrize("reuse, refresh", [(2, ()), (3, ()), (1, (1, 2, 7))])
 def test_the_trunk_s_output_serves_several_steps(case, reuse, refresh):
-    """And is made anew where the guidance interval begins, where the weak one is asked for the first time."""
+    """And is made again where the guidance interval begins, where the weak model is used for the first time."""
     config, latent, parts = case
     config = config.copy_and_resolve_references()
     config.guidance.update({"scale": 1.5, "t_min": 0.2, "t_max": 0.65})

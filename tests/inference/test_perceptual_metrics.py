@@ -1,4 +1,4 @@
-"""The networks that judge images: how exactly they compute."""
+"""The networks that compare images: how exactly they compute."""
 
 import jax
 import numpy as np
