@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rae_jax.runtime import sharding
+from rae_jax.models.mesh_matmul import gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,5 +47,5 @@ class LabelEmbedding(nn.Module):
     @nn.compact
     def __call__(self, labels):
         table = self.param("table", nn.initializers.normal(0.02), (self.num_classes + 1, self.width))
-        table = sharding.gathered(table, "table")
+        table = gathered(table, "table")
         return table[labels if self.num_classes else jnp.zeros_like(labels)]

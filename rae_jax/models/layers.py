@@ -14,12 +14,12 @@ from flax import linen as nn
 
 from rae_jax.models import attention
 from rae_jax.models.dense import PRODUCT, Dense
-from rae_jax.runtime import sharding
+from rae_jax.models.mesh_matmul import gathered
 
 
 def gathered_convolution(x, kernel, *arguments, **options):
     """jax.lax.conv_general_dilated for nn.Conv, whose kernel is gathered first; see Dense."""
-    return jax.lax.conv_general_dilated(x, sharding.gathered(kernel, "kernel"), *arguments, **options)
+    return jax.lax.conv_general_dilated(x, gathered(kernel, "kernel"), *arguments, **options)
 
 
 def torch_linear(features, fan_in, *, kernel_init=None, **options):

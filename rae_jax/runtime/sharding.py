@@ -91,7 +91,7 @@ def _arranged(sizes, slices, devices):
 
 
 def jit(function, mesh, **options):
-    """jax.jit of a function whose models compute on a mesh: see models.dense and `gathered`."""
+    """jax.jit of a function whose models compute on a mesh: see models.mesh_matmul."""
 
     def on_mesh(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -114,34 +114,6 @@ def in_parts(function, x, most):
     parts = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
     found = jax.lax.map(function, parts)
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(x.shape[0], *a.shape[2:]), found)
-
-
-def gathered(kernel, name):
-    """A kernel inside `jit`, whole but for its tensor part; its gradient is summed straight into parts again.
-
-    `name` is the end of its path. Cast it before: what travels has its dtype.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    return _gathered(kernel, spec(name, kernel.shape, mesh.shape), spec(name, kernel.shape, {**mesh.shape, "fsdp": 1}))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(kernel, split, whole):
-    kernel = jax.lax.with_sharding_constraint(kernel, split)
-    return jax.lax.with_sharding_constraint(kernel, whole)
-
-
-def _gathered_forward(kernel, split, whole):
-    return _gathered(kernel, split, whole), None
-
-
-def _gathered_backward(split, whole, _, gradient):
-    return (jax.lax.with_sharding_constraint(gradient, split),)
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def batch_sharding(mesh):
