@@ -1,13 +1,13 @@
-"""Images a second and core: this project's pipeline beside torch's DataLoader with Pillow, on the same files.
+"""Images a second and core: this project's pipeline compared with torch's DataLoader and Pillow, on the same files.
 
     python -m rae_jax.data.benchmark --path=IMAGENET/train [--packed=PACKED] [--num_images=500] [--rounds=3]
 
-Each side reads --num_images images in random order, centre-cropped and flipped at random, into batches, on one core: in
-a process of its own without further workers or threads, round by round in turn. Printed are medians: of the rounds'
-rates, and of the ratios within a round. What counts is CPU time: on a machine that is shared with others it moves less
-than the clock. The DataLoader yields what the published recipe's does: float32 [B, 3, H, W] in [0, 1]; `torch_uint8`
-leaves that conversion out, as we do. Without torch, only our own sides are measured. The last line printed is one JSON
-object.
+Each side reads --num_images images in random order, cropped at the centre and flipped at random, into batches. It uses
+one core: its own process without further workers or threads. The sides take turns in each round. The command prints the
+medians of the rates of all rounds, and of the ratios within a round. Rates are by CPU time, which varies less than the
+clock on a shared machine. The DataLoader yields float32 [B, 3, H, W] in [0, 1], as in the published recipe;
+`torch_uint8` leaves this conversion out, as our pipeline does. Without torch, only our sides are measured. The last
+line printed is one JSON object.
 """
 
 import functools
@@ -28,16 +28,16 @@ from rae_jax.runtime import command_line, host_allocator, logs
 
 
 def _ours(source, batch_size, num_batches):
-    """Batches of our pipeline."""
-    how = {"seed": 0, "random_crop": False, "flip": True, "num_threads": 0}
-    batches = pipeline.training_batches(source, batch_size=batch_size, **how)
+    """Yield batches of our pipeline."""
+    options = {"seed": 0, "random_crop": False, "flip": True, "num_threads": 0}
+    batches = pipeline.training_batches(source, batch_size=batch_size, **options)
     iterator = iter(batches)
     for _ in range(num_batches):
         yield next(iterator)["image"]
 
 
 class _Photographs:
-    """A torch data set of image files as the published recipe reads them: Pillow, ADM's crop, flip, tensor."""
+    """Torch data set of image files, read as in the published recipe: Pillow, ADM's crop, flip, tensor."""
 
     def __init__(self, files, size, *, as_float):
         self._files, self._size, self._as_float = files, size, as_float
@@ -64,7 +64,7 @@ class _Photographs:
 
 
 def _torch(files, image_size, batch_size, num_batches, *, as_float):
-    """Batches of torch's DataLoader."""
+    """Yield batches of torch's DataLoader."""
     import torch
 
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def _torch(files, image_size, batch_size, num_batches, *, as_float):
 
 
 def _sides(path, packed, image_size, batch_size):
-    """{name: function(num_batches) -> batches}."""
+    """Return the sides to measure, {name: function(num_batches) -> batches}."""
     originals = sources.image_folder(
         split="train", path=path, heldout_path=path, image_size=image_size, named=sources.FLAGS
     )
@@ -96,10 +96,10 @@ def _sides(path, packed, image_size, batch_size):
     try:
         import torch  # noqa: F401
     except ImportError:
-        logs.say("torch is not installed: only our own sides are measured")
+        logs.say("torch is not installed: only our sides are measured")
         return sides
     if not all(os.path.exists(file) for file in files):
-        logs.say("torch's side reads files: name a folder by --path to have it measured")
+        logs.say("torch is not measured, because its side reads files: name a folder by --path")
         return sides
     for name, as_float in (("torch", True), ("torch_uint8", False)):
         sides[name] = functools.partial(_torch, files, image_size, batch_size, as_float=as_float)
@@ -107,7 +107,7 @@ def _sides(path, packed, image_size, batch_size):
 
 
 def _measure(side, name, num_batches, connection):
-    """CPU seconds of a round after a batch to warm up, in a process of its own."""
+    """Send the number of images and the CPU seconds of a round, after one batch to warm up."""
     for _ in side(1):
         pass
     began = time.process_time()
@@ -116,6 +116,7 @@ def _measure(side, name, num_batches, connection):
 
 
 def _in_own_process(side, name, num_batches):
+    """Return the result of _measure, run in a new process."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_measure, args=(side, name, num_batches, theirs))
     process.start()
@@ -123,26 +124,28 @@ def _in_own_process(side, name, num_batches):
     try:
         return ours.recv()
     except EOFError as error:
-        raise UserError(f"the side {name!r} failed, see above") from error
+        raise UserError(f"the measurement of {name!r} failed: see the error above") from error
     finally:
         process.join()
 
 
 def main():
     """Define the flags and run the command."""
-    flags.DEFINE_string("path", None, "Originals: what config.data.path is for image folders.", required=True)
-    flags.DEFINE_string("packed", None, "The same, as rae_jax.data.pack has packed them.")
-    flags.DEFINE_integer("image_size", 256, "Side of the crops.", lower_bound=1)
-    flags.DEFINE_integer("num_images", 500, "Images that a round reads.", lower_bound=1)
+    flags.DEFINE_string(
+        "path", None, "The original images: a path as config.data.path of image folders.", required=True
+    )
+    flags.DEFINE_string("packed", None, "The same images, packed by rae_jax.data.pack.")
+    flags.DEFINE_integer("image_size", 256, "Side of the crops, in pixels.", lower_bound=1)
+    flags.DEFINE_integer("num_images", 500, "Images that are read in one round.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 50, "Images in a batch.", lower_bound=1)
-    flags.DEFINE_integer("rounds", 3, "How often each side is measured.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Number of measurements of each side.", lower_bound=1)
     app.run(_run, flags_parser=command_line.plain_parser)
 
 
 def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
-    host_allocator.keep_freed_memory()  # as in training, and for every side
+    host_allocator.keep_freed_memory()  # as in training; for all sides
     num_batches = -(-given.num_images // given.batch_size)
     try:
         sides = _sides(given.path, given.packed, given.image_size, given.batch_size)
@@ -150,15 +153,15 @@ def _run(argv):
     except UserError as error:
         command_line.fail(str(error))
     rates = {name: [run["images"] / run["cpu"] for run in runs if run["name"] == name] for name in sides}
-    found = {"images_per_cpu_second": {name: statistics.median(of) for name, of in rates.items()}}
+    found = {"images_per_cpu_second": {name: statistics.median(values) for name, values in rates.items()}}
     if "torch" in rates:
-        pairs = {name: zip(of, rates["torch"], strict=True) for name, of in rates.items()}
+        pairs = {name: zip(values, rates["torch"], strict=True) for name, values in rates.items()}
         found["times_torch"] = {
-            name: statistics.median(ours / torch for ours, torch in of) for name, of in pairs.items()
+            name: statistics.median(rate / torch for rate, torch in values) for name, values in pairs.items()
         }
-    for name, of in rates.items():
-        beside = f"  {found['times_torch'][name]:.2f} of torch's" if "torch" in rates else ""
-        print(f"{name:12} {statistics.median(of):8.1f} images/s and core (at most {max(of):.1f}){beside}")
+    for name, values in rates.items():
+        ratio = f"  {found['times_torch'][name]:.2f} times torch's rate" if "torch" in rates else ""
+        print(f"{name:12} {statistics.median(values):8.1f} images/s and core (at most {max(values):.1f}){ratio}")
     print(json.dumps({**found, "image_size": given.image_size, "num_images": given.num_images}))
 
 

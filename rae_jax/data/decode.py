@@ -1,10 +1,10 @@
-"""Images from files: decoding and cropping.
+"""Decode and crop images from files.
 
-Pixels are those of Pillow's decoder and resampling, to the last bit. Where simplejpeg is installed (the extra 'fast'),
-it decodes the JPEGs that it can, by the same libjpeg-turbo in four fifths of the time, and most of what a crop leaves
-out is not computed: such crops are within one level of Pillow's (2 in 100,000 values are not the same; off by two were
-7 of 157 million in a trial of odd sizes).
-The EXIF orientation is not followed, as ADM's preprocessing, and with it every published FID reference, does not.
+Pixels equal the pixels of Pillow's decoder and resampling, to the last bit. If simplejpeg is installed (the extra
+'fast'), it decodes ordinary JPEGs, by the same libjpeg-turbo in four fifths of the time, and most pixels outside the
+crop are not computed. Such crops are within one level of Pillow's: 2 in 100,000 values differ; in a trial of odd sizes
+7 of 157 million values differed by two levels.
+The EXIF orientation is ignored, as in ADM's preprocessing and therefore in every published FID reference.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 
 try:
     import simplejpeg
@@ -27,12 +27,12 @@ except ImportError:  # an extra
     simplejpeg = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_FAST = "fast"  # in the `info` of an image that simplejpeg has decoded, and of what is made of it
+_FAST = "fast"  # key in the `info` of an image that simplejpeg decoded, and of images derived from it
 ENLARGED = 1.5  # short side of an image over the side of its random crop
 
 
 def centre_crop(image, size):
-    """ADM's crop of a PIL image: halve with a box filter, then bicubic to the short side, then the centre."""
+    """Return ADM's crop of a PIL image: halve it by a box filter, resize its short side (bicubic), take the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     width, height = _sides(image, size)
@@ -41,25 +41,25 @@ def centre_crop(image, size):
 
 
 def random_crop(image, size, rng):
-    """A PIL image's short side resized to 1.5 times `size` (bicubic), then a square of `size` anywhere in it."""
+    """Resize a PIL image's short side to 1.5 times `size` (bicubic) and return a random square of side `size` in it."""
     sides = _sides(image, int(ENLARGED * size))
     left, top = (int(rng.integers(side - size + 1)) for side in sides)
     return _part_of_resized(image, sides, left, top, size)
 
 
 def enlarge(image, size):
-    """The first half of `random_crop`: a PIL image, its short side 1.5 times `size`."""
+    """Return a PIL image with a short side of 1.5 times `size`: the first half of `random_crop`."""
     return image.resize(_sides(image, int(ENLARGED * size)), Image.Resampling.BICUBIC)
 
 
 def random_square(image, size, rng):
-    """The second half of `random_crop`."""
+    """Return the pixels of a random square of a PIL image: the second half of `random_crop`."""
     left, top = (int(rng.integers(side - size + 1)) for side in image.size)
     return pixels(image.crop((left, top, left + size, top + size)))
 
 
 def _sides(image, short):
-    """Width and height of an image whose short side becomes `short`."""
+    """Return width and height of an image after its short side is resized to `short`."""
     if min(image.size) == 0:
         raise ValueError(f"it has {image.width}x{image.height} pixels")
     scale = short / min(image.size)
@@ -69,10 +69,11 @@ def _sides(image, short):
 
 
 def _part_of_resized(image, sides, left, top, size):
-    """A square of an RGB or RGBX image resized to `sides` (bicubic)."""
+    """Resize an RGB or RGBX image to `sides` (bicubic) and return the pixels of a square of it."""
     across = _window(image.width, sides[0], left, size)
     down = _window(image.height, sides[1], top, size)
-    # Enlarging by a simple ratio puts many points just between two pixels, where the least move changes the rounding.
+    # Enlarging by a simple ratio puts many points exactly between two pixels: there the least shift changes the
+    # rounding.
     exact = not image.info.get(_FAST) or sides[0] > image.width or max(across.error, down.error) > 1e-5
     if exact:
         resized = image.resize(sides, Image.Resampling.BICUBIC)
@@ -87,48 +88,52 @@ def _part_of_resized(image, sides, left, top, size):
 
 
 class _Window(NamedTuple):
-    first: int  # of the resized side's points
+    """A part of one side of an image, before and after resizing."""
+
+    first: int  # points of the resized side: from `first` to before `end`
     end: int
-    start: float  # of the side as it is: a box's edges
+    start: float  # edges of the box in the side before resizing
     stop: float
-    error: float
+    error: float  # the largest shift of a point, in pixels
 
 
 @functools.lru_cache(maxsize=2**12)
 def _window(side, resized, first, size):
-    """Where to cut a side so that, resized, it holds the points from `first` to `first` + `size`.
+    """Return the part of a side that, after resizing, holds the points from `first` to `first` + `size`.
 
-    Pillow's box is float32, which moves the points: by up to 3e-5 of a pixel where the cut is as tight as can be. It is
-    the best of 256 up to 15 points wider on either side instead.
+    Pillow's box is float32, which shifts the points: by up to 3e-5 of a pixel with the tightest part. Therefore the
+    best of 256 parts is chosen, which are up to 15 points wider at either end.
     """
     firsts = np.arange(max(first - 15, 0), first + 1)[:, None]
     ends = np.arange(first + size, min(first + size + 15, resized) + 1)
     scale = side / resized
     starts, stops = np.float32(firsts * scale), np.float32(ends * scale)
-    # The step between points is a float32, too.
-    moved = np.maximum(abs(starts - firsts * scale), abs(starts + np.float64(stops - starts) - ends * scale))
-    row, column = np.unravel_index(moved.argmin(), moved.shape)
+    # The step between points is a float32 too.
+    shifts = np.maximum(abs(starts - firsts * scale), abs(starts + np.float64(stops - starts) - ends * scale))
+    row, column = np.unravel_index(shifts.argmin(), shifts.shape)
     start, stop = float(starts[row, 0]), float(stops[column])
-    return _Window(int(firsts[row, 0]), int(ends[column]), start, stop, float(moved[row, column]))
+    return _Window(int(firsts[row, 0]), int(ends[column]), start, stop, float(shifts[row, column]))
 
 
 def pixels(image):
-    """uint8 [H, W, 3] of an RGB or RGBX image. np.asarray takes twice as long to ask what an image is."""
+    """Return the pixels uint8 [H, W, 3] of an RGB or RGBX PIL image."""
+    # np.asarray takes twice as long.
     return np.frombuffer(image.tobytes("raw", "RGB"), np.uint8).reshape(image.height, image.width, 3)
 
 
 def read_image(path, size, crop=centre_crop):
-    """Decode an image file and crop it: uint8 [size, size, 3]. Raises UserError naming a file that is not usable."""
+    """Read and crop an image file: uint8 [size, size, 3]. Raises UserError that names a file that cannot be used."""
     with naming(path):
         data = epath.Path(path).read_bytes()
     return decode(data, path, lambda image: crop(image, size))
 
 
 def decode(data, name, crop):
-    """What `crop` makes of an encoded image as an RGB or RGBX PIL image. Raises UserError for one that is not usable.
+    """Return crop(image), with an encoded image decoded to an RGB or RGBX PIL image.
 
-    What it is, is read from its content, not from its name. Grey, palette and CMYK become RGB; 16 bits become 8; what
-    is transparent lies on white; of an animation the first picture counts. Small images are enlarged.
+    The format is read from the content, not from the name. Grey, palette and CMYK become RGB; 16 bits become 8;
+    transparent pixels are put on white; an animation gives its first picture. Small images are enlarged. Raises
+    UserError for an image that cannot be used.
     """
     with naming(name):
         image = _fast_jpeg(data)
@@ -139,7 +144,7 @@ def decode(data, name, crop):
 
 
 def _fast_jpeg(data):
-    """A PIL image of an ordinary, faultless colour JPEG; None for anything else, of which Pillow is to judge."""
+    """Return the PIL image of an ordinary, undamaged colour JPEG; None for other data, which Pillow has to decode."""
     if simplejpeg is None or data[:2] != b"\xff\xd8":
         return None
     try:
@@ -152,7 +157,7 @@ def _fast_jpeg(data):
 
 
 def _rgbx(decoded):
-    """An RGBX image of uint8 [H, W, 4], four bytes a pixel as Pillow holds them: the same memory, not a copy."""
+    """Return an RGBX image that uses the memory of uint8 [H, W, 4], four bytes a pixel as in Pillow."""
     height, width, _ = decoded.shape
     image = Image.frombuffer("RGBX", (width, height), decoded, "raw", "RGBX", 0, 1)
     image.info[_FAST] = True
@@ -161,15 +166,17 @@ def _rgbx(decoded):
 
 @contextlib.contextmanager
 def naming(name):
-    """Turns what is raised for a damaged image into a UserError that names it."""
+    """Turn the errors of a damaged image into a UserError that names the image."""
     try:
         yield
     except _DAMAGED as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read the image {name} ({reason}): mend it, or leave it out (on_error=skip)") from error
+        reason = one_line(error)
+        raise UserError(
+            f"cannot read the image {name} ({reason}): repair it, or leave it out (on_error=skip)"
+        ) from error
 
 
-# What Pillow raises for files that are damaged, unknown, or larger than its limit against decompression bombs.
+# The errors of Pillow for files that are damaged, unknown, or larger than its limit against decompression bombs.
 _DAMAGED = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError),
@@ -177,30 +184,30 @@ _DAMAGED = (
 
 
 def _to_rgb(image):
-    if image.mode.startswith("I;16"):  # Pillow itself would cut off at 255
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         pixels = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("its pixels are of 32 bits, and nothing says which is white")
+        raise ValueError("its pixels have 32 bits, and the value of white is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode == "RGB":  # to convert it would be to copy it
+    if image.mode == "RGB":  # convert() would make a copy
         image.load()
         return image
     return image.convert("RGB")
 
 
 def find_images(path):
-    """Image files at `path`, sorted: a file, those of a folder, or those of a folder and its subfolders.
+    """Return the image files at `path`, sorted: the file itself, or the files in a folder and in its subfolders.
 
-    Raises UserError where there is none.
+    Raises UserError if `path` holds no image.
     """
     path = epath.Path(path)
     inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)
     files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES and file.exists())
     if not files:
-        raise UserError(f"{path} holds no image: name a {', '.join(sorted(SUFFIXES))} file, or a folder of such")
+        raise UserError(f"{path} holds no image: name a {', '.join(sorted(SUFFIXES))} file, or a folder of such files")
     return files
 
 

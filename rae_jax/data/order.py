@@ -1,4 +1,4 @@
-"""Which image lies in which row of which global batch: pure arithmetic, the same for every number of processes."""
+"""The image in each row of each global batch: pure arithmetic, the same for every number of processes."""
 
 import functools
 
@@ -6,27 +6,28 @@ import numpy as np
 
 
 class TrainingOrder:
-    """Endless epochs, each a fresh permutation cut into whole batches.
+    """Endless epochs, each a new permutation cut into whole batches.
 
-    What is left over at the end of an epoch (less than a batch, other images every time) is not shown in it: no batch
-    straddles two epochs, no image comes twice in one, and an epoch has as many steps as there are whole batches.
+    The images left over at the end of an epoch (less than a batch, other images in each epoch) are not used in it. So
+    no batch belongs to two epochs, no image occurs twice in one, and an epoch has as many steps as whole batches.
     """
 
-    num_batches = None  # there is no last one
+    num_batches = None  # no last batch exists
 
     def __init__(self, num_images, batch_size, seed):
         self._num_images, self._batch_size, self._seed = num_images, batch_size, seed
 
     def places(self, batch, rows):
-        """(epoch, index) of some rows of global batch number `batch`."""
+        """Return (epoch, index) for each of some rows of global batch number `batch`."""
         epoch, within = divmod(batch, self._num_images // self._batch_size)
         order = _permutation(self._num_images, self._seed, epoch)
         return [(epoch, int(order[within * self._batch_size + row])) for row in rows]
 
 
-@functools.lru_cache(maxsize=2)  # batches of two epochs are read at the same time at most
+@functools.lru_cache(maxsize=2)  # at most two epochs are read at the same time
 def _permutation(num_images, seed, epoch):
-    """Four bytes an image. (Grain's own shuffle needs no memory, and took 1 ms an index on 100 images.)"""
+    """Return the permutation of an epoch, int32: four bytes an image."""
+    # Grain's shuffle needs no memory, but took 1 ms an index on 100 images.
     return np.random.default_rng((seed, epoch)).permutation(np.arange(num_images, dtype=np.int32))
 
 
@@ -38,5 +39,5 @@ class OnePassOrder:
         self._batch_size = batch_size
 
     def places(self, batch, rows):
-        """(0, index) of some rows of global batch number `batch`."""
+        """Return (0, index) for each of some rows of global batch number `batch`."""
         return [(0, batch * self._batch_size + row) for row in rows]

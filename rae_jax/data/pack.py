@@ -1,13 +1,13 @@
-"""Images packed once, so that training reads them fast: cropped or resized, encoded again, in ArrayRecord shards.
+"""Pack images once, so that training reads them fast: cropped or resized, encoded again, in ArrayRecord shards.
 
     python -m rae_jax.data.pack --path=IMAGENET/train --heldout_path=IMAGENET/val --output=PACKED
     python -m rae_jax.data.pack --tfds=imagenet2012 --output=PACKED --crop=random
 
---path is what config.data.path is for image folders: a folder with one subfolder per class, a .zip archive of such, or
-a list. --crop=centre keeps ADM's crop at --image_size; --crop=random keeps the training images whole, with a short side
-of 1.5 times that, for random crops in training. Use the result by config.data.source='array_record' and
-config.data.path. All cores work; every shard is read back and compared before it counts; the same command goes on where
-it was interrupted.
+--path takes the same as config.data.path for image folders: a folder with one subfolder per class, a .zip archive of
+such a folder, or a list. --crop=centre keeps ADM's crop at --image_size; --crop=random keeps whole training images,
+with a short side of 1.5 times --image_size, for random crops in training. To train on the result, set
+config.data.source='array_record' and config.data.path. The command uses all cores. Each shard is read back and compared
+before it counts. The same command resumes interrupted work.
 """
 
 import functools
@@ -34,10 +34,10 @@ _OPTIONS = ("image_size", "crop", "encoding", "quality", "images_per_shard", "nu
 
 
 def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard, num_workers, on_error):
-    """Write the sources `parts` {split: ImageSource} to the folder `output`; returns the index as written.
+    """Write the sources `parts` {split: ImageSource} to the folder `output` and return the index.
 
-    Raises UserError for an image that cannot be read (with `on_error`='stop'), and where the folder holds something
-    else, or what was read back is not what was written.
+    Raises UserError for an image that cannot be read (with `on_error`='stop'), if the folder holds other files, or if a
+    shard that is read back is not equal to what was written.
     """
     output = Path(output)
     form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
@@ -59,7 +59,7 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
 
 
 def _digest(parts):
-    """Of the names of all images, so that a pack is gone on with from the same ones only."""
+    """Return a digest of the names of all images: packing is resumed only with the same images."""
     digest = hashlib.sha256()
     for split, source in parts.items():
         for index in range(len(source)):
@@ -68,7 +68,7 @@ def _digest(parts):
 
 
 def _run(jobs, parts, num_workers):
-    """What the jobs return, in their order, with progress."""
+    """Run the jobs, show progress, and return their results in the order of the jobs."""
     total = sum(len(source) for source in parts.values())
     results, done = {}, 0
     with logs.Progress("pack", total=total, unit="image") as progress:
@@ -82,6 +82,7 @@ def _run(jobs, parts, num_workers):
 
 
 def _finished(jobs, num_workers):
+    """Yield (number of the job, result) as the jobs finish."""
     if num_workers == 1:
         yield from ((number, job()) for number, job in enumerate(jobs))
         return
@@ -92,15 +93,15 @@ def _finished(jobs, num_workers):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that packs was killed, perhaps for want of memory: run the same command again, with a lower "
-                "--num_workers; finished shards stay"
+                "a process that packs was killed, perhaps for lack of memory: run the same command again with a lower "
+                "--num_workers; finished shards are kept"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 class _Form:
-    """How an image is cropped and encoded."""
+    """Crops and encodes images."""
 
     def __init__(self, *, split, image_size, crop, encoding, quality, on_error):
         self._size, self._encoding, self._quality = image_size, encoding, quality
@@ -108,13 +109,13 @@ class _Form:
         self.skips = on_error == "skip"
 
     def crop(self, image):
-        """Pixels from a PIL image."""
+        """Return the pixels to pack of a PIL image."""
         if self._enlarge:
             return decode.pixels(decode.enlarge(image, self._size))
         return decode.centre_crop(image, self._size)
 
     def encode(self, pixels):
-        """Bytes of pixels."""
+        """Return pixels as an encoded image, bytes."""
         file = io.BytesIO()
         if self._encoding == "png":
             Image.fromarray(pixels).save(file, "PNG", compress_level=1)
@@ -124,7 +125,7 @@ class _Form:
 
 
 def _pack_shard(source, rows, file, form):
-    """Write one shard; one that is there already is taken as it is."""
+    """Write one shard unless it is finished already, and return its entry of the index."""
     done = shard_writer.finished(file)
     if done is not None:
         return done
@@ -148,14 +149,19 @@ def _pack_shard(source, rows, file, form):
 
 
 def _sources(given):
+    """Return {split: source} of the images that the flags name."""
     size = given.image_size
     if (given.path is None) == (given.tfds is None):
-        raise UserError("there is nothing to pack: name images by --path, or a data set by --tfds (not both)")
+        raise UserError(
+            "--path and --tfds: exactly one of them is needed; name images by --path, or a data set by --tfds"
+        )
     if given.tfds is None:
         options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size, "named": sources.FLAGS}
         return {split: sources.image_folder(split=split, **options) for split in SPLITS}
     if len(given.tfds_splits) != 2:
-        raise UserError(f"--tfds_splits={','.join(given.tfds_splits)} cannot work: name two, for train and heldout")
+        raise UserError(
+            f"--tfds_splits={','.join(given.tfds_splits)} cannot work: name two splits, for train and heldout"
+        )
     options = {"name": given.tfds, "data_dir": given.data_dir, "image_size": size}
     return {split: sources.tfds(split=part, **options) for split, part in zip(SPLITS, given.tfds_splits, strict=True)}
 
@@ -167,19 +173,26 @@ def main():
 
 
 def _define_flags():
-    flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such, or a list.")
-    flags.DEFINE_string("heldout_path", "", "The same for evaluation; empty: every 20th image of --path.")
-    flags.DEFINE_string("tfds", None, "Instead of --path: a TFDS data set prepared as array_record.")
-    flags.DEFINE_string("data_dir", "", "TFDS' folder; empty: its own default.")
-    flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout parts.")
-    flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
-    flags.DEFINE_integer("image_size", 256, "config.data.image_size", lower_bound=1)
-    flags.DEFINE_enum("crop", "centre", ("centre", "random"), "What config.STAGE.train.crop will be.")
-    flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png keeps pixels as they are, and takes more room.")
-    flags.DEFINE_integer("quality", 95, "Of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
+    flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such a folder, or a list.")
+    flags.DEFINE_string("heldout_path", "", "The same for evaluation. Empty: every 20th image of --path.")
+    flags.DEFINE_string("tfds", None, "A TFDS data set prepared as array_record, instead of --path.")
+    flags.DEFINE_string("data_dir", "", "TFDS' data folder. Empty: TFDS' default.")
+    flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout splits.")
+    flags.DEFINE_string("output", None, "Folder to write the shards to.", required=True)
+    flags.DEFINE_integer("image_size", 256, "The value of config.data.image_size.", lower_bound=1)
+    flags.DEFINE_enum("crop", "centre", ("centre", "random"), "The value of config.STAGE.train.crop.")
+    flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png is lossless and takes more space.")
+    flags.DEFINE_integer("quality", 95, "Quality of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
-    flags.DEFINE_integer("num_workers", len(os.sched_getaffinity(0)), "Processes; 1: this one.", lower_bound=1)
-    flags.DEFINE_enum("on_error", "stop", ("stop", "skip"), "skip: leave out and report what cannot be read.")
+    flags.DEFINE_integer(
+        "num_workers", len(os.sched_getaffinity(0)), "Number of processes. 1: pack in the main process.", lower_bound=1
+    )
+    flags.DEFINE_enum(
+        "on_error",
+        "stop",
+        ("stop", "skip"),
+        "stop or skip at an image that cannot be read; skipped images are reported.",
+    )
 
 
 def _run_command(argv):

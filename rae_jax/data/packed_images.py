@@ -1,6 +1,6 @@
 """The packed form: images cropped or resized once, encoded again, in ArrayRecord shards.
 
-A folder with SPLIT-NNNNN-of-NNNNN.array_record and index.json: 'image_size', 'crop', 'class_names', and for each of
+A folder holds SPLIT-NNNNN-of-NNNNN.array_record and index.json: 'image_size', 'crop', 'class_names', and for each of
 the splits 'train' and 'heldout' a list of {'file', 'num_images', 'skipped'}. A record is the label (int32) and the
 length of the key (uint32), both little-endian, the key (UTF-8) and the encoded image.
 """
@@ -24,13 +24,13 @@ _HEAD = struct.Struct("<iI")
 
 
 def record(label, key, image):
-    """The bytes of a record."""
+    """Return the bytes of a record."""
     key = key.encode()
     return _HEAD.pack(label, len(key)) + key + image
 
 
 def parse(data):
-    """(label, key, encoded image) of a record's bytes. Raises ValueError where they are not one."""
+    """Return (label, key, encoded image) of the bytes of a record. Raises ValueError if they are no record."""
     if len(data) < _HEAD.size:
         raise ValueError("it is too short")
     label, length = _HEAD.unpack_from(data)
@@ -43,9 +43,9 @@ def parse(data):
 class PackedImages:
     """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from a packed split.
 
-    The training images are packed for one `crop`, 'centre' or 'random'; None takes either, to look at. Raises UserError
-    for another size or crop than was packed, and for missing shards; with `on_error`='skip' those are reported instead,
-    and their images are left out.
+    Training images are packed for one `crop`, 'centre' or 'random'; None accepts both, if they are not trained on.
+    Raises UserError if the images were packed for another size or crop, and for missing shards. With `on_error`='skip'
+    missing shards are reported instead, and their images are left out.
     """
 
     def __init__(self, *, path, split, image_size, crop=None, on_error="stop"):
@@ -59,12 +59,12 @@ class PackedImages:
             raise UserError(f"{path} was packed for config.data.image_size={size}, not {image_size}: pack it again")
         if crop not in (None, packed_for):
             raise UserError(
-                f"{path} was packed for crop={packed_for!r}, and this stage takes crop={crop!r}: "
+                f"{path} was packed for crop={packed_for!r}, but this stage needs crop={crop!r}: "
                 f"pack it again with --crop={crop}, into another folder"
             )
-        shards = [shard for shard in index["splits"][split] if is_there(folder / shard["file"], shard, on_error)]
+        shards = [shard for shard in index["splits"][split] if shard_exists(folder / shard["file"], shard, on_error)]
         if not sum(shard["num_images"] for shard in shards):
-            raise UserError(f"config.data.path={path!r} holds no images of the {split} part: pack it again")
+            raise UserError(f"config.data.path={path!r} holds no images of the split {split}: pack it again")
         self._records = Records([str(folder / s["file"]) for s in shards], [s["num_images"] for s in shards])
 
     def __len__(self):
@@ -74,7 +74,7 @@ class PackedImages:
         return self._example(index, decode.pixels, (self._size, self._size))
 
     def random_crop(self, index, rng):
-        """Like self[index], but a random crop of an image packed for that."""
+        """Return self[index] with a random crop, from images packed for random crops."""
         return self._example(index, lambda image: decode.random_square(image, self._size, rng))
 
     def _example(self, index, crop, sides=None):
@@ -89,7 +89,7 @@ class PackedImages:
 
 
 class Records:
-    """Random access to the records of ArrayRecord files with known numbers of them; files are opened when needed."""
+    """Random access to the records of ArrayRecord `files` with `counts` records each; files are opened when needed."""
 
     def __init__(self, files, counts):
         self._files, self._ends = files, list(itertools.accumulate(counts))
@@ -101,11 +101,11 @@ class Records:
         shard, row = self._place(index)
         try:
             return self._reader(shard).read([row])[0]
-        except (RuntimeError, IndexError) as error:  # Riegeli's word for damage
+        except (RuntimeError, IndexError) as error:  # ArrayRecord's errors for damaged files
             raise ValueError(str(error)) from error
 
     def name(self, index):
-        """Shard and row."""
+        """Return the shard and the row of a record, for messages."""
         shard, row = self._place(index)
         return f"{self._files[shard]}, record {row}"
 
@@ -122,7 +122,7 @@ class Records:
                 readers[shard] = open_shard(self._files[shard])
             return readers[shard]
 
-    @functools.cached_property  # of this process: a worker opens the files itself
+    @functools.cached_property  # not pickled: each worker opens the files itself
     def _opened(self):
         return {}, threading.Lock()
 
@@ -131,9 +131,9 @@ class Records:
 
 
 def open_shard(file):
-    """A reader for single records; many threads may use it. Raises ValueError where the file is not a whole shard."""
+    """Return a reader of single records, which is thread-safe. Raises ValueError if the file is not a whole shard."""
     try:
-        from array_record.python.array_record_module import ArrayRecordReader  # here, as grain in pipeline
+        from array_record.python.array_record_module import ArrayRecordReader  # late, as grain in pipeline
 
         return ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
     except RuntimeError as error:
@@ -141,21 +141,21 @@ def open_shard(file):
 
 
 def read_index(folder, given, command):
-    """The index of what `command` has written to a folder, which the user has `given` by a key or a flag."""
+    """Read the index that `command` wrote to a folder. `given`: the key or flag that names the folder, for messages."""
     try:
         return json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{given} has no {INDEX}: name a folder that `python -m {command}` has finished") from error
 
 
-def is_there(file, shard, on_error):
-    """Whether a shard of the index is there. Raises UserError where it is not, or reports it, by `on_error`."""
+def shard_exists(file, shard, on_error):
+    """Return True if a shard exists; otherwise report it and return False, or raise UserError, by `on_error`."""
     if file.exists():
         return True
-    lost = f"the shard {file} with {shard['num_images']} images is missing"
+    report = f"the shard {file} with {shard['num_images']} images is missing"
     if on_error == "stop":
-        raise UserError(f"{lost}: bring it back, or pack again")
-    logs.say(f"skipped: {lost}", everywhere=True)
+        raise UserError(f"{report}: restore it, or pack again")
+    logs.say(f"skipped: {report}", everywhere=True)
     return False
 
 

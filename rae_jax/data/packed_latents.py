@@ -1,8 +1,9 @@
 """Latents that were encoded once, so that the DiT stage needs no encoder: a source, and its records.
 
-A folder with shards as those of rae_jax.data.packed and index.json: 'form' (what the latents depend on, by name),
-'dtype' ('bfloat16' or 'float16'), 'shape' (h, w, D), 'mirrored', 'class_names', 'shards'. In a record the numbers of a
-latent are where packed images have the encoded image. With 'mirrored', that of the mirrored image comes after each.
+A folder holds shards, as in rae_jax.data.packed_images, and index.json: 'form' ({name: value} of the settings that the
+latents depend on), 'dtype' ('bfloat16' or 'float16'), 'shape' (h, w, D), 'mirrored', 'class_names', 'shards'. A record
+holds the numbers of a latent in the place of the encoded image. With 'mirrored', each record is followed by the record
+of the mirrored image.
 """
 
 from pathlib import Path
@@ -19,8 +20,8 @@ DTYPES = ("bfloat16", "float16")
 class PackedLatents:
     """Random-access source of {'latent': [h, w, D] in the stored dtype, 'label': int32}.
 
-    Raises UserError where what was packed has another `form` than is asked for, where mirrored latents are asked for
-    and were not packed, and for missing shards; with `on_error`='skip' those are reported instead, and left out.
+    Raises UserError if the latents were packed with another `form`, if `mirrored` latents are needed and were not
+    packed, and for missing shards. With `on_error`='skip' missing shards are reported instead, and left out.
     """
 
     def __init__(self, *, path, form, mirrored, on_error="stop"):
@@ -30,19 +31,20 @@ class PackedLatents:
             theirs = index["form"].get(key)
             if theirs != ours:
                 raise UserError(
-                    f"{given} was packed with {key}={theirs!r}, not {ours!r}: set it back, or pack again into another "
-                    f"folder"
+                    f"{given} was packed with {key}={theirs!r}, not {ours!r}: set the key back, or pack again into "
+                    f"another folder"
                 )
         if mirrored and not index["mirrored"]:
-            raise UserError(f"{given} has no mirrored latents: pack again, or set config.dit.train.flip=False")
+            raise UserError(f"{given} holds no mirrored latents: pack again, or set config.dit.train.flip=False")
         self.class_names = tuple(index["class_names"])
         self._dtype, self._shape = jnp.dtype(index["dtype"]), tuple(index["shape"])
         self._each = 2 if index["mirrored"] else 1
-        there = [shard for shard in index["shards"] if packed_images.is_there(folder / shard["file"], shard, on_error)]
-        if not sum(shard["num_images"] for shard in there):
+        exists = packed_images.shard_exists
+        shards = [shard for shard in index["shards"] if exists(folder / shard["file"], shard, on_error)]
+        if not sum(shard["num_images"] for shard in shards):
             raise UserError(f"{given} holds no latents: pack again")
-        counts = [self._each * shard["num_images"] for shard in there]
-        self._records = packed_images.Records([str(folder / shard["file"]) for shard in there], counts)
+        counts = [self._each * shard["num_images"] for shard in shards]
+        self._records = packed_images.Records([str(folder / shard["file"]) for shard in shards], counts)
 
     def __len__(self):
         return len(self._records) // self._each
@@ -51,7 +53,7 @@ class PackedLatents:
         return self._example(self._each * index)
 
     def mirrored(self, index):
-        """Like self[index], but of the mirrored image."""
+        """Return self[index] of the mirrored image."""
         return self._example(self._each * index + 1)
 
     def _example(self, row):
@@ -65,9 +67,9 @@ class PackedLatents:
 
 
 def records(latents, labels, numbers):
-    """Bytes of the records of latents [B, 1 or 2 (plain, mirrored), h, w, D]; `numbers` are the images'.
+    """Yield the records, bytes, of latents [B, 1 or 2 (plain, mirrored), h, w, D] of the images with `numbers`.
 
-    Raises UserError for a latent that is not finite in this dtype.
+    Raises UserError for a latent that is not finite in its dtype.
     """
     for pair, label, number in zip(latents, labels, numbers, strict=True):
         if not np.isfinite(pair).all():

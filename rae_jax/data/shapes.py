@@ -1,13 +1,13 @@
 """Procedural images of ten shapes: a data set that needs no download.
 
-Image i of a split depends on (seed, split, i) alone, so any part of it can be drawn anywhere, in any order.
+Image i of a split depends on (seed, split, i) alone, so any image can be drawn in any process and in any order.
 """
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SUPERSAMPLE = 4  # antialiasing: shapes are drawn this much larger, then averaged
-MAX_ROTATION = 15.0  # degrees, so that "which way is up" stays part of what a shape is
+SUPERSAMPLE = 4  # antialiasing: shapes are drawn larger by this factor, then averaged
+MAX_ROTATION = 15.0  # degrees: small, so that orientation is part of a shape
 MIN_CONTRAST = 0.6  # Euclidean RGB distance of the shape from every part of the background
 
 
@@ -39,7 +39,7 @@ def _arrow():
     return np.array([(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 0.95), (-0.3, 0.95), (-0.3, -0.1), (-0.8, -0.1)], float)
 
 
-# A shape is a list of (polygon in the unit disc with y pointing down, fill), painted in order.
+# A shape is a list of (polygon in the unit disc with y pointing down, fill), drawn in this order.
 _DISC = _ring_of_points(48)
 SHAPES = {
     "disc": [(0.95 * _DISC, 255)],
@@ -57,7 +57,7 @@ CLASS_NAMES = tuple(SHAPES)
 
 
 def _coverage(shape, centre, radius, rotation, size):
-    """Fraction of each pixel that the shape covers, [size, size] in [0, 1]."""
+    """Return the fraction of each pixel that the shape covers, [size, size] in [0, 1]."""
     cos, sin = np.cos(rotation), np.sin(rotation)
     turn = np.array([[cos, sin], [-sin, cos]])
     canvas = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE))
@@ -69,7 +69,7 @@ def _coverage(shape, centre, radius, rotation, size):
 
 
 def _colours(rng):
-    """Two ends of the background's gradient and a colour for the shape that stands out from both."""
+    """Draw the two end colours of the background's gradient, and a colour of the shape that contrasts with both."""
     ends = rng.uniform(0.0, 1.0, (2, 3))
     background = np.stack([ends[0], ends.mean(0), ends[1]])
     while True:
@@ -96,7 +96,7 @@ def draw_shape(rng, shape, size):
 
 
 class Shapes:
-    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32}; classes in turn."""
+    """Random-access source of {'image': uint8 [size, size, 3], 'label': int32}; labels in turn."""
 
     class_names = CLASS_NAMES
 

@@ -1,4 +1,4 @@
-"""Shards of records, written so that one that counts is whole, and long work goes on where it was interrupted."""
+"""Write shards of records: a finished shard is whole, and interrupted work is resumed."""
 
 import contextlib
 import hashlib
@@ -7,24 +7,26 @@ import json
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from rae_jax.data import packed_images
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import atomic_files
 
 _REQUEST = "request.json"
 
 
 def claim(output, request):
-    """Make the folder `output` for a request (a dict), or go on with the same one.
+    """Make the folder `output` for a request (a dict), or accept the folder of an equal request, to resume it.
 
-    Raises UserError where anything else lies there, which is left alone, and where it cannot be written.
+    Raises UserError if the folder holds other files, which are left unchanged, and if it cannot be written.
     """
     path = output / _REQUEST
     try:
         output.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read(path) != json.loads(json.dumps(request)):
-            raise UserError(f"--output={output} holds something else, or in another form: choose another folder")
-        begun = {path, atomic_files.unfinished_of(path)}  # by one that was killed before it could say more
-        if not path.exists() and set(output.iterdir()) - begun:
+            raise UserError(
+                f"--output={output} holds shards of other data or with other options: choose another folder"
+            )
+        own = {path, atomic_files.unfinished_of(path)}  # a killed process may have left the unfinished file
+        if not path.exists() and set(output.iterdir()) - own:
             raise UserError(f"--output={output} is not empty: choose another folder")
         atomic_files.write_text(path, json.dumps(request))
     except OSError as error:
@@ -39,12 +41,12 @@ def _read(path):
 
 
 def name(split, number, count):
-    """The file of a shard."""
+    """Return the name of the file of a shard."""
     return f"{split}-{number:05d}-of-{count:05d}.array_record"
 
 
 def finished(file):
-    """What `finish` was given for this shard; None where it is not there, or not whole."""
+    """Return the result that `finish` stored for a shard; None if the shard does not exist or is not whole."""
     done = file.with_suffix(".json")
     try:
         return json.loads(done.read_text()) if file.exists() else None
@@ -53,14 +55,16 @@ def finished(file):
 
 
 def write(file, records, check):
-    """Write records (an iterable of bytes) to a shard, read it back, put it in place; returns their number.
+    """Write records (an iterable of bytes) to a shard, read it back, put it in place; return the number of records.
 
-    `check(data)` raises what is wrong with a record that was read back. Raises UserError where the file cannot be
-    written, or does not hold what was written.
+    `check(data)` raises an error if a record that was read back is wrong. Raises UserError if the file cannot be
+    written, or does not hold the records that were written.
     """
     unfinished, digests = file.with_suffix(".unfinished"), []
     with _writing(unfinished):
-        writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")  # images are compressed, latents noise
+        writer = ArrayRecordWriter(
+            str(unfinished), "group_size:1,uncompressed"
+        )  # images are compressed already, latents are noise
     try:
         for data in records:
             with _writing(unfinished):
@@ -76,7 +80,7 @@ def write(file, records, check):
 
 
 def finish(file, result):
-    """Note `result` (a dict), without which the shard does not count."""
+    """Store `result` (a dict) next to a shard, which marks the shard as finished."""
     with _writing(file):
         atomic_files.write_text(file.with_suffix(".json"), json.dumps(result))
     return result
@@ -86,9 +90,11 @@ def finish(file, result):
 def _writing(file):
     try:
         yield
-    except (OSError, RuntimeError) as error:  # the latter is ArrayRecord's
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be written ({reason}): make room, and the same command goes on") from error
+    except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
+        reason = one_line(error)
+        raise UserError(
+            f"{file} cannot be written ({reason}): make room, and run the same command to resume"
+        ) from error
 
 
 def _verify(file, digests, check):
@@ -100,6 +106,10 @@ def _verify(file, digests, check):
             same = same and hashlib.sha256(data).digest() == digest
             check(data)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file} cannot be read back ({error}): is the disk full or failing?") from error
+        raise UserError(
+            f"{file} cannot be read back ({error}): check that the disk is neither full nor failing"
+        ) from error
     if not same:
-        raise UserError(f"{file} does not hold what was written: is the disk full or failing?")
+        raise UserError(
+            f"{file} does not hold the records that were written: check that the disk is neither full nor failing"
+        )

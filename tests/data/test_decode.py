@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_named(tmp_path, name):
         read_image(tmp_path / name, 256)
     text = str(refusal.value)
     assert text.startswith(f"cannot read the image {tmp_path / name} (") and text.endswith(
-        "): mend it, or leave it out (on_error=skip)"
+        "): repair it, or leave it out (on_error=skip)"
     )
     assert "\n" not in text
 

@@ -133,7 +133,7 @@ def test_packing_goes_on_where_it_was(config, packed, tmp_path):
     changed = [file.name for file in times if file.stat().st_mtime_ns != times[file]]
     assert changed == ["train-00001-of-00003.array_record"]
     assert {file.name: file.read_bytes() for file in packed.iterdir()} == before
-    with pytest.raises(UserError, match="in another form"):
+    with pytest.raises(UserError, match="or with other options"):
         pack_latents.pack(config, packed, _mesh(), **{**FORM, "dtype": "bfloat16"})
 
 

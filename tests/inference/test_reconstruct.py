@@ -143,7 +143,7 @@ def test_one_file_without_networks(folder, tmp_path):
 def test_a_broken_file_and_an_empty_folder_are_named(folder, tmp_path):
     """And where the broken file is left out, the metrics are means over all the others, of two batches."""
     (folder / "star" / "2.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: mend it, or leave it out"):
+    with pytest.raises(UserError, match="cannot read the image .*star/2.png .*: repair it, or leave it out"):
         _reconstruct(_shipped(), folder, tmp_path)
     config = _shipped()
     config.data.on_error, config.evaluate.batch_size = "skip", 8

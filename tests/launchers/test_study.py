@@ -167,7 +167,7 @@ def test_a_wrong_flag_is_reported_in_one_line(tmp_path):
     done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
     said = "error: --only=depth cannot work: choose from width, schedule, noise, head, vae, encoders, guidance, reuse\n"
     assert done.returncode == 2 and done.stderr == said and not any(tmp_path.iterdir())
-    with pytest.raises(UserError, match="^--data='nowhere' is not there: name a folder"):
+    with pytest.raises(UserError, match="^--data='nowhere' does not exist: name a folder"):
         command.run([], tmp_path, "fast", 1, 1, "nowhere", False)
     with pytest.raises(UserError, match="^--workdir='/dev/null/study' cannot be used"):
         command.run([], "/dev/null/study", "fast", 1, 1, "", False)
@@ -219,7 +219,7 @@ def test_the_width_experiment(one_device, tmp_path, monkeypatch):
     assert work.results(jobs[0]) == [] and work.results(jobs[1]) is None
 
     assert pool.run(jobs, 1, said.append) == {}
-    assert "going on from step" in (tmp_path / "width" / "16" / "seed_0" / "log.txt").read_text()
+    assert "resuming from step" in (tmp_path / "width" / "16" / "seed_0" / "log.txt").read_text()
     assert not any("starts: foundations/image" in line for line in said)
     said.clear()
     assert pool.run(jobs, 1, said.append) == {} and said == []
