@@ -1,4 +1,4 @@
-"""Define what all experiments share: changes to configs/small.py, sizes, and weights that several experiments use.
+"""Settings that all experiments share: changes to configs/small.py, sizes, and weights that several experiments use.
 
     python -m launch.study [--only=width,noise] [--size=fast|full|large]
 
@@ -17,8 +17,8 @@ An experiment is a file in this folder, whose get_config() returns plain data:
     plots            [{'y', 'x', 'series', ...}], see launch/study/plots.py
     note             how to read the numbers
 
-Keys are those of configs/small.py without `config.`. Later entries override earlier ones, in this order: RUN, config,
-SIZES, sizes, variant.
+Keys are the keys of configs/small.py without `config.`. Later entries override earlier ones, in this order: RUN,
+config, SIZES, sizes, variant.
 """
 
 # Short runs of the small job. `@main`: the weights of the main foundation.

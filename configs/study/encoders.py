@@ -10,6 +10,42 @@ from configs.study import base
 _LAYERS = {"encoder.layers": (1, 3, 5)}
 
 
+def _compare():
+    """Return the comparisons of the experiment."""
+    return [
+        {
+            "says": "trained weights give a lower fd than random ones",
+            "metric": "fd",
+            "lower": ["trained, last layer"],
+            "higher": ["random weights"],
+        },
+        {
+            "says": "trained weights reconstruct better than random ones (psnr)",
+            "metric": "psnr",
+            "lower": ["random weights"],
+            "higher": ["trained, last layer"],
+        },
+        {
+            "says": "several layers reconstruct better than the last (psnr)",
+            "metric": "psnr",
+            "lower": ["trained, last layer"],
+            "higher": ["trained, mean of three layers"],
+        },
+        {
+            "says": "several layers give a lower fd than the last",
+            "metric": "fd",
+            "lower": ["trained, mean of three layers"],
+            "higher": ["trained, last layer"],
+        },
+        {
+            "says": "the linear probe reads more from trained weights, pooled",
+            "metric": "probe_pooled",
+            "lower": ["random weights"],
+            "higher": ["trained, last layer"],
+        },
+    ]
+
+
 def get_config():
     return {
         "title": "Encoders: trained or random, last layer or several",
@@ -21,7 +57,7 @@ def get_config():
             ("mean of seven layers", "0.29, 22.6"),
         ],
         "foundations": {
-            # One step at the start of the warm-up, with a rate of 0: the weights stay those of the initialisation.
+            # One step at the start of the warm-up, with a rate of 0: the weights stay as initialised.
             "random_encoder": {
                 "config": {
                     "stages": ("encoder", "statistics"),
@@ -40,38 +76,7 @@ def get_config():
         },
         "sizes": {"fast": {}},
         "measure": ("reconstruction", "probe", "generation"),
-        "compare": [
-            {
-                "says": "trained weights give a lower fd than random ones",
-                "metric": "fd",
-                "lower": ["trained, last layer"],
-                "higher": ["random weights"],
-            },
-            {
-                "says": "trained weights reconstruct better than random ones (psnr)",
-                "metric": "psnr",
-                "lower": ["random weights"],
-                "higher": ["trained, last layer"],
-            },
-            {
-                "says": "several layers reconstruct better than the last (psnr)",
-                "metric": "psnr",
-                "lower": ["trained, last layer"],
-                "higher": ["trained, mean of three layers"],
-            },
-            {
-                "says": "several layers give a lower fd than the last",
-                "metric": "fd",
-                "lower": ["trained, mean of three layers"],
-                "higher": ["trained, last layer"],
-            },
-            {
-                "says": "the linear probe reads more from trained weights, pooled",
-                "metric": "probe_pooled",
-                "lower": ["random weights"],
-                "higher": ["trained, last layer"],
-            },
-        ],
+        "compare": _compare(),
         "columns": ["fd", "agreement", "psnr", "rfd", "probe_pooled", "probe_whole"],
         "plots": [{"y": "fd"}, {"y": "psnr"}, {"y": "probe_pooled"}],
         "note": "Each encoder and seed has a decoder and a DiT of its own. fd and rfd use the features of the trained "

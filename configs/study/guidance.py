@@ -10,8 +10,32 @@ from configs.study import base
 _CFG, _AUTO = (1.5, 2.5), (1.5, 2.5)
 
 
+def _compare():
+    """Return the comparisons of the experiment."""
+    return [
+        {
+            "says": "AutoGuidance at 1.5 lowers fd against none",
+            "metric": "fd",
+            "lower": ["autoguidance 1.5"],
+            "higher": ["none"],
+        },
+        {
+            "says": "AutoGuidance at 1.5 has a lower fd than classifier-free guidance at 1.5",
+            "metric": "fd",
+            "lower": ["autoguidance 1.5"],
+            "higher": ["cfg 1.5"],
+        },
+        {
+            "says": "classifier-free guidance at 2.5 raises agreement against none",
+            "metric": "agreement",
+            "lower": ["none"],
+            "higher": ["cfg 2.5"],
+        },
+    ]
+
+
 def get_config():
-    cfg, auto = ([f"{name} {scale}" for scale in of] for name, of in (("cfg", _CFG), ("autoguidance", _AUTO)))
+    cfg, auto = ([f"{name} {scale}" for scale in scales] for name, scales in (("cfg", _CFG), ("autoguidance", _AUTO)))
     return {
         "title": "AutoGuidance, classifier-free guidance, none",
         "claim": "With guidance by a weaker model (AutoGuidance), samples are closer to the data than without guidance "
@@ -48,26 +72,7 @@ def get_config():
             }
         },
         "measure": ("generation", "flops"),
-        "compare": [
-            {
-                "says": "AutoGuidance at 1.5 lowers fd against none",
-                "metric": "fd",
-                "lower": ["autoguidance 1.5"],
-                "higher": ["none"],
-            },
-            {
-                "says": "AutoGuidance at 1.5 has a lower fd than classifier-free guidance at 1.5",
-                "metric": "fd",
-                "lower": ["autoguidance 1.5"],
-                "higher": ["cfg 1.5"],
-            },
-            {
-                "says": "classifier-free guidance at 2.5 raises agreement against none",
-                "metric": "agreement",
-                "lower": ["none"],
-                "higher": ["cfg 2.5"],
-            },
-        ],
+        "compare": _compare(),
         "columns": ["fd", "agreement", "sampling_gflops"],
         "plots": [
             {"y": y, "x": "guidance.scale", "series": {"cfg": ["none", *cfg], "autoguidance": ["none", *auto]}}

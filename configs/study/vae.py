@@ -20,6 +20,36 @@ _VAE = {
 }
 
 
+def _compare(rae, vae):
+    """Return the comparisons of the experiment."""
+    return [
+        {
+            "says": "DiT^DH has a lower fd on RAE than on VAE latents",
+            "metric": "fd",
+            "lower": [f"{rae}, DiT^DH"],
+            "higher": [f"{vae}, DiT^DH"],
+        },
+        {
+            "says": "a plain DiT has a lower fd on RAE than on VAE latents",
+            "metric": "fd",
+            "lower": [f"{rae}, plain"],
+            "higher": [f"{vae}, plain"],
+        },
+        {
+            "says": "the linear probe reads more from RAE's latents, pooled",
+            "metric": "probe_pooled",
+            "lower": [f"{vae}, DiT^DH"],
+            "higher": [f"{rae}, DiT^DH"],
+        },
+        {
+            "says": "and from the whole latents",
+            "metric": "probe_whole",
+            "lower": [f"{vae}, DiT^DH"],
+            "higher": [f"{rae}, DiT^DH"],
+        },
+    ]
+
+
 def get_config():
     rae, vae = "RAE, 8x8x64", "VAE, 8x8x4"
     return {
@@ -62,32 +92,7 @@ def get_config():
         },
         "sizes": {"fast": base.kept_every(2), "large": base.kept_every(10_000)},
         "measure": ("reconstruction", "probe", "flops", "generation"),
-        "compare": [
-            {
-                "says": "DiT^DH has a lower fd on RAE than on VAE latents",
-                "metric": "fd",
-                "lower": [f"{rae}, DiT^DH"],
-                "higher": [f"{vae}, DiT^DH"],
-            },
-            {
-                "says": "a plain DiT has a lower fd on RAE than on VAE latents",
-                "metric": "fd",
-                "lower": [f"{rae}, plain"],
-                "higher": [f"{vae}, plain"],
-            },
-            {
-                "says": "the linear probe reads more from RAE's latents, pooled",
-                "metric": "probe_pooled",
-                "lower": [f"{vae}, DiT^DH"],
-                "higher": [f"{rae}, DiT^DH"],
-            },
-            {
-                "says": "and from the whole latents",
-                "metric": "probe_whole",
-                "lower": [f"{vae}, DiT^DH"],
-                "higher": [f"{rae}, DiT^DH"],
-            },
-        ],
+        "compare": _compare(rae, vae),
         "columns": ["fd", "agreement", "psnr", "rfd", "probe_pooled", "probe_whole", "forward_gflops"],
         "plots": [
             {"y": "fd", "x": "step", "by_step": True},

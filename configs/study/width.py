@@ -10,6 +10,33 @@ def _sizes(width, depth=4):
     return {"dit.width": width, "dit.num_heads": max(1, width // 32), "dit.depth": depth}
 
 
+def _compare():
+    """Return the comparisons of the experiment."""
+    return [
+        {
+            "says": "width 64 and 128 reach a lower loss than any narrower DiT",
+            "metric": "loss",
+            "lower": ["64", "128"],
+            "higher": ["16", "32", "32, twice the depth"],
+        },
+        {
+            "says": "twice the depth at width 32 does not bring the loss below (D - d) / D = 0.5",
+            "metric": "loss",
+            "lower": [("32, twice the depth", "bound")],
+            "higher": ["32, twice the depth"],
+        },
+        *(
+            {
+                "says": f"the loss of width {width} is above the bound by eigenvalues",
+                "metric": "loss",
+                "lower": [(str(width), "eigenvalue_bound")],
+                "higher": [str(width)],
+            }
+            for width in (16, 32)
+        ),
+    ]
+
+
 def get_config():
     return {
         "title": "Width of the DiT against the dimension of a token",
@@ -45,29 +72,7 @@ def get_config():
         },
         "sizes": {"fast": {"dit.head_depth": 0, "dit.train.num_steps": 60, "dit.train.learning_rate": 5e-3}},
         "measure": ("loss", "bounds"),
-        "compare": [
-            {
-                "says": "width 64 and 128 reach a lower loss than any narrower DiT",
-                "metric": "loss",
-                "lower": ["64", "128"],
-                "higher": ["16", "32", "32, twice the depth"],
-            },
-            {
-                "says": "twice the depth at width 32 does not bring the loss below (D - d) / D = 0.5",
-                "metric": "loss",
-                "lower": [("32, twice the depth", "bound")],
-                "higher": ["32, twice the depth"],
-            },
-            *(
-                {
-                    "says": f"the loss of width {width} is above the bound by eigenvalues",
-                    "metric": "loss",
-                    "lower": [(str(width), "eigenvalue_bound")],
-                    "higher": [str(width)],
-                }
-                for width in (16, 32)
-            ),
-        ],
+        "compare": _compare(),
         "columns": ["loss", "bound", "eigenvalue_bound"],
         "plots": [
             {
