@@ -67,7 +67,7 @@ def test_downloads_from_the_hub_are_checked_against_their_hash(tmp_path, name):
     path = _cached_file(tmp_path / "whole", name, b"hello world")
     assert hub._verified(path) == path
     path = _cached_file(tmp_path / "garbled", name, b"hello worle")
-    with pytest.raises(UserError, match="model.safetensors did not arrive as the hub has it"):
+    with pytest.raises(UserError, match="model.safetensors is not as the hub has it"):
         hub._verified(path)
     assert not path.exists() and not (tmp_path / "garbled" / "blobs" / name).exists()
 
