@@ -18,7 +18,7 @@ from rae_jax.cli import benchmark, demo, evaluate, reconstruct, sample, train
 from rae_jax.cli import compile as compile_mode
 from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 from rae_jax.profiling import timing
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
 from rae_jax.training.loop import DivergedRun, InterruptedRun
@@ -93,7 +93,7 @@ def _run(argv):
     logging.set_verbosity(logging.INFO if given.debug else logging.FATAL)
     signal.signal(signal.SIGTERM, _terminate)  # outside of the training loop, which handles it
     try:
-        with shutdown.together((DivergedRun, InterruptedRun)):
+        with shutdown.end_together((DivergedRun, InterruptedRun)):
             _run_mode(given)
     except DivergedRun as stop:
         print(f"error: {stop}; lower the stage's learning_rate, or set clip_norm", file=sys.stderr)
@@ -142,8 +142,9 @@ def _run_mode(given):
     except (OSError, MemoryError) as error:  # of the machine, not of the program
         if given.debug:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        command_line.fail(f"{reason}; run again to resume from the last checkpoint, or with --debug for the traceback")
+        command_line.fail(
+            f"{one_line(error)}; run again to resume from the last checkpoint, or with --debug for the traceback"
+        )
 
 
 class _Terminated(KeyboardInterrupt):

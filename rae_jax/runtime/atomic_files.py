@@ -1,10 +1,12 @@
-"""Files that are there whole or not at all, whatever interrupts their writing."""
+"""Writing of files that are complete or do not exist, even if the write is interrupted."""
 
 from etils import epath
 
+from rae_jax.errors import one_line
+
 
 def write_text(path, text):
-    """All of a file or nothing. Raises OSError where it cannot be written; what was there before stays."""
+    """Write a whole file or nothing. Raises OSError if the file cannot be written; its old content then stays."""
     path = epath.Path(path)
     if "://" in str(path):  # an object store shows an object once it is complete
         path.write_text(text)
@@ -19,9 +21,9 @@ def write_text(path, text):
 
 
 def append_text(path, text):
-    """Add to the end of a file, which may not be there yet."""
+    """Append text to a file; create the file if it does not exist."""
     path = epath.Path(path)
-    if "://" in str(path):  # an object store has no appending
+    if "://" in str(path):  # an object store cannot append
         path.write_text((path.read_text() if path.exists() else "") + text)
         return
     with path.open("a") as file:
@@ -29,10 +31,10 @@ def append_text(path, text):
 
 
 def reason(error):
-    """Why something could not be written or read, in one line; what object stores' libraries raise has no errno."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    """Return the reason of a failed read or write as one line. Errors of object stores' libraries have no errno."""
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def unfinished_of(path):
-    """Where a file lies until it is whole; a run that is killed may leave it behind."""
+    """Return the path of a file while it is being written; a run that is killed may leave this path behind."""
     return path.with_name(f"{path.name}.unfinished")

@@ -8,24 +8,24 @@ import zlib
 from rae_jax.runtime import atomic_files
 
 NAME = "manifest.json"
-_NOTE = "_CHECKPOINT_METADATA"  # Orbax's, written once more at the end; nothing is read from it
+_NOTE = "_CHECKPOINT_METADATA"  # a file that Orbax writes again at the end; nothing reads it
 _CHUNK = 2**22  # bytes
 
 
 def write(folder, score):
-    """Write the manifest of a folder that is whole but for it."""
+    """Write the manifest of a folder that holds all other files."""
     (folder / NAME).write_text(json.dumps({"score": score, "files": _fingerprints(folder)}))
 
 
 def note_score(path, score):
-    """Give a checkpoint the score that it was written without; one without a manifest has none."""
+    """Add the score to a checkpoint that was written without one; do nothing if it has no manifest."""
     file = path / NAME
     if file.exists():
         atomic_files.write_text(file, json.dumps({**json.loads(file.read_text()), "score": score}))
 
 
 def score(path):
-    """The score that a checkpoint was written with, or None."""
+    """Return the score of a checkpoint, or None."""
     try:
         found = json.loads((path / NAME).read_text())["score"]
         return found if math.isfinite(found) else None
@@ -34,9 +34,10 @@ def score(path):
 
 
 def damage(path):
-    """What is wrong with a finished checkpoint, in words; None where all is as its manifest says.
+    """Return the damage of a finished checkpoint in words; None if its files agree with its manifest.
 
-    One without a manifest is of an earlier version, and nothing can be said. Raises OSError where it cannot be reached.
+    A checkpoint without a manifest is from an earlier version and counts as undamaged. Raises OSError if the checkpoint
+    cannot be reached.
     """
     try:
         manifest = json.loads((path / NAME).read_text())["files"]
@@ -44,7 +45,7 @@ def damage(path):
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{NAME} is garbled"
+        return f"{NAME} is not readable"
     missing = next((name for name in expected if not (path / name).exists()), None)
     if missing is not None:
         return f"{missing} is missing"
@@ -52,13 +53,13 @@ def damage(path):
     for name, (size, checksum) in expected.items():
         if found[name][0] != size:
             return f"{name} has {found[name][0]} bytes, not {size}"
-        if None not in (checksum, found[name][1]) and found[name][1] != checksum:  # copied to or from an object store
-            return f"{name} is not what was written"
+        if None not in (checksum, found[name][1]) and found[name][1] != checksum:  # None: written by an object store
+            return f"{name} differs from the file that was written"
     return None
 
 
 def set_aside(path):
-    """Rename a damaged checkpoint, so that it no longer counts; returns the new path."""
+    """Rename a damaged checkpoint, so that it no longer counts; return the new path."""
     taken = sum(other.name.startswith(f"{path.name}.damaged") for other in path.parent.iterdir())
     aside = path.with_name(f"{path.name}.damaged" + (f"-{taken}" if taken else ""))
     path.rename(aside)
@@ -66,7 +67,7 @@ def set_aside(path):
 
 
 def _fingerprints(folder, names=None):
-    """{name: (size, CRC-32)} of the files in a folder. What lies in an object store was checked on its way there."""
+    """Return {name: (size, CRC-32)} of the files in a folder; CRC-32 is None in object stores, which check uploads."""
     if names is None:
         names = sorted(str(path.relative_to(folder)) for path in _walk(folder))
     remote = "://" in str(folder)

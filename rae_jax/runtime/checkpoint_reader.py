@@ -1,4 +1,4 @@
-"""Checkpoints of a stage, read without a writer: which exist, and parts of their state."""
+"""Reading of a stage's checkpoints without a writer: the existing steps, and parts of their state."""
 
 import jax
 import orbax.checkpoint as ocp
@@ -9,15 +9,15 @@ from rae_jax.runtime import checkpoint_manifest, processes
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that was whole when it was written, and no longer is; `path` names it."""
+    """A checkpoint that was complete when it was written and is damaged now; `path` names it."""
 
     def __init__(self, path, reason):
-        super().__init__(f"the checkpoint {path} is damaged ({reason}): move it away, and --mode=train makes it again")
+        super().__init__(f"the checkpoint {path} is damaged ({reason}): move it away, and run --mode=train again")
         self.path, self.reason = path, reason
 
 
 def steps(folder):
-    """Steps of the finished checkpoints in a stage's folder, in order; creates nothing."""
+    """Return the steps of the finished checkpoints in a stage's folder, in order; create nothing."""
     folder = epath.Path(folder)
     if not folder.is_dir():
         return []
@@ -26,16 +26,16 @@ def steps(folder):
 
 
 def latest_step(folder):
-    """Newest finished checkpoint's step in a stage's folder, or None; creates nothing.
+    """Return the step of the newest finished checkpoint in a stage's folder, or None; create nothing.
 
-    To be called by all processes: the first one's answer is all others', who may see what it has written later.
+    All processes must call it and get the first process's answer: the others may see new files later than the first.
     """
     newest = int(processes.agreed(max(steps(folder) if jax.process_index() == 0 else (), default=-1)))
     return None if newest < 0 else newest
 
 
 def restore_entries(folder, step, abstract):
-    """Some top-level entries of a stage's state; `abstract` holds just those, with shapes and shardings.
+    """Return the top-level entries of a stage's state that `abstract` holds, which has their shapes and shardings.
 
     Raises DamagedCheckpoint.
     """
@@ -51,8 +51,10 @@ def restore_entries(folder, step, abstract):
 
 
 def position(folder, step):
-    """That of the data iterator when a checkpoint was written, as `BatchIterator.get_state` gives it; None where an
-    earlier version wrote it."""
+    """Return the data iterator's position in a checkpoint, as `BatchIterator.get_state` returned it.
+
+    None if an earlier version wrote the checkpoint.
+    """
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(absolute(folder) / str(step) / "data")
@@ -61,17 +63,18 @@ def position(folder, step):
 
 
 def absolute(path):
-    """A path as Orbax takes it: a local one absolute. A bucket's is, and would become a local one by `resolve`."""
+    """Return the absolute path that Orbax needs. A bucket's path is absolute; `resolve` would make it a local one."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.resolve()
 
 
 def inside(folder):
-    """The paths in a folder; none in one that is empty, which buckets do not have."""
+    """Return the paths in a folder; an empty list if it does not exist, because buckets have no empty folders."""
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def is_unfinished(path):
+    """Return whether a path is a checkpoint whose write has not finished."""
     if ".orbax-checkpoint-tmp" in path.name:
         return True
     return path.name.isdecimal() and not ocp.utils.is_checkpoint_finalized(path)

@@ -1,8 +1,9 @@
 """Gathering and scattering over the mesh's fsdp axis, inside a shard_map; on TPU in two steps of rings.
 
 The TPU compiler turns a scattered sum over a whole slice of two or three axes (v6e:4x4, v6e:8x8, v5p:4x4x4) into an
-all-reduce, which sends twice as much, and there gathers small arrays by one of zeros, too. Over groups of neighbours,
-and then over those of their peers, it leaves both as they are, and what is sent is the same as in one ring.
+all-reduce, which sends twice as much. On these slices it also gathers small arrays by an all-reduce of zeros. In two
+steps, over groups of neighbours and then over groups of their peers, the compiler keeps both operations, and the bytes
+sent are the same as in one ring.
 """
 
 import functools
@@ -11,17 +12,17 @@ import math
 import jax
 
 AXIS = "fsdp"
-FEWEST = 16  # devices; among fewer one ring is left as it is
+FEWEST = 16  # devices; fewer devices use one ring
 
 
 def gather(part, axis):
-    """The parts of all devices side by side along `axis`."""
+    """Return the parts of all devices, concatenated along `axis`."""
     one, two = (functools.partial(_gather, axis=axis, rings=rings) for rings in ((None,), _rings()))
     return jax.lax.platform_dependent(part, tpu=two, default=one)
 
 
 def scatter(whole, axis):
-    """This device's part, along `axis`, of the sum over all devices."""
+    """Return this device's part, along `axis`, of the sum over all devices."""
     one, two = (functools.partial(_scatter, axis=axis, rings=rings) for rings in ((None,), _rings()))
     return jax.lax.platform_dependent(whole, tpu=two, default=one)
 
@@ -31,7 +32,7 @@ def _rings():
 
 
 def split(size):
-    """The steps, outer one first, in which `size` devices meet: for each the groups of their indices; None: all."""
+    """Return each step's groups of device indices, outer step first, of `size` devices; None: one group of all."""
     inner = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
     if size < FEWEST or inner == 1:
         return (None,)
@@ -46,7 +47,7 @@ def _gather(part, *, axis, rings):
         for groups in reversed(rings):
             part = jax.lax.all_gather(part, AXIS, axis=axis, tiled=True, axis_index_groups=groups)
         return part
-    # Along axes of their own: rows that do not fill the tiles of a TPU's memory are gathered by an all-reduce else.
+    # Gather along new axes: otherwise rows that do not fill the tiles of a TPU's memory are gathered by an all-reduce.
     rest = part.shape[1:]
     for groups in reversed(rings):
         part = jax.lax.all_gather(part, AXIS, axis_index_groups=groups)

@@ -1,4 +1,4 @@
-"""Flags and ends of all commands: a mistake in the flags is one line on stderr, exit status 2, and no traceback."""
+"""Flags and exit status of all commands: a mistake in the flags is one line on stderr, status 2, and no traceback."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import sys
 
 from absl import flags
 
+from rae_jax import errors
 from rae_jax.errors import UserError
 from rae_jax.runtime import processes, shutdown
 
@@ -14,7 +15,7 @@ RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL
 
 
 def plain_parser(argv, values=flags.FLAGS):
-    """Parse the flags as absl does; a mistake is one line."""
+    """Parse the flags as absl does; report a mistake as one line."""
     try:
         return _without_words(values(argv))
     except flags.Error as error:
@@ -39,8 +40,8 @@ def peers():
     except Exception as error:
         if isinstance(error, UserError) or not processes.lost_another(error):
             raise
-        shutdown.follow()
-        reason = " ".join(str(error).split())[:300]
+        shutdown.end_if_another_has()
+        reason = errors.one_line(error, longest=300)
         print(
             f"another process of this run is lost or cannot be reached ({reason}): run the same command again on all "
             f"hosts; it resumes from the last checkpoint",
@@ -65,6 +66,7 @@ def fail(message):
 
 
 def one_line(error):
+    """Return the message of an error of absl or ml_collections as one line, without the quotes of a repr."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n")
-    text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may come unpaired
+    text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may be unpaired
     return ": ".join(" ".join(line.split()) for line in text.splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""Where a run is computed: software, devices and revision, one line of environment.jsonl for each start."""
+"""The environment of a run: software, devices and revision, one line of environment.jsonl for each start."""
 
 import datetime
 import importlib.metadata
@@ -18,7 +18,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def record(workdir):
-    """Add a line to WORKDIR/environment.jsonl; of several processes the first one does."""
+    """Add a line to WORKDIR/environment.jsonl, in the first process."""
     if jax.process_index() != 0:
         return
     path = epath.Path(workdir) / FILE
@@ -26,7 +26,7 @@ def record(workdir):
 
 
 def starts(workdir):
-    """What `record` wrote, start by start; a line that was cut off ends it."""
+    """Return the dicts that `record` wrote, one for each start, up to the first truncated line."""
     path, found = epath.Path(workdir) / FILE, []
     for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -37,7 +37,7 @@ def starts(workdir):
 
 
 def describe():
-    """{name: what it is here}."""
+    """Return {name: value} of this environment."""
     devices = jax.devices()
     return {
         "began": f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -59,13 +59,13 @@ def _version(package):
 
 
 def _revision(checkout):
-    """Git's, with a word where files differ from it; '' where this is no checkout."""
+    """Return Git's revision, marked if tracked files differ from it; '' if the folder is not a checkout."""
     if not (checkout / ".git").exists():
         return ""
     try:
         revision = _git(checkout, "rev-parse", "--short=12", "HEAD")
         return f"{revision}, changed" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.SubprocessError):  # no git, or not one to be asked
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or it refuses or does not answer
         return ""
 
 

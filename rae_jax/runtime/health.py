@@ -1,4 +1,4 @@
-"""What is not as it should be while a stage trains: losses that are not finite, or leap. It knows no loss by heart."""
+"""Detection of failures of a stage in training: metrics that are not finite, and loss spikes, of any loss."""
 
 import collections
 import dataclasses
@@ -12,17 +12,17 @@ import numpy as np
 
 from rae_jax.runtime import atomic_files, logs
 
-WINDOW, ENOUGH = 200, 50  # losses that a new one is compared with: at most, at least
-SHOWN = 8  # images of a batch that the terminal names; incidents.jsonl has all
+WINDOW, ENOUGH = 200, 50  # recent losses that a new loss is compared with: at most, at least
+SHOWN = 8  # images of a batch that the terminal lists; incidents.jsonl lists all
 
 
 class DivergedRun(Exception):
-    """A metric was not finite; no checkpoint of that was written."""
+    """A metric was not finite; no checkpoint of that state was written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """config.health; 0 turns each of them off."""
+    """The settings of config.health; 0 turns a check off."""
 
     skip: int = 0
     spike: float = 0.0
@@ -34,9 +34,9 @@ OFF = Settings()
 
 
 def guarded(step, skip):
-    """A stage's `step`, or with `skip` one that leaves the state as it was, but for its count, where it is not finite.
+    """Return a stage's `step`; with `skip`, a step whose metrics are not finite changes only the step count.
 
-    A gradient that is not finite shows in its norm, which every stage has among its metrics.
+    Every stage reports the gradient's norm among its metrics, which shows a gradient that is not finite.
     """
     if not skip:
         return step
@@ -51,29 +51,29 @@ def guarded(step, skip):
 
 
 class Watch:
-    """Looks at every step's metrics once it has ended, so that nothing waits for them.
+    """Check of every step's metrics after the step has ended, so that the devices never wait for it.
 
-    `good()` says where to go on from. All processes see the same.
+    `describe_checkpoint()` returns the newest checkpoint in words. All processes see the same metrics.
     """
 
-    def __init__(self, stage, settings, incidents, good):
+    def __init__(self, stage, settings, incidents, describe_checkpoint):
         self._stage, self._places = stage.name, stage.batches.places_of_step
-        self._settings, self._incidents, self._good = settings, incidents, good
-        self._unseen, self._skipped, self._hushed = None, 0, 0
+        self._settings, self._incidents, self._describe_checkpoint = settings, incidents, describe_checkpoint
+        self._unchecked, self._skipped, self._quiet_until = None, 0, 0
         self._losses = collections.deque(maxlen=WINDOW)
 
     def began(self, step, metrics):
-        """A step has begun that will give these metrics; the one before has ended. Raises DivergedRun."""
+        """Register a step that has begun and its future metrics; check the step before it. Raises DivergedRun."""
         self.ended()
-        self._unseen = step, metrics
+        self._unchecked = step, metrics
 
     def ended(self):
-        """Wait for the newest step. Raises DivergedRun where it is not finite, and no more may be skipped."""
-        if self._unseen is not None:
-            (step, metrics), self._unseen = self._unseen, None
-            self._judge(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
+        """Wait for the newest step and check it. Raises DivergedRun if it is not finite and may not be skipped."""
+        if self._unchecked is not None:
+            (step, metrics), self._unchecked = self._unchecked, None
+            self._check(step, {name: float(value) for name, value in jax.device_get(metrics).items()})
 
-    def _judge(self, step, metrics):
+    def _check(self, step, metrics):
         if all(map(np.isfinite, metrics.values())):
             self._skipped = 0
             self._compare(step, metrics)
@@ -82,32 +82,32 @@ class Watch:
         values = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         batch = self._report("not finite", step, metrics)
         if self._skipped > self._settings.skip:
-            in_a_row = f" for the {self._skipped}th time in a row" if self._settings.skip else ""
+            in_a_row = f" in {self._skipped} steps in a row" if self._settings.skip else ""
             raise DivergedRun(
-                f"stage {self._stage!r} stopped at step {step}, where not all is finite{in_a_row}: {values}; {batch}; "
-                f"{self._good()}"
+                f"stage {self._stage!r} stopped at step {step}, metrics are not finite{in_a_row}: {values}; {batch}; "
+                f"{self._describe_checkpoint()}"
             )
         logs.say(
-            f"{self._stage}: the update of step {step} is left out, as not all is finite: {values}; {batch} "
-            f"({self._skipped} in a row, {self._settings.skip} may be)"
+            f"{self._stage}: the update of step {step} is skipped, metrics are not finite: {values}; {batch} "
+            f"({self._skipped} in a row; config.health.skip={self._settings.skip} allows {self._settings.skip})"
         )
 
     def _compare(self, step, metrics):
-        """Report a loss that lies far above the recent ones: as far as `spike` times their interquartile range."""
+        """Report a loss above the median of recent losses by more than `spike` times their interquartile range."""
         loss = metrics.get("loss")
         if loss is None or not self._settings.spike:
             return
-        if len(self._losses) >= ENOUGH and step >= self._hushed:
+        if len(self._losses) >= ENOUGH and step >= self._quiet_until:
             low, median, high = statistics.quantiles(self._losses, n=4)
             spread = max(high - low, 1e-3 * abs(median))
             if loss - median > self._settings.spike * spread:
                 batch = self._report("spike", step, metrics)
-                logs.say(f"{self._stage}: the loss leaps at step {step}: {loss:.4g}, lately {median:.4g}; {batch}")
-                self._hushed = step + ENOUGH
+                logs.say(f"{self._stage}: loss spike at step {step}: {loss:.4g}, recent median {median:.4g}; {batch}")
+                self._quiet_until = step + ENOUGH
         self._losses.append(loss)
 
     def _report(self, kind, step, metrics):
-        """Write an incident; returns the batch in words."""
+        """Write an incident; return the images of its batch in words."""
         epoch, indices = self._places(step)
         numbers = {name: value if np.isfinite(value) else str(value) for name, value in metrics.items()}
         self._incidents.write(kind, step=step, metrics=numbers, epoch=epoch, images=indices)
@@ -116,18 +116,18 @@ class Watch:
 
 
 class Incidents:
-    """Appends to incidents.jsonl what was not as it should be; a run never fails for it."""
+    """Writer of WORKDIR/incidents.jsonl; if it cannot be written, the run continues."""
 
     def __init__(self, workdir, stage):
         self._path, self._stage = workdir / "incidents.jsonl", stage
 
-    def write(self, kind, **what):
-        """One line: the time, the stage, the kind, and what there is to know."""
+    def write(self, kind, **details):
+        """Append one line: the time, the stage, the kind and the details."""
         if jax.process_index() != 0:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         try:
-            line = {"time": now, "stage": self._stage, "kind": kind, **what}
+            line = {"time": now, "stage": self._stage, "kind": kind, **details}
             atomic_files.append_text(self._path, json.dumps(line) + "\n")
-        except Exception as error:  # of many kinds, where a bucket is away
+        except Exception as error:  # of many kinds, if a bucket cannot be reached
             logs.say(f"cannot write to {self._path} ({atomic_files.reason(error)})")

@@ -1,7 +1,8 @@
-"""A thread beside the loop: heartbeat.json for whoever watches a run, and a line where a step takes far too long.
+"""A thread next to the training loop: it writes heartbeat.json for monitors, and reports a step that takes too long.
 
 heartbeat.json: 'stage', 'step' and 'num_steps'; 'doing' ('stepping', 'evaluating', 'saving', 'finished', 'stopped');
-'steps_per_second' lately; 'memory' in bytes, of the process and of the fullest device; 'time' (UTC), 'host', 'pid'.
+'steps_per_second' of recent steps; 'memory' in bytes, of the process and of the fullest device; 'time' (UTC), 'host',
+'pid'.
 """
 
 import collections
@@ -21,15 +22,15 @@ import jax
 
 from rae_jax.runtime import atomic_files, logs
 
-SHORTEST_STALL = 30.0  # seconds: below that nobody wants to know
-_STEPS, _ENOUGH = 50, 3  # that say how long a step usually takes: at most, at least
+SHORTEST_STALL = 30.0  # seconds; a shorter wait is never reported
+_STEPS, _ENOUGH = 50, 3  # recent steps that give the usual duration of a step: at most, at least
 
 
 class Heartbeat:
-    """A context manager. Every `every` seconds (0: never) the file is written, and the step is looked after.
+    """A context manager that writes the file and checks for a stalled step every `every` seconds (0: never).
 
-    A step that takes `stalled` times (0: any time) as long as usual is reported with what the loop is at. Whatever is
-    measured, is by the monotonic clock, which does not jump.
+    A step that takes `stalled` times as long as usual (0: no check) is reported with the loop's position in the code.
+    Durations are measured by the monotonic clock, which does not jump.
     """
 
     def __init__(self, workdir, stage, *, start, every, stalled, shortest_stall=SHORTEST_STALL):
@@ -37,7 +38,7 @@ class Heartbeat:
         self._every, self._stalled, self._shortest = every, stalled, shortest_stall
         self._step, self._doing, self._last = start, "starting", None
         self._seconds = collections.deque(maxlen=_STEPS)
-        self._loop, self._told = threading.get_ident(), 0.0
+        self._loop, self._reported = threading.get_ident(), 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -55,16 +56,16 @@ class Heartbeat:
             self._write()
 
     def beat(self, step):
-        """A step has been done."""
+        """Register a finished step."""
         now = time.monotonic()
         if self._last is not None:
             self._seconds.append(now - self._last)
-        self._step, self._last, self._told, self._doing = step, now, 0.0, "stepping"
+        self._step, self._last, self._reported, self._doing = step, now, 0.0, "stepping"
 
     @contextlib.contextmanager
-    def doing(self, what):
-        """Something else than steps, whose time is not theirs."""
-        self._doing = what
+    def doing(self, activity):
+        """Show another activity than steps while the block runs; its time does not count as the time of a step."""
+        self._doing = activity
         try:
             yield
         finally:
@@ -73,20 +74,20 @@ class Heartbeat:
     def _run(self):
         while not self._stop.wait(self._every):
             self._write()
-            self._look()
+            self._check_stalled()
 
     def _usual(self):
-        return statistics.median(tuple(self._seconds))  # copied at once: the loop goes on meanwhile
+        return statistics.median(tuple(self._seconds))  # a copy, because the loop appends meanwhile
 
-    def _look(self):
+    def _check_stalled(self):
         if not self._stalled or self._doing != "stepping" or len(self._seconds) < _ENOUGH:
             return
         usual, waited = self._usual(), time.monotonic() - self._last
-        if waited > max(self._stalled * usual, self._shortest, 2 * self._told):
-            self._told = waited
+        if waited > max(self._stalled * usual, self._shortest, 2 * self._reported):
+            self._reported = waited
             logs.say(
-                f"{self._stage}: step {self._step + 1} has taken {waited:.0f} s, where one takes {usual:.2g}; the loop "
-                f"is at {_place(self._loop)}",
+                f"{self._stage}: step {self._step + 1} has taken {waited:.0f} s so far, a step usually takes "
+                f"{usual:.2g} s; the loop is at {_place(self._loop)}",
                 everywhere=True,
             )
 
@@ -100,12 +101,12 @@ class Heartbeat:
             **{"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
             **{"host": socket.gethostname(), "pid": os.getpid()},
         }
-        with contextlib.suppress(Exception):  # a full disk, or a bucket that is away, is the checkpoints' to report
+        with contextlib.suppress(Exception):  # the checkpoints report a full disk, or a bucket that cannot be reached
             atomic_files.write_text(self._path, json.dumps(state, indent=1) + "\n")
 
 
 def _place(thread):
-    """Where a thread is: the calls in this package, the innermost last, and where those have led."""
+    """Return a thread's position: its last calls in this package, the innermost last, and the innermost call of all."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
     package = str(Path(__file__).parents[1])
     ours = [frame for frame in frames if frame.filename.startswith(package)]

@@ -1,4 +1,4 @@
-"""What a run says: metrics as JSON lines, to TensorBoard and Weights & Biases, progress on the terminal."""
+"""Output of a run: metrics to JSON lines, TensorBoard and Weights & Biases; progress to the terminal."""
 
 import contextlib
 import importlib.util
@@ -12,16 +12,17 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import atomic_files, processes
 
-PLAIN_LINE_EVERY = 10.0  # seconds between progress lines where standard error is not a terminal
+PLAIN_LINE_EVERY = 10.0  # seconds between progress lines if standard error is not a terminal
 
 
 class Metrics:
-    """Appends to metrics/STAGE.jsonl; lines after `step`, left by a run that went further, are dropped first.
+    """Writer of metrics/STAGE.jsonl; it first removes the lines after `step`, which a longer run has left.
 
-    What cannot be written, as the disk is full or away, is said once and kept for later: training goes on.
+    If the file cannot be written (a full disk, a lost mount), it reports this once, keeps the lines, and writes them
+    later.
     """
 
     def __init__(self, workdir, stage, *, step, tracker=None):
@@ -36,22 +37,22 @@ class Metrics:
         self._tensorboard = _tensorboard(epath.Path(workdir) / "tensorboard" / stage)
 
     def write(self, step, values):
-        """One line: `step`, then the numbers by name; what is not finite is left out, as JSON has no word for it."""
+        """Append one line: `step`, then the numbers by name. Numbers that are not finite are omitted: JSON has none."""
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
         row = {"step": step, **{name: value for name, value in values.items() if math.isfinite(value)}}
         try:
-            if self._kept:  # what was cut off then ends what can be read
+            if self._kept:  # a truncated line ends the readable rows
                 self._rewrite(read(self._path) + [*self._kept, row])
-                say(f"{self._path} can be written again: no line of it is lost")
+                say(f"{self._path} can be written again: no line is lost")
             else:
                 atomic_files.append_text(self._path, json.dumps(row) + "\n")
             self._kept = []
-        except Exception as error:  # of many kinds, where a bucket is away
+        except Exception as error:  # of many kinds, if a bucket cannot be reached
             if not self._kept:
                 reason = atomic_files.reason(error)
-                say(f"{self._path} cannot be written ({reason}): training goes on, its lines are kept")
+                say(f"{self._path} cannot be written ({reason}): training continues, the lines are kept")
             self._kept.append(row)
         if self._tensorboard:
             self._tensorboard.write_scalars(step, values)
@@ -59,7 +60,7 @@ class Metrics:
             self._tracker.write(self._stage, step, values)
 
     def lack_evaluation(self, step):
-        """Whether there is no line of an evaluation after this step. To be called by all processes."""
+        """Return whether the evaluation after this step has no line. All processes must call it."""
         found = [row for row in read(self._path) if row["step"] == step] if self._active else []
         return bool(processes.agreed(not any(key.startswith("eval/") for row in found for key in row)))
 
@@ -68,22 +69,23 @@ class Metrics:
 
 
 class WandB:
-    """A run of Weights & Biases for a workdir, taken up again by the same workdir; a context manager.
+    """A run of Weights & Biases for a workdir, which the same workdir resumes; a context manager.
 
-    Every metric of a stage is STAGE/NAME over STAGE/step. WANDB_MODE and the other variables of wandb hold. Raises
-    UserError where it cannot be begun.
+    Every metric of a stage is logged as STAGE/NAME over STAGE/step. WANDB_MODE and the other variables of wandb apply.
+    Raises UserError if the run cannot start.
     """
 
     def __init__(self, project, workdir, keys):
         import wandb
 
         workdir = epath.Path(workdir)
-        words = {"project": project, "name": workdir.name, "id": _run_id(workdir), "resume": "allow"}
+        settings = {"project": project, "name": workdir.name, "id": _run_id(workdir), "resume": "allow"}
         try:
-            self._run = wandb.init(**words, config=keys, dir=_local_folder(workdir))
+            self._run = wandb.init(**settings, config=keys, dir=_local_folder(workdir))
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"config.wandb={project!r}: {reason}; WANDB_MODE=offline needs no account") from error
+            raise UserError(
+                f"config.wandb={project!r}: {one_line(error)}; WANDB_MODE=offline needs no account"
+            ) from error
         self._stages = set()
 
     def __enter__(self):
@@ -93,7 +95,7 @@ class WandB:
         self._run.finish(exit_code=0 if kind is None else 1)
 
     def write(self, stage, step, values):
-        """The numbers by name after that step of a stage."""
+        """Log the numbers by name after a step of a stage."""
         if stage not in self._stages:
             self._stages.add(stage)
             self._run.define_metric(f"{stage}/step", hidden=True)
@@ -102,14 +104,14 @@ class WandB:
 
 
 def tracker(project, workdir, keys):
-    """Context manager of a WandB in the first process, where there is a project; of None elsewhere."""
+    """Return a WandB, a context manager, in the first process if a project is set; otherwise a context of None."""
     if not project or jax.process_index() != 0:
         return contextlib.nullcontext()
     return WandB(project, workdir, keys)
 
 
 def _run_id(workdir):
-    """The id that WORKDIR/wandb_id.txt keeps; a new one at first."""
+    """Return the id in WORKDIR/wandb_id.txt; create it if the file does not exist."""
     path = workdir / "wandb_id.txt"
     if not path.exists():
         path.write_text(secrets.token_hex(8))
@@ -117,12 +119,12 @@ def _run_id(workdir):
 
 
 def _local_folder(workdir):
-    """Where wandb keeps its own files: in the workdir; in its default place where that is not local."""
+    """Return the folder of wandb's own files: the workdir if it is local; otherwise None, wandb's default."""
     return None if "://" in str(workdir) else str(workdir)
 
 
 def read(path):
-    """The rows of a metrics file; a line cut off by a crash ends it."""
+    """Return the rows of a metrics file, up to the first line that a crash truncated."""
     path = epath.Path(path)
     rows = []
     for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
@@ -135,7 +137,7 @@ def read(path):
 
 
 class Progress:
-    """Steps done, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
+    """Progress in steps, rate and time left: a bar on a terminal; otherwise a line every ten seconds."""
 
     def __init__(self, name, *, total, start=0, unit="step"):
         self._show = jax.process_index() == 0
@@ -156,7 +158,7 @@ class Progress:
             self._line()
 
     def update(self, done, note=""):
-        """`done` of the total are done."""
+        """Show that `done` steps of the total are done."""
         self._done = done
         if self._bar:
             if note:
@@ -173,21 +175,21 @@ class Progress:
 
 
 def say(text, *, everywhere=False):
-    """A line for the person at the terminal; results go to standard output, this goes to standard error.
+    """Print a line for the user to standard error; results go to standard output.
 
-    Of several processes the first one speaks; with `everywhere`, each does.
+    The first process prints it; with `everywhere`, every process does.
     """
     if everywhere or jax.process_index() == 0:
-        with contextlib.suppress(OSError):  # a run does not end because its log's disk is full, or its terminal gone
+        with contextlib.suppress(OSError):  # a full disk or a closed terminal does not end a run
             print(text, file=sys.stderr, flush=True)
 
 
 def _tensorboard(folder):
-    if importlib.util.find_spec("tensorflow") is None:  # clu's writers need it; it is an extra
+    if importlib.util.find_spec("tensorflow") is None:  # an extra, which clu's writers need
         return None
     try:
         from clu import metric_writers
     except ImportError as error:
-        say(f"no TensorBoard: {error} (pip install -e '.[tensorboard]' mends it)")
+        say(f"no TensorBoard summaries ({error}): pip install -e '.[tensorboard]' adds them")
         return None
     return metric_writers.SummaryWriter(str(folder))

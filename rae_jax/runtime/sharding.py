@@ -14,23 +14,24 @@ from jax.sharding import PartitionSpec as P
 from rae_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # every batch, and every activation, is split over these axes
-# Where config.mesh leaves it open. XL's whole state is 0.8 GiB a device by then, and of 1152 channels every device has
-# 72, whole tiles of a TPU's memory: of 18, among 64 devices, what is gathered is copied once more for each product.
+BATCH = P(("data", "fsdp"))  # the axes that split every batch and every activation
+# The limit if config.mesh leaves both data and fsdp open. XL's whole state is then 0.8 GiB per device, and every device
+# has 72 of 1152 channels, whole tiles of a TPU's memory. With 18 channels, on 64 devices, every product copies the
+# gathered kernel once more.
 MOST_FSDP = 16
-SMALL = 2**18  # elements; what no axis divides may be replicated up to this size
+SMALL = 2**18  # elements; a leaf that no axis divides may be replicated up to this size
 
 
 class Rule(NamedTuple):
-    """How a kernel [..., D, F] is split; parameters of other shapes are not."""
+    """The split of a kernel [..., D, F]; parameters of other shapes are not split."""
 
-    fsdp: int | None = -2  # which axis, where it divides, else the other one of the last two; None: no axis
-    tensor: str | None = None  # of products in a row, the first is split by 'column' (F), the second by 'row' (D)
-    parts: int = 1  # that lie side by side in F; each is split
+    fsdp: int | None = -2  # the axis to split if fsdp divides it, otherwise the other of the last two; None: no axis
+    tensor: str | None = None  # of two products in a row, the first is split by 'column' (F), the second by 'row' (D)
+    parts: int = 1  # parts that are concatenated in F; each part is split
 
 
-# Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match one. The moments and
-# averages of a parameter have its name.
+# Ordered (regex over the leaf's path, rule): the first match decides, and every leaf must match a rule. The paths of a
+# parameter's moments and averages end with the parameter's name.
 RULES = (
     (r"(^|/)(step|count|ns_coeffs)$", Rule(fsdp=None)),
     (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", Rule(fsdp=None)),
@@ -47,21 +48,24 @@ RULES = (
 
 
 def make_mesh(mesh, devices=None):
-    """Mesh with axes data, fsdp, tensor; -1 takes the devices that the others leave.
+    """Return a mesh with axes data, fsdp, tensor; a size of -1 takes the devices that the other axes leave.
 
-    Of two that are -1, fsdp takes at most MOST_FSDP and data the rest. Slices are outermost: neighbours on the data
-    axis may lie in two of them, those on the others never do. Raises UserError where the sizes do not multiply to the
-    number of devices, or data does not to that of slices.
+    If both data and fsdp are -1, fsdp takes at most MOST_FSDP and data takes the rest. Slices are outermost: only the
+    data axis crosses slices. Raises UserError if the product of the sizes is not the number of devices, or if data is
+    not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    # Elsewhere JAX may call every host a slice, but their order is that of jax.devices() already.
+    # On other platforms JAX may call every host a slice; jax.devices() has their order already.
     slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes = _sizes(mesh, len(devices), slices)
     asked = ", ".join(f"config.mesh.{axis}={mesh[axis]}" for axis in AXES)
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise UserError(f"{asked} do not multiply to the {len(devices)} devices here: change one, or set it to -1")
     if sizes[0] % slices:
-        raise UserError(f"{asked}: only data crosses slices, and {sizes[0]} is no multiple of the {slices} slices here")
+        raise UserError(
+            f"{asked} cannot work: only data crosses slices, so set config.mesh.data to a multiple of {slices}, the "
+            f"number of slices"
+        )
     return Mesh(_arranged(sizes, slices, devices), AXES)
 
 
@@ -75,7 +79,7 @@ def _sizes(mesh, num_devices, slices):
 
 
 def _arranged(sizes, slices, devices):
-    """The devices as an array: on TPU so that neighbours on an axis are neighbours in the torus, where that can be."""
+    """Return the devices as an array; on TPU, neighbours on an axis are neighbours in the torus if possible."""
     if slices > 1:
         devices = sorted(devices, key=lambda device: device.slice_index)
     if devices[0].platform != "tpu":
@@ -86,7 +90,7 @@ def _arranged(sizes, slices, devices):
             inside = (sizes[0] // slices, *sizes[1:])
             return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), **options)
         return mesh_utils.create_device_mesh(sizes, **options)
-    except (AssertionError, NotImplementedError, ValueError):  # no such assignment is known
+    except (AssertionError, NotImplementedError, ValueError):  # JAX knows no such assignment
         return np.asarray(devices).reshape(sizes)
 
 
@@ -101,53 +105,54 @@ def jit(function, mesh, **options):
 
 
 def in_parts(function, x, most):
-    """function(x) of x [B, ...] inside `jit`, row by row the same, by parts of at most `most` rows a device.
+    """Return function(x) of x [B, ...] inside `jit`, computed in parts of at most `most` rows per device.
 
-    For what needs much memory a row. A number of rows without such a divisor makes smaller parts.
+    This saves memory. `function` must treat every row alone. If no suitable divisor of the rows exists, the parts are
+    smaller.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = x.shape[0] // (1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"])
     count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
     if count == 1:
         return function(x)
-    # Every device keeps its own rows: neighbours go to different parts.
+    # Every device keeps its own rows: neighbouring rows go to different parts.
     parts = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
     found = jax.lax.map(function, parts)
     return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(x.shape[0], *a.shape[2:]), found)
 
 
 def batch_sharding(mesh):
-    """Sharding of a global batch over its first axis."""
+    """Return the sharding of a global batch over its first axis."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh):
-    """The same array on every device."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def check_batch(batch_size, mesh, key):
-    """Raise UserError where `batch_size`, the config's `key`, cannot be split over the mesh."""
+    """Raise UserError if `batch_size`, the value of the config's `key`, cannot be split over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
-        raise UserError(f"{key}={batch_size} cannot be split over {ways} devices: make it a multiple of {ways}")
+        raise UserError(f"{key}={batch_size} cannot be split over {ways} devices: set it to a multiple of {ways}")
 
 
 def round_up(number, mesh):
-    """The smallest batch of at least `number` that can be split over the mesh."""
+    """Return the smallest batch size of at least `number` that can be split over the mesh."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-number // ways) * ways
 
 
 def even_batch(number, largest, mesh):
-    """The size of equal batches for `number` examples, as few as `largest` allows, and each split over the mesh."""
+    """Return the batch size that splits `number` examples into the fewest equal batches, of about `largest` at most."""
     return round_up(-(-number // -(-number // largest)), mesh)
 
 
 def shardings(shapes, mesh):
-    """Tree of NamedSharding for a tree of shapes, by RULES.
+    """Return a tree of NamedSharding for a tree of shapes, by RULES.
 
-    Raises ValueError for a leaf without a rule, UserError for a large one that the fsdp axis does not divide.
+    Raises ValueError for a leaf without a rule, UserError for a large leaf that the fsdp axis does not divide.
     """
 
     def place(path, leaf):
@@ -158,7 +163,7 @@ def shardings(shapes, mesh):
 
 
 def abstract(shapes, mesh):
-    """A tree of shapes, each with its sharding by RULES."""
+    """Return the tree of shapes with the sharding of each leaf by RULES."""
 
     def place(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -167,9 +172,9 @@ def abstract(shapes, mesh):
 
 
 def place(name, shape, sizes):
-    """(axis split by fsdp or None, 'column', 'row' or None) of a kernel [..., D, F] by RULES; `sizes` are the mesh's.
+    """Return (axis split by fsdp or None, 'column', 'row' or None) of a kernel [..., D, F] by RULES.
 
-    Raises ValueError and UserError as `shardings` does.
+    `sizes` are the sizes of the mesh's axes. Raises ValueError and UserError as `shardings` does.
     """
     rule = _rule(name, shape)
     if rule.fsdp is None:
@@ -184,14 +189,17 @@ def place(name, shape, sizes):
     fitting = [axis for axis in (rule.fsdp, -3 - rule.fsdp) if left[axis] % ways == 0]
     if not fitting and math.prod(shape) > SMALL:
         raise UserError(
-            f"config.mesh.fsdp={ways} divides no axis of {name} {tuple(shape)}: take {math.gcd(*shape[-2:], ways)}, "
-            f"and config.mesh.data for the rest"
+            f"config.mesh.fsdp={ways} divides no axis of {name} {tuple(shape)}: set it to "
+            f"{math.gcd(*shape[-2:], ways)}, and config.mesh.data to the remaining factor"
         )
     return (fitting[0] if fitting and ways > 1 else None), tensor
 
 
 def spec(name, shape, sizes):
-    """How a leaf is kept. Columns of several parts are kept by rows: each part has its own columns split in use."""
+    """Return the PartitionSpec of a stored leaf.
+
+    A kernel whose columns are several parts is stored split by rows; in use, the columns of each part are split.
+    """
     fsdp, tensor = place(name, shape, sizes)
     by = {-2: [], -1: []}
     if fsdp is not None:
@@ -215,18 +223,18 @@ def _rule(name, shape):
 
 
 def put_global(batch, mesh):
-    """A whole batch (numpy), the same on every process -> global arrays split over the mesh."""
+    """Return global arrays, split over the mesh, of a whole batch (numpy) that every process holds."""
     placed = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placed, lambda part: x[part]), batch)
 
 
 def local_rows(batch_size, mesh):
-    """The rows of a global batch that this process's devices hold, in order: what it has to read, and no more."""
+    """Return the rows of a global batch that this process's devices hold, in order: the rows that it must read."""
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for (part,) in parts for row in range(*part.indices(batch_size))})
 
 
 def put_batch(batch, mesh):
-    """This process's part of a batch (numpy), its `local_rows` -> global arrays split over the mesh."""
+    """Return global arrays, split over the mesh, of this process's part of a batch (numpy): its `local_rows`."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,6 +1,6 @@
-"""How a run of several processes ends: where one cannot go on, none can, and all end with its exit status.
+"""The end of a run of several processes: if one process fails, all others end with its exit status.
 
-JAX's own way is to wait at the end of a program for all processes, and to abort what is left after a while.
+JAX itself waits for all processes at the end of a program, and aborts the remaining ones after a timeout.
 """
 
 import contextlib
@@ -15,15 +15,18 @@ import traceback
 import jax
 from jax._src import distributed  # the key-value store of jax.distributed has no public name
 
-LOOK = 2.0  # seconds between two looks at what the others say
+from rae_jax.errors import one_line
+
+POLL_INTERVAL = 2.0  # seconds between two checks of the other processes' messages
 _KEY = "rae_jax/ended"
 
 
 @contextlib.contextmanager
-def together(agreed):
-    """Around all that this process does: what ends it ends the others, who see why; but exceptions of the types
-    `agreed` are raised by all at the same time. A process that is alone ends at once, too: threads of a checkpoint that
-    cannot be written would hold it up for minutes.
+def end_together(agreed):
+    """End all processes, with the reason, if the block of this process ends by an exception.
+
+    Exceptions of the types `agreed` pass: all processes raise them at the same time. A run of one process ends at once
+    after SystemExit: threads of a checkpoint that cannot be written would delay its end by minutes.
     """
     try:
         yield
@@ -41,48 +44,49 @@ def together(agreed):
 
 
 def watch():
-    """From here on, where there are others, this process ends soon after one of them that says so."""
+    """Start a thread that ends this process soon after another process has ended; a run of one process starts none."""
     if _client() is not None:
-        threading.Thread(target=_watch, name="ending", daemon=True).start()
+        threading.Thread(target=_watch, name="shutdown", daemon=True).start()
 
 
 def end(status, message):
-    """End this process at once, having told the others; without what a program does at its end, waiting for threads."""
+    """Tell the other processes the status and the message, and end this one at once, without waiting for threads."""
     try:
         if _client() is not None:
             index = distributed.global_state.process_id
-            why = {"process": index, "status": status, "message": " ".join(message.split())[:300]}
-            _client().key_value_set(_KEY, json.dumps(why))
-    except jax.errors.JaxRuntimeError:  # another one was first, or the first process is gone
+            line = one_line(message, longest=300) if message else ""
+            ended = {"process": index, "status": status, "message": line}
+            _client().key_value_set(_KEY, json.dumps(ended))
+    except jax.errors.JaxRuntimeError:  # another process wrote the key before, or the first process is lost
         pass
     finally:
         _leave(status)
 
 
-def follow():
-    """End as another process has that said so; return where none did."""
+def end_if_another_has():
+    """End with the status of another process that has ended; return if none has."""
     try:
-        why = json.loads(_client().key_value_try_get(_KEY))
-    except (jax.errors.JaxRuntimeError, AttributeError):  # nobody has, or no answer; or this is the run's end
+        ended = json.loads(_client().key_value_try_get(_KEY))
+    except (jax.errors.JaxRuntimeError, AttributeError):  # no process has ended, no answer, or this run is ending
         return
-    if why["process"] == distributed.global_state.process_id:
+    if ended["process"] == distributed.global_state.process_id:
         return
-    said = f" ({why['message']})" if why["message"] else ""
+    reason = f" ({ended['message']})" if ended["message"] else ""
     with contextlib.suppress(OSError):
-        print(f"process {why['process']} of this run ended with status {why['status']}{said}", file=sys.stderr)
-    _leave(why["status"])
+        print(f"process {ended['process']} of this run ended with status {ended['status']}{reason}", file=sys.stderr)
+    _leave(ended["status"])
 
 
 def _leave(status):
-    """End, whatever comes between; the first process, which keeps what is told, when all can have seen it."""
+    """End this process; the first process, which holds the key-value store, waits until the others have read it."""
     try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         if _client() is not None and distributed.global_state.process_id == 0:
-            time.sleep(2 * LOOK + 1)
+            time.sleep(2 * POLL_INTERVAL + 1)
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # a pipe that is closed, a disk that is full
+            with contextlib.suppress(OSError, ValueError):  # a closed pipe, a full disk
                 stream.flush()
     finally:
         os._exit(status)
@@ -90,10 +94,10 @@ def _leave(status):
 
 def _watch():
     while _client() is not None:
-        time.sleep(LOOK)
-        follow()
+        time.sleep(POLL_INTERVAL)
+        end_if_another_has()
 
 
 def _client():
-    """Of the store; None where there are no others."""
+    """Return the client of the key-value store; None in a run of one process."""
     return distributed.global_state.client

@@ -1,9 +1,9 @@
-"""One run per workdir: WORKDIR/lock.json says whose it is.
+"""A lock that allows one run per workdir: WORKDIR/lock.json names its owner.
 
-It holds 'host', 'machine', 'pid' and 'started' of the process, a 'token' of its own, and 'beat', which its thread
-counts up. On the same machine a process that is gone is seen at once; elsewhere a lock is stale when its beat stands
-still while it is watched. So no clock is compared with another, and one that jumps changes nothing. No file system's
-own locks are needed: gs:// has none.
+It holds 'host', 'machine', 'pid' and 'started' of the process, a unique 'token', and 'beat', a counter that the owner's
+thread increments. On the same machine the process table shows at once that the owner has ended. A lock of another
+machine is stale if its beat does not change while it is watched. No clocks of two machines are compared, and a clock
+that jumps has no effect. Locks of the file system are not used, because gs:// has none.
 """
 
 import contextlib
@@ -22,29 +22,26 @@ from etils import epath
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, logs, processes
 
-BEAT = 10.0  # seconds
-PATIENCE = 3.5 * BEAT  # for a lock of another machine to move
-LOST = 2  # exit status of a run whose workdir was taken over
-_SETTLE = {True: 2.0, False: 0.2}  # seconds for two that start at the same time to see each other; remote, local
+BEAT = 10.0  # seconds between two changes of a lock by its owner
+STALE_AFTER = 3.5 * BEAT  # seconds without a change after which a lock of another machine is stale
+TAKEN_OVER = 2  # exit status of a run whose workdir was taken over
+_SETTLE = {True: 2.0, False: 0.2}  # seconds until two runs that start at the same time see each other; remote, local
 
 
 @contextlib.contextmanager
-def hold(workdir, *, beat=BEAT, patience=PATIENCE):
-    """Own `workdir`, which is made, until the end. Yields the Lock.
+def hold(workdir, *, beat=BEAT, stale_after=STALE_AFTER):
+    """Create `workdir`, and own it until the block ends. Yields the Lock.
 
-    Raises UserError where another run owns it, or where it cannot be written. Of several processes the first one holds
-    it for all.
+    Raises UserError if another run owns it, or if it cannot be written. The first process holds the lock for all.
     """
-    path, found, lock = epath.Path(workdir) / "lock.json", None, None
+    path, refused, lock = epath.Path(workdir) / "lock.json", None, None
     if jax.process_index() == 0:
         try:
-            lock = Lock(path, beat, patience)
+            lock = Lock(path, beat, stale_after)
         except UserError as error:
-            found = error
-    if processes.agreed(found is not None):
-        found = found or UserError(f"--workdir={workdir} cannot be taken: the first process says why")
-    if found is not None:
-        raise found
+            refused = error
+    if processes.agreed(refused is not None):
+        raise refused or UserError(f"--workdir={workdir} cannot be locked: see the error of the first process")
     try:
         yield lock
     finally:
@@ -53,21 +50,21 @@ def hold(workdir, *, beat=BEAT, patience=PATIENCE):
 
 
 class Lock:
-    """A lock that is held; a thread shows that its owner lives."""
+    """A lock that is held; a thread increments its beat."""
 
-    def __init__(self, path, beat, patience):
+    def __init__(self, path, beat, stale_after):
         self._path, self._every = path, beat
         self._mine = {**_self(), "token": secrets.token_hex(8), "beat": 0}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _await_free(path, patience)
+            _await_free(path, stale_after)
             self._write()
             time.sleep(_SETTLE["://" in str(path)])
             theirs = _read(path)
         except OSError as error:
             reason = atomic_files.reason(error)
             raise UserError(
-                f"cannot write to --workdir={path.parent} ({reason}): choose a folder you may write to"
+                f"cannot write to --workdir={path.parent} ({reason}): choose a folder with write permission"
             ) from error
         if not self._is_mine(theirs):
             raise _in_use(path, theirs)
@@ -76,7 +73,7 @@ class Lock:
         self._thread.start()
 
     def release(self):
-        """Let others have it."""
+        """Stop the thread and remove the lock."""
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -91,18 +88,19 @@ class Lock:
 
     def _run(self):
         while not self._stop.wait(self._every):
-            with contextlib.suppress(Exception):  # a disk that is full, a bucket that is away: errors of many kinds
+            with contextlib.suppress(Exception):  # errors of many kinds: a full disk, a bucket that cannot be reached
                 theirs = _read(self._path)
                 if theirs is not None and not self._is_mine(theirs):
-                    # It thought this one dead, which may have been suspended: not another byte is written.
-                    logs.say(f"error: {_owner(theirs)} has taken over {self._path.parent}: this run stops at once")
-                    os._exit(LOST)
+                    # This process was suspended, and its lock became stale. It must write nothing more.
+                    folder = self._path.parent
+                    logs.say(f"error: {_owner(theirs)} has taken over --workdir={folder}: this run stops now")
+                    os._exit(TAKEN_OVER)
                 self._mine["beat"] += 1
                 self._write()
 
 
-def _await_free(path, patience):
-    """Return where nobody owns the lock. Raises UserError where somebody does."""
+def _await_free(path, stale_after):
+    """Return when no live run owns the lock. Raises UserError if one does."""
     theirs = _read(path)
     if theirs is None:
         return
@@ -110,22 +108,24 @@ def _await_free(path, patience):
     if theirs.get("machine") == mine["machine"]:
         if theirs.get("started") == _started(theirs.get("pid")) and theirs.get("pid") is not None:
             raise _in_use(path, theirs)
-        logs.say(f"taking over {path.parent} from {_owner(theirs)}, which is gone")
+        logs.say(f"taking over --workdir={path.parent} from {_owner(theirs)}, which has ended")
         return
-    logs.say(f"{path.parent} was taken by {_owner(theirs)}: watching {patience:.0f} s whether that still runs")
+    folder, owner = path.parent, _owner(theirs)
+    logs.say(f"--workdir={folder} is locked by {owner}: checking for {stale_after:.0f} s if it still runs")
     began = time.monotonic()
-    while time.monotonic() - began < patience:
-        time.sleep(min(1.0, patience / 10))
+    while time.monotonic() - began < stale_after:
+        time.sleep(min(1.0, stale_after / 10))
         now = _read(path)
         if now is None:
             return
         if now != theirs:
             raise _in_use(path, now)
-    logs.say(f"taking over {path.parent}: nothing moved")
+    logs.say(f"taking over --workdir={folder}: its lock did not change")
 
 
 def _in_use(path, theirs):
-    return UserError(f"--workdir={path.parent} is in use by {_owner(theirs)}: stop that one, or take another --workdir")
+    owner = _owner(theirs)
+    return UserError(f"--workdir={path.parent} is in use by {owner}: stop that process, or set another --workdir")
 
 
 def _owner(theirs):
@@ -139,15 +139,15 @@ def _self():
 
 
 def _machine():
-    """A word for where process numbers mean the same: this boot of this machine, this container."""
+    """Return an identifier of the scope of process ids: this boot of this machine, this container."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # nothing tells: processes are watched
+    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # not Linux: every lock is watched
 
 
 def _started(pid):
-    """When a process began, in ticks since boot; None where it is gone. A number that is given anew has another one."""
+    """Return the start of a process in ticks since boot, which tells reused ids apart; None if it has ended."""
     try:
         fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError, TypeError):
@@ -156,7 +156,7 @@ def _started(pid):
 
 
 def _read(path):
-    """What the lock says; None where there is none. A file that says nothing is nobody's."""
+    """Return the content of the lock; None if the file does not exist or holds no JSON object: nobody owns it."""
     try:
         theirs = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -8,20 +8,20 @@ from collections.abc import Callable
 import jax
 
 from rae_jax.runtime import checkpoint, health, heartbeat, logs, processes, sharding
-from rae_jax.runtime.health import DivergedRun  # noqa: F401  what the loop raises is found here
+from rae_jax.runtime.health import DivergedRun  # noqa: F401  an exception of `fit`, for its callers
 from rae_jax.training.clock import Clock
 
-# Seconds for which a checkpoint that cannot be written is tried again where nothing else is left to do; after a signal,
-# it has to be there before the machine goes.
+# Seconds of retries of a checkpoint that cannot be written: after the last step; and after a signal, if the machine may
+# be taken away soon.
 LAST_PATIENCE, STOPPING_PATIENCE = 600.0, 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What the loop needs of a stage.
+    """The parts of a stage that the loop needs.
 
-    `step(state, frozen, batch, key) -> (state, metrics)` is pure; `state` holds 'step', the number of steps done,
-    and is all that is checkpointed. `frozen` is neither trained nor saved.
+    `step(state, frozen, batch, key) -> (state, metrics)` is pure. `state` holds 'step', the number of finished steps; a
+    checkpoint holds the state and nothing else of the stage. `frozen` is neither trained nor saved.
     """
 
     name: str
@@ -57,13 +57,13 @@ def fit(
     tracker=None,
     **saving,
 ):
-    """Bring `stage` to its last step, from its newest whole checkpoint if it has one.
+    """Train `stage` to its last step, from its newest undamaged checkpoint if one exists.
 
-    The key of step n is fold_in(key, n): interruptions do not change what is computed. Every `evaluate_every` steps (0:
-    never) `evaluate(state, step)` returns more numbers to write; with `scored`, its 'score' says which checkpoint is the
-    best. `tracker`: a logs.WandB. `saving`: further arguments of Checkpoints. Raises InterruptedRun after a first SIGINT or
-    SIGTERM, DivergedRun for a step that is not finite and may not be skipped, UserError for a checkpoint that cannot be
-    read or written.
+    The key of step n is fold_in(key, n): interruptions do not change the results. Every `evaluate_every` steps (0:
+    never) `evaluate(state, step)` returns more numbers to write; with `scored`, its 'score' selects the best
+    checkpoint. `tracker`: a logs.WandB. `saving`: further arguments of Checkpoints. Raises InterruptedRun after a first
+    SIGINT or SIGTERM, DivergedRun for a step that is not finite and may not be skipped, UserError for a checkpoint that
+    cannot be read or written.
     """
     abstract = sharding.abstract(jax.eval_shape(stage.init, key), mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -84,7 +84,9 @@ def fit(
             observers = _Observers(clock, watch, beats, metrics_file, progress)
             evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, beats, clock)
             if evaluations.due(start) and metrics_file.lack_evaluation(start):
-                checkpoints.note_score(start, evaluations.run(start, state))  # an interruption left that out
+                checkpoints.note_score(
+                    start, evaluations.run(start, state)
+                )  # the interrupted run skipped this evaluation
             stop = processes.Agreement(lambda: signals.received)
             loop = _Loop(stage, feed, checkpoints, observers, evaluations, stop, log_every, scored)
             loop.run(start, state, lambda state, batch: step_fn(state, frozen, batch, key))
@@ -92,7 +94,7 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """The steps of a stage, and what happens between them."""
+    """The steps of a stage, with their logs, evaluations and checkpoints."""
 
     stage: Stage
     feed: "_Feed"
@@ -114,12 +116,11 @@ class _Loop:
             self.observers.began(step, metrics)
             stop.exchange(last=last)
             if not (last or stop.value):
-                clock.wait_for(self.feed.fetch)  # while the devices compute this step
+                clock.wait_for(self.feed.fetch)  # the devices compute this step meanwhile
             if step % self.log_every == 0 or last:
                 self.observers.log(step, metrics)
-            # An evaluation comes after the checkpoint, because it may take longer than a machine that is taken away waits,
-            # and a resumed run makes up for it. It comes before the checkpoint that its score belongs to, and after the
-            # last step.
+            # An evaluation comes after the checkpoint: it may take longer than the grace period of a preempted machine,
+            # and a resumed run makes up for it. It comes before a checkpoint that needs its score, and before the last.
             early = self.evaluations.due(step) and (self.scored or last) and not stop.value
             score = self.evaluations.run(step, state) if early else None
             stopping = stop.value
@@ -132,11 +133,11 @@ class _Loop:
                 raise InterruptedRun(f"interrupted at step {step} of stage {self.stage.name!r}", stopping)
 
     def save(self, step, state, score, *, last):
-        """Begin a checkpoint; one that no other follows is written before this returns."""
+        """Start to write a checkpoint; wait for the end of the write if no other checkpoint follows."""
         self.observers.watch.ended()
         with self.observers.heartbeat.doing("saving"):
             if last or self.stop.value:
-                # A signal may come meanwhile.
+                # A function, because a signal may arrive during the write.
                 patience = lambda: STOPPING_PATIENCE if self.stop.value else LAST_PATIENCE  # noqa: E731
                 self.checkpoints.save_surely(step, state, self.feed, score, patience=patience)
             else:
@@ -145,7 +146,7 @@ class _Loop:
 
 @dataclasses.dataclass(frozen=True)
 class _Observers:
-    """Everything that is told of a step."""
+    """The objects that observe every step."""
 
     clock: Clock
     watch: health.Watch
@@ -154,26 +155,26 @@ class _Observers:
     progress: logs.Progress
 
     def began(self, step, metrics):
-        """A step has begun that will give these metrics."""
+        """Register a step that has begun and its future metrics."""
         self.clock.tick(metrics)
         self.watch.began(step, metrics)
         self.heartbeat.beat(step)
 
     def log(self, step, metrics):
-        """Write the step's metrics: only here, and before a checkpoint, does the host wait for the newest step."""
+        """Write the step's metrics. Only here and before a checkpoint does the host wait for the newest step."""
         self.watch.ended()
         self.metrics_file.write(step, {**metrics, **self.clock.read()})
         self.progress.update(step, _note(metrics))
 
 
 def _begin(stage, checkpoints, abstract, feed, key):
-    """(step, state) to go on from: those of the newest whole checkpoint, with `feed` moved there; or the first."""
+    """Return (step, state) of the newest undamaged checkpoint, with `feed` moved to it; or step 0 and a new state."""
     start = checkpoints.newest_whole()
     if start is not None:
-        logs.say(f"{stage.name}: going on from step {start}")
+        logs.say(f"{stage.name}: resuming from step {start}")
         return start, checkpoints.restore(start, abstract, feed)
     if "params" in abstract:
-        with contextlib.suppress(ImportError):  # without clu there is no table
+        with contextlib.suppress(ImportError):  # the table needs clu
             from clu import parameter_overview
 
             logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
@@ -182,7 +183,7 @@ def _begin(stage, checkpoints, abstract, feed, key):
 
 
 def compiled_step(step, placed, mesh):
-    """The stage's step as the loop runs it: with its own key, the old state's memory taken for the new one."""
+    """Return the jitted step as the loop runs it: with a key for each step, and the old state donated."""
 
     def with_key(state, frozen, batch, key):
         return step(state, frozen, batch, jax.random.fold_in(key, state["step"]))
@@ -196,19 +197,19 @@ def _note(metrics):
 
 
 class _Feed:
-    """Batches on the devices, the next one on its way there; its position is that of the batches taken."""
+    """Batches on the devices, with one batch of prefetch; its position counts the batches that were taken."""
 
     def __init__(self, iterator, mesh):
         self._iterator, self._mesh = iterator, mesh
         self._fetched, self._position = None, iterator.get_state()
 
     def fetch(self):
-        """Begin to move the next batch to the devices; it may still be on its way."""
+        """Start the transfer of the next batch to the devices; return its arrays, which may not be ready."""
         self._fetched = sharding.put_batch(next(self._iterator), self._mesh)
         return self._fetched
 
     def take(self):
-        """The batch that was fetched."""
+        """Return the fetched batch."""
         batch, self._fetched = self._fetched, None
         self._position = self._iterator.get_state()
         return batch
@@ -225,30 +226,30 @@ class _Feed:
 
 
 class _Evaluations:
-    """Evaluations in training, every so many steps."""
+    """Evaluations in training, every `every` steps."""
 
     def __init__(self, evaluate, every, metrics_file, beats, clock):
         self._evaluate, self._every = evaluate, every
         self._metrics_file, self._heartbeat, self._clock = metrics_file, beats, clock
 
     def due(self, step):
-        """Whether there is one after `step`."""
+        """Return whether an evaluation follows `step`."""
         return bool(self._every and step and step % self._every == 0)
 
     def run(self, step, state):
-        """Write what is found; its score, or None."""
+        """Evaluate, write the results, and return their score or None."""
         with self._heartbeat.doing("evaluating"):
             results = self._evaluate(state, step)
         score = results.pop("score", None)
         self._metrics_file.write(step, {f"eval/{name}": value for name, value in results.items()})
-        self._clock.read()  # its time is not the steps'
+        self._clock.read()  # the time of the evaluation does not count for the steps
         return score
 
 
 class _Signals:
-    """Remembers the first SIGINT or SIGTERM, as `received`; a second one ends the process at once, whatever it does.
+    """Handler of SIGINT and SIGTERM: the first signal is stored as `received`, a second one ends the process at once.
 
-    What is half written then does not count, and what is whole stays.
+    A checkpoint that is being written then does not count; complete checkpoints stay.
     """
 
     def __enter__(self):
@@ -262,6 +263,6 @@ class _Signals:
 
     def _handle(self, number, frame):
         self.received = number
-        for again in self._previous:
-            signal.signal(again, signal.SIG_DFL)
-        logs.say("stopping after this step and a checkpoint; once more to stop at once")
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)
+        logs.say("stopping after this step and a checkpoint; send the signal again to stop at once")

@@ -151,7 +151,7 @@ def test_a_signal_to_one_stops_all_and_they_go_on(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints" / "dit").iterdir()] == [str(step)]
     assert logs.read(metrics)[-1]["step"] == step
     further, said = run_for_a_while(1, step)
-    assert f"going on from step {step}" in said and further > step
+    assert f"resuming from step {step}" in said and further > step
     assert [row["step"] for row in logs.read(metrics)] == list(range(1, further + 1))
 
 
@@ -181,7 +181,7 @@ def _end():
     """In one of several processes: the second cannot go on, the others look at different times."""
     os.environ["XLA_FLAGS"] = ""
     processes.start()
-    with shutdown.together(()):
+    with shutdown.end_together(()):
         time.sleep(0.5 * jax.process_index())
         shutdown.watch()
         if jax.process_index() == 1:
@@ -210,7 +210,7 @@ def test_one_process_is_left_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("jax.distributed.initialize", lambda **_: pytest.fail("nobody else is there"))
     processes.start()
-    monkeypatch.setenv("SLURM_NTASKS", "4")  # a shell beside the job's steps
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # a shell next to the job's steps
     processes.start()
     processes.start("localhost:1", 1, 0)
 
@@ -245,11 +245,11 @@ def test_several_are_found_by_jax_or_named(monkeypatch, environment, settings):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     processes.start()
-    assert given == [{**settings, "shutdown_timeout_seconds": processes.FAREWELL}]
+    assert given == [{**settings, "shutdown_timeout_seconds": processes.SHUTDOWN_TIMEOUT}]
 
 
 @pytest.mark.parametrize(
-    "settings, mend",
+    "settings, fix",
     [
         (("node1:1234", None, None), "--num_processes .* is missing"),
         ((None, 2, 0), "--coordinator .* is missing"),
@@ -258,8 +258,8 @@ def test_several_are_found_by_jax_or_named(monkeypatch, environment, settings):
         (("node1:1234", "two", 0), "must be numbers"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_one_line(settings, mend):
-    with pytest.raises(UserError, match=mend) as refused:
+def test_settings_that_cannot_work_are_refused_in_one_line(settings, fix):
+    with pytest.raises(UserError, match=fix) as refused:
         processes.start(*settings)
     assert "\n" not in str(refused.value)
 

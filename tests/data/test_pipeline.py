@@ -236,7 +236,7 @@ def test_a_run_whose_worker_is_killed_ends_in_one_line_and_goes_on(tmp_path):
         assert "Traceback" not in said
         steps = [row["step"] for row in logs.read(metrics)]
         assert steps == list(range(1, len(steps) + 1))
-    assert "going on from step" in said
+    assert "resuming from step" in said
 
 
 def test_a_checkpoint_without_its_position_is_named(tmp_path):

@@ -50,10 +50,13 @@ def _flip(path):
 DAMAGE = {
     "truncated": (lambda path: _largest(path).write_bytes(_largest(path).read_bytes()[:-10]), "bytes, not"),
     "a shard missing": (lambda path: _largest(path).unlink(), "is missing"),
-    "a bit of an array": (lambda path: _flip(_largest(path)), "is not what was written"),
+    "a bit of an array": (lambda path: _flip(_largest(path)), "differs from the file that was written"),
     "metadata": (lambda path: (path / "state" / "_METADATA").write_text("{]"), "_METADATA has 2 bytes"),
-    "data position": (lambda path: _flip(path / "data" / "metadata"), "data/metadata is not what was written"),
-    "manifest": (lambda path: (path / checkpoint_manifest.NAME).write_text("{]"), "manifest.json is garbled"),
+    "data position": (
+        lambda path: _flip(path / "data" / "metadata"),
+        "data/metadata differs from the file that was written",
+    ),
+    "manifest": (lambda path: (path / checkpoint_manifest.NAME).write_text("{]"), "manifest.json is not readable"),
 }
 
 
@@ -63,7 +66,7 @@ def test_a_damaged_newest_one_is_set_aside_and_the_run_ends_the_same(begun, whol
     damage(_folder(begun) / "6")
     toy_stage.run(begun, 8)
     told = capfd.readouterr().err
-    assert "6 is damaged" in told and said in told and "going on from step 4" in told
+    assert "6 is damaged" in told and said in told and "resuming from step 4" in told
     assert (_folder(begun) / "6.damaged").exists()  # nothing is deleted
     assert checkpoint_reader.steps(_folder(begun)) == [4, 6, 8]
     assert harness.differences(begun, whole, ["toy"]) == []
@@ -191,10 +194,10 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, whole, cap
     told = capsys.readouterr().err
     assert (
         "the checkpoint of step 4 cannot be written (File too large)" in told
-        and "training goes on" in told
+        and "training continues" in told
         and newest == [2]
     )
-    assert "metrics/toy.jsonl cannot be written" in told and "no line of it is lost" in told
+    assert "metrics/toy.jsonl cannot be written" in told and "no line is lost" in told
     assert checkpoint_reader.latest_step(_folder(workdir)) == 8
     assert [row for row in toy_stage.rows(workdir) if "loss" in row] == toy_stage.rows(whole)
 
@@ -204,7 +207,10 @@ def test_it_stops_when_it_is_asked_to(tmp_path, capsys):
     toy_stage.run(workdir, 2)
     try:
         _no_file_above(1000)
-        with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written .*toy/2, from which"):
+        with pytest.raises(
+            UserError,
+            match="the checkpoint of step 4 cannot be written .* run the same command again; last good .*toy/2$",
+        ):
             toy_stage.run(workdir, 8, log_every=100)
     finally:
         _no_file_above(resource.RLIM_INFINITY)

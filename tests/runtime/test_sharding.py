@@ -49,7 +49,9 @@ def test_sizes_that_do_not_multiply_are_refused(sizes):
 def test_only_data_crosses_slices():
     devices = sharding._arranged([4, 2, 1], 2, _slices("cpu", 2, 4))
     assert [[device.slice_index for device in row.flat] for row in devices] == [[0, 0], [0, 0], [1, 1], [1, 1]]
-    with pytest.raises(UserError, match="only data crosses slices, and 1 is no multiple of the 2 slices here"):
+    with pytest.raises(
+        UserError, match="config.mesh.data=1, .* only data crosses slices, so set config.mesh.data to a multiple of 2"
+    ):
         _mesh(1, 8, 1, _slices("tpu", 2, 4))
 
 
@@ -62,7 +64,9 @@ def test_every_large_kernel_of_the_full_size_model_is_split():
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             split = "fsdp" in str(sharding.spec(name, leaf.shape, mesh.shape))
             assert split or leaf.size < 2**19, (name, leaf.shape)
-    with pytest.raises(UserError, match=r"config.mesh.fsdp=256 divides no axis of .* take 128, and config.mesh.data"):
+    with pytest.raises(
+        UserError, match=r"config.mesh.fsdp=256 divides no axis of .* set it to 128, and config.mesh.data"
+    ):
         sharding.spec("blocks/attention/qkv/kernel", (28, 1152, 3456), {"data": 1, "fsdp": 256, "tensor": 1})
 
 

@@ -44,12 +44,12 @@ def test_where_one_is_killed_the_other_stops_and_both_go_on(tmp_path, victim):
     seconds, status = time.monotonic() - began, pair[1 - victim].returncode
     print(f"the other one ended after {seconds:.1f} s with status {status}: {said[:3000]}")
     # JAX's service ends it from a thread of its own, if the loop does not see first that the other one is gone.
-    ours = status == command_line.RESTART and "another process of this run is gone" in said
+    ours = status == command_line.RESTART and "another process of this run is lost" in said
     assert ours or (status == -signal.SIGABRT and "another task died" in said), said
     assert "Traceback" not in said
     pair[victim].communicate()
     said = [process.communicate(timeout=600)[0] for process in _start(workdir)]
-    assert "going on from step" in said[0], said
+    assert "resuming from step" in said[0], said
     assert harness.differences(workdir, whole, ["toy"]) == []
 
 

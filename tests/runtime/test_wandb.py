@@ -26,7 +26,7 @@ def test_metrics_are_written_offline_and_a_run_keeps_its_id(tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     code = f"""
 from etils import epath
-from rae_jax import logs
+from rae_jax.runtime import logs
 workdir = epath.Path({str(tmp_path)!r})
 for start in (0, 2):
     with logs.tracker("project", workdir, {{"name": "tiny", "dit": {{"width": 16}}}}) as tracker:

@@ -26,7 +26,9 @@ def path(tmp_path):
 def test_the_second_run_is_refused_until_the_first_ends(path):
     with workdir_lock.hold(path.parent):
         with (
-            pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .*: stop that one, or take another"),
+            pytest.raises(
+                UserError, match=f"is in use by process {os.getpid()} on .*: stop that process, or set another"
+            ),
             workdir_lock.hold(path.parent),
         ):
             pass
@@ -43,7 +45,7 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once(path, capfd, change
     began = time.monotonic()
     with workdir_lock.hold(path.parent):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert time.monotonic() - began < 5 and "which is gone" in capfd.readouterr().err
+    assert time.monotonic() - began < 5 and "which has ended" in capfd.readouterr().err
 
 
 def test_a_lock_of_another_machine_is_watched(path, capfd):
@@ -61,15 +63,15 @@ def test_a_lock_of_another_machine_is_watched(path, capfd):
     try:
         with (
             pytest.raises(UserError, match="in use by process .* on elsewhere"),
-            workdir_lock.hold(path.parent, patience=30),
+            workdir_lock.hold(path.parent, stale_after=30),
         ):
             pass
     finally:
         stop.set()
         thread.join()
-    with workdir_lock.hold(path.parent, patience=0.3):  # now it stands still
+    with workdir_lock.hold(path.parent, stale_after=0.3):  # now it stands still
         assert json.loads(path.read_text())["token"] != "theirs"
-    assert "nothing moved" in capfd.readouterr().err
+    assert "its lock did not change" in capfd.readouterr().err
 
 
 def test_no_clock_matters(path, monkeypatch):
@@ -96,7 +98,7 @@ def test_the_owner_shows_that_it_lives(path):
 @pytest.mark.parametrize("garbage", ["", "{", "[]", '{"pid": "x", "machine": null}'])
 def test_a_garbled_lock_is_nobodys(path, garbage):
     path.write_text(garbage)
-    with workdir_lock.hold(path.parent, patience=0.2):
+    with workdir_lock.hold(path.parent, stale_after=0.2):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 

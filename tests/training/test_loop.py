@@ -171,11 +171,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         _train(config, epath.Path(tmp_path))
     said = str(stop.value)
     assert (
-        re.match(r"stage 'judge' stopped at step \d+, where not all is finite: .*loss (nan|inf)", said)
+        re.match(r"stage 'judge' stopped at step \d+, metrics are not finite: .*loss (nan|inf)", said)
         and "\n" not in said
     )
     kept = checkpoint_reader.latest_step(tmp_path / "checkpoints" / "judge")
-    expected = "there is no checkpoint" if kept is None else f"checkpoint: {tmp_path}/checkpoints/judge/{kept}"
+    expected = "no checkpoint exists" if kept is None else f"checkpoint: {tmp_path}/checkpoints/judge/{kept}"
     assert said.endswith(expected)
     for row in logs.read(tmp_path / "metrics" / "judge.jsonl"):
         assert all(np.isfinite(value) for value in row.values())
@@ -349,7 +349,7 @@ def test_statistics_of_some_images_are_not_taken_for_those_of_all(run, tmp_path)
     ((position,), manifest) = workdir.glob("checkpoints/statistics/6/data/metadata"), "manifest.json"
     position.write_text(json.dumps({**json.loads(position.read_text()), "position": 4}))
     (position.parent.parent / manifest).unlink()  # it would be taken for damaged
-    with pytest.raises(UserError, match="statistics of 64 of the 96 images: end that stage"):
+    with pytest.raises(UserError, match="statistics of 64 of the 96 images: finish this stage"):
         part_weights.load(tiny(), "statistics", workdir, sharding.make_mesh(tiny().mesh))
 
 
