@@ -1,15 +1,16 @@
-"""Weights in and out: a run's, or those that a config names, for this project or for others.
+"""Convert the weights of a run, or the weights that a config names, for this project or for others.
 
     python -m rae_jax.convert --workdir=runs/small --output=weights
     python -m rae_jax.convert --config=configs/dit_xl.py --parts=decoder,statistics,dit --output=weights
     python -m rae_jax.convert --workdir=runs/dit_xl --format=released_pt --output=theirs
 
-The first writes what a run has trained, the second what a config's `weights` name (a released file, here or on the
-hub: --config.dit.weights=stage2_model.pt), one safetensors file a part. A config uses such a folder by
-`--config.decoder.weights=weights`, and so on for the other parts. --format=released writes PART/model.safetensors with
-the names and shapes of the files that the method's authors released, released_pt the same as torch files, and
-diffusers a folder for AutoencoderRAE or AutoencoderKL. With --config and --workdir, the config says how the run's
-weights are read.
+The first command writes the weights that a run has trained. The second writes the weights that the config's `weights`
+keys name: a released file, local or on the hub (--config.dit.weights=stage2_model.pt). Both write one safetensors file
+per part. A config uses the folder by --config.decoder.weights=weights, and likewise for the other parts.
+
+--format=released writes PART/model.safetensors with the names and shapes of the authors' released files; released_pt
+writes the same as torch files; diffusers writes a folder for AutoencoderRAE or AutoencoderKL. With both --config and
+--workdir, the run's weights are read by this config.
 """
 
 import jax
@@ -24,15 +25,15 @@ from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint_reader, command_line, logs, sharding
 from rae_jax.weights import safetensors_tree
 
-_ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # whatever the run itself was split over
+_ALL_DEVICES = {"data": -1, "fsdp": 1, "tensor": 1}  # for any mesh of the run
 FORMATS = ("rae_jax", "released", "released_pt", "diffusers")
 
 
 def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     """Write weights as one of FORMATS; returns {path: size in bytes}.
 
-    `workdir`: of a run, whose newest checkpoints count, or None for the weights that `config` names. Raises UserError
-    where there is no run, no checkpoint of a part, statistics of only some images, and for weights that do not fit.
+    `workdir`: of a run, for its newest checkpoints, or None for the weights that `config` names. Raises UserError if
+    the run or the checkpoint of a part does not exist, statistics are incomplete, or weights do not fit.
     """
     config = config or _config_of(workdir)
     parts = _parts(config, parts, form)
@@ -46,12 +47,12 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
             progress.update(done, part)
             step = checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
             if step is not None:
-                logs.say(f"{part}: as it was after step {step}")
+                logs.say(f"{part}: weights of step {step}")
     try:
         return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:
         raise UserError(
-            f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder you may write to"
+            f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder that you can write to"
         ) from error
 
 
@@ -67,7 +68,7 @@ def _write(config, trees, output, form):
         case "rae_jax":
             for part, tree in trees.items():
                 safetensors_tree.write(output / f"{part}.safetensors", tree)
-            saved_config.write(config, output, trees)  # so that rae_jax.load_rae and load_dit know what they are
+            saved_config.write(config, output, trees)  # for rae_jax.load_rae and load_dit
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published_weights.write_released(config, trees, output, pickled=form == "released_pt")
@@ -83,12 +84,12 @@ def main():
 
 
 def _define_flags():
-    """Define the command's flags; returns that of the config."""
-    flags.DEFINE_string("workdir", None, "Folder of a run.")
+    """Define the command's flags and return the config's."""
+    flags.DEFINE_string("workdir", None, "Folder of the run whose weights are converted.")
     flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
-    flags.DEFINE_list("parts", None, "Which parts; by default those whose stages the config has.")
-    flags.DEFINE_enum("format", "rae_jax", FORMATS, "For whom.")
-    return config_flags.DEFINE_config_file("config", None, "Config file; by default that of --workdir.")
+    flags.DEFINE_list("parts", None, "Parts to convert; by default the stages of the config.")
+    flags.DEFINE_enum("format", "rae_jax", FORMATS, "Format of the weights.")
+    return config_flags.DEFINE_config_file("config", None, "Config, by file or by name; by default that of --workdir.")
 
 
 def _run(argv):
@@ -96,7 +97,7 @@ def _run(argv):
     given = flags.FLAGS
     try:
         if given.config is None and given.workdir is None:
-            raise UserError("there is nothing to convert: name a run by --workdir, or weights by --config")
+            raise UserError("no weights are named: name a run by --workdir, or weights by --config")
         if given.config is not None:
             checks.check(given.config, sharding.make_mesh(_ALL_DEVICES))
         options = {"config": given.config, "parts": given.parts, "form": given["format"].value}
@@ -107,16 +108,16 @@ def _run(argv):
 
 
 def _parts(config, named, form):
-    """The parts that are asked for, or that the format always has."""
-    together = ("encoder", "decoder") if models.is_vae(config) else ("encoder", "decoder", "statistics")
+    """Return the parts named by --parts, or the parts that the format always has, or the stages of the config."""
+    parts_of_diffusers = ("encoder", "decoder") if models.is_vae(config) else ("encoder", "decoder", "statistics")
     if form == "diffusers" and named:
-        raise UserError(f"--format=diffusers always has the parts {', '.join(together)}: leave out --parts")
-    parts = together if form == "diffusers" else named or config.stages
+        raise UserError(f"--format=diffusers always has the parts {', '.join(parts_of_diffusers)}: leave out --parts")
+    parts = parts_of_diffusers if form == "diffusers" else named or config.stages
     for part in parts:
         if part not in config_keys.STAGES:
             raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_keys.STAGES)}")
     if "statistics" in parts and part_weights.is_left_out(config, "statistics"):
-        raise UserError("config.statistics.weights='none' leaves no statistics to write: name other --parts")
+        raise UserError("config.statistics.weights='none' means that no statistics exist: name other --parts")
     return parts
 
 

@@ -1,14 +1,14 @@
-"""Latents of the training images, encoded once: a DiT stage that reads them needs no encoder. Disk for FLOPs.
+"""Encode the training images once and store their latents; a DiT stage that reads latents needs no encoder.
 
     python -m rae_jax.pack_latents --config=configs/dit_b.py --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val --output=LATENTS
     python -m rae_jax.main --config=configs/dit_b.py --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val --config.data.latents=LATENTS ...
 
-The images are those that the config's DiT stage would see, centre-cropped, and the encoder is config.encoder, with the
-weights that it names; --config.dtype has to be the run's (--dtype is only how latents are stored). Every image is
-encoded as it is and mirrored (--nomirrored leaves that out). Evaluation still takes images and the encoder. Every shard
-is read back and compared before it counts; the same command goes on where it was interrupted.
+The images are the training images of the config, centre-cropped. The encoder is config.encoder with the weights that
+it names. --config.dtype must be the run's; --dtype is only the type of the stored latents. Every image is encoded
+plain and mirrored (--nomirrored: only plain). Evaluation still needs images and the encoder. Every shard is read back
+and compared before it counts as finished; the same command resumes after an interruption.
 """
 
 import json
@@ -35,8 +35,8 @@ IMAGES_PER_SHARD = 1024
 def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     """Write the latents of config's training images to the folder `output`; returns the index as written.
 
-    Raises UserError where shards do not have whole batches, where the folder holds something else, for an image that
-    cannot be read (with config.data.on_error='stop'), and where what was read back is not what was written.
+    Raises UserError if a shard is not a whole number of batches, the folder holds something else, an image cannot be
+    read (with config.data.on_error='stop'), or the records read back differ from the written ones.
     """
     output, batch_size = Path(output), config.statistics.batch_size
     if images_per_shard % batch_size:
@@ -51,7 +51,7 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
         **{"form": stages.latent_form(config, params), "dtype": dtype, "mirrored": mirrored},
         **{"shape": list(config_keys.latent_shape(config)), "class_names": list(source.class_names)},
     }
-    data = {key: value for key, value in config.data.to_dict().items() if key not in _ONLY_HOW}
+    data = {key: value for key, value in config.data.to_dict().items() if key not in _WITHOUT_EFFECT}
     sizes = {"num_images": len(source), "images_per_shard": images_per_shard, "batch_size": batch_size}
     shard_writer.claim(output, {**index, "data": data, **sizes})
     encode = _encoder(config, params, mesh, dtype, mirrored)
@@ -60,11 +60,11 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
     return index
 
 
-_ONLY_HOW = ("num_threads", "num_workers", "num_heldout", "latents")  # what latents do not depend on
+_WITHOUT_EFFECT = ("num_threads", "num_workers", "num_heldout", "latents")  # keys that do not change latents
 
 
 def _encoder(config, params, mesh, dtype, mirrored):
-    """Function batch -> latents [B, 1 or 2 (plain, mirrored), h, w, D] on the devices, not waited for."""
+    """Return the asynchronous function batch -> latents [B, 1 or 2 (plain, mirrored), h, w, D] on the devices."""
     autoencoder = models.autoencoder(config)
 
     def encode(params, batch):
@@ -77,7 +77,7 @@ def _encoder(config, params, mesh, dtype, mirrored):
 
 
 def _write_shards(config, source, output, encode, mirrored, images_per_shard):
-    """The index's entries of all shards; those that are not there yet are written, with progress."""
+    """Write the shards that do not exist yet; return the index entries of all shards."""
     batch_size = config.statistics.batch_size
     reading = {key: config.data[key] for key in ("num_threads", "num_workers", "on_error")}
     iterator = iter(pipeline.one_pass(source, batch_size=batch_size, **reading))
@@ -101,17 +101,17 @@ def _write_shards(config, source, output, encode, mirrored, images_per_shard):
 
 
 def _records(iterator, encode, numbers, batch_size, progress):
-    """Bytes of the records of the batches of these numbers; one is encoded while the one before it is written."""
+    """Yield the records of the batches with these numbers as bytes; the next batch is encoded at the same time."""
     ahead = []
     for number in (*numbers, None):
         if number is not None:
             batch = next(iterator)
             ahead.append((number * batch_size, batch, encode(batch)))
         if len(ahead) == 2 or number is None:
-            first, batch, found = ahead.pop(0)
-            there = np.flatnonzero(batch["mask"])
-            yield from packed_latents.records(jax.device_get(found)[there], batch["label"][there], first + there)
-            progress.update(first + len(there))
+            first, batch, latents = ahead.pop(0)
+            rows = np.flatnonzero(batch["mask"])
+            yield from packed_latents.records(jax.device_get(latents)[rows], batch["label"][rows], first + rows)
+            progress.update(first + len(rows))
 
 
 def main():
@@ -120,11 +120,11 @@ def main():
 
 
 def _define_flags():
-    flags.DEFINE_string("output", None, "Folder for the shards.", required=True)
-    flags.DEFINE_enum("dtype", "bfloat16", packed_latents.DTYPES, "Of the latents as they are stored.")
-    flags.DEFINE_bool("mirrored", True, "Also the latents of the mirrored images, for config.dit.train.flip.")
+    flags.DEFINE_string("output", None, "Folder to which the shards are written.", required=True)
+    flags.DEFINE_enum("dtype", "bfloat16", packed_latents.DTYPES, "Type of the stored latents.")
+    flags.DEFINE_bool("mirrored", True, "Also store latents of mirrored images, for config.dit.train.flip.")
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
-    return config_flags.DEFINE_config_file("config", None, "Config file; override its keys with --config.KEY=VALUE.")
+    return config_flags.DEFINE_config_file("config", None, "Config, by file or by name; --config.KEY=VALUE overrides.")
 
 
 def _run(argv):

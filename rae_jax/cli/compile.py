@@ -1,4 +1,4 @@
-"""--mode=compile: the run's programs compiled ahead of time for TPUs that need not be here."""
+"""--mode=compile: the run's programs, compiled ahead of time for a TPU topology without a TPU."""
 
 from rae_jax.config import checks
 from rae_jax.errors import UserError
@@ -7,7 +7,7 @@ from rae_jax.runtime import sharding
 
 
 def run(config, flags):
-    """Print what the programs need and do on --topology, and a line of JSON. Returns whether all of them fit."""
+    """Print the costs of the programs on --topology and, as the last line, JSON. Returns whether all programs fit."""
     if flags.topology is None:
         raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
     devices, chip = chips.devices(flags.topology, flags.num_slices)

@@ -1,4 +1,4 @@
-"""--mode=demo: a web page on this machine."""
+"""--mode=demo: a local web page."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ from rae_jax.ui import demo_model
 
 
 def run(config, workdir, mesh, flags):
-    """Serve samples on their way from noise, reconstructions, and interpolations, until a signal ends it."""
+    """Serve a page of sampling trajectories, reconstructions and interpolations until SIGINT or SIGTERM."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("--mode=demo needs gradio: pip install -e '.[demo]'")
     from rae_jax.ui import demo_page  # only this mode needs gradio, whose import takes seconds
@@ -20,7 +20,7 @@ def run(config, workdir, mesh, flags):
     page = demo_page.build_page(
         demo_model.DemoModel(config, part_weights.load_all(config, names, workdir, mesh)),
         title=f"rae_jax: {config.name}",
-        what=f"weights of {workdir}" if results.is_trained(config, workdir) else "weights as the config names them",
+        weights=f"weights of {workdir}" if results.is_trained(config, workdir) else "weights that the config names",
         class_names=results.class_names(config) if sampled else (),
         held_out=results.held_out(config),
         image_size=config.data.image_size,

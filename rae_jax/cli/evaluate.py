@@ -1,4 +1,4 @@
-"""--mode=evaluate: metrics of a checkpoint, or of images from elsewhere."""
+"""--mode=evaluate: metrics of a checkpoint, or of given images."""
 
 from rae_jax.build import part_weights
 from rae_jax.cli import results
@@ -8,7 +8,7 @@ from rae_jax.inference.evaluator import Evaluator
 
 
 def run(config, workdir, mesh, flags):
-    """Print and write to eval/ the metrics of the newest checkpoint, of --step, or of --samples."""
+    """Print the metrics of the newest checkpoint, of --step, or of --samples, and write them to eval/."""
     if flags.samples is not None and flags.step is not None:
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples names images: leave one out")
     evaluator = Evaluator(config, mesh)

@@ -1,4 +1,4 @@
-"""--mode=reconstruct: images from files, encoded and decoded."""
+"""--mode=reconstruct: image files, encoded and decoded."""
 
 from etils import epath
 
@@ -10,9 +10,9 @@ from rae_jax.runtime import processes
 
 
 def run(config, workdir, mesh, flags):
-    """Write pairs of images as PNG, a picture of some of them side by side, and metrics."""
+    """Write pairs of images as PNG files, a picture of the first pairs, and metrics."""
     if flags.images is None:
-        raise UserError("--mode=reconstruct needs --images=PATH, an image or a folder of images")
+        raise UserError("--mode=reconstruct needs --images=PATH: name an image or a folder of images")
     names = ("encoder", "decoder", *perceptual_networks.named(config))
     parts = part_weights.load_all(config, names, workdir, mesh)
     folder = workdir / "samples" / "reconstructed"

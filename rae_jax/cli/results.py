@@ -1,4 +1,4 @@
-"""Results of a mode: metrics measured, printed and written to eval/, and the facts of a workdir that modes share."""
+"""Results of the modes: metrics, printed and written to eval/; and queries of workdir and data that modes share."""
 
 import json
 import time
@@ -13,14 +13,14 @@ from rae_jax.runtime.checkpoint_reader import latest_step
 def measure(evaluator, config, parts, workdir, name):
     """Evaluate the weights `parts`; write their pictures to samples/KIND_NAME.png. Returns {metric: number}."""
     began = time.monotonic()
-    results, shown = evaluator.weights(parts, probe=config.evaluate.probe)
-    for kind, picture in shown.items() if processes.is_first() else ():
+    results, pictures = evaluator.weights(parts, probe=config.evaluate.probe)
+    for kind, picture in pictures.items() if processes.is_first() else ():
         image_grid.save(workdir / "samples" / (f"{kind}_{name}.png" if name else f"{kind}.png"), picture)
     return {**results, "seconds": time.monotonic() - began}
 
 
 def measure_trained(evaluator, config, parts, workdir, shipped):
-    """Evaluate the run's weights and write the numbers, next to those of the shipped weights if there are any."""
+    """Evaluate the run's weights and write the numbers, next to the numbers of the shipped weights if these exist."""
     prefix = "trained" if config.evaluate.shipped and is_trained(config, workdir) else ""
     found = measure(evaluator, config, parts, workdir, prefix)
     found = {f"{prefix}_{name}" if prefix else name: value for name, value in found.items()}
@@ -28,7 +28,7 @@ def measure_trained(evaluator, config, parts, workdir, shipped):
 
 
 def of_shipped(config, workdir):
-    """Return the numbers of the shipped weights that the run has written next to its own; {} without."""
+    """Return the numbers of the shipped weights in the run's results; {} if the run has not written any."""
     path = workdir / "eval" / f"{config.name}.json"
     found = json.loads(path.read_text()) if config.evaluate.shipped and path.exists() else {}
     shipped = {name: value for name, value in found.items() if not name.startswith("trained_")}
@@ -36,7 +36,7 @@ def of_shipped(config, workdir):
 
 
 def write(workdir, name, results):
-    """Write {metric: number} to WORKDIR/eval/NAME and print it; the first process does."""
+    """Write {metric: number} to WORKDIR/eval/NAME and print it, in the first process."""
     if not processes.is_first():
         return
     path = workdir / "eval" / name

@@ -1,4 +1,4 @@
-"""--mode=sample: class-conditional images as a picture, as single PNGs, and as an ADM-style npz."""
+"""--mode=sample: class-conditional images as a picture, as PNG files, and as an ADM-style npz file."""
 
 import json
 
@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = (
 
 
 def run(config, workdir, mesh, flags):
-    """Write samples/{sampled.png, images/, samples.npz}. An interrupted run resumes if the request is the same."""
+    """Write samples/{sampled.png, images/, samples.npz}. An interrupted request resumes if it is repeated."""
     labels = _labels(config, flags)
     parts = part_weights.load_all(config, part_weights.of_sampling(config), workdir, mesh, step=flags.step)
     flat = keys.flatten(json.loads(config.to_json()))

@@ -17,7 +17,7 @@ from rae_jax.runtime.checkpoint_reader import DamagedCheckpoint, latest_step
 from rae_jax.training.loop import fit
 from rae_jax.ui import report
 
-_EVALUATED = {  # a stage that is evaluated while it trains: the other parts that this takes
+_EVALUATED = {  # {stage that is evaluated during training: other parts that the evaluation needs}
     "decoder": ("encoder",),
     "dit": ("encoder", "judge", "decoder", "statistics"),
 }
@@ -31,8 +31,8 @@ def run(config, workdir, mesh, flags):
 def in_workdir(config, workdir, mesh, work):
     """Call `work(config, workdir, mesh, evaluator)` while this run owns the workdir.
 
-    What is missing and can be found at once is reported before anything is written. `work` is called again after it met
-    a damaged checkpoint of a finished stage, which is set aside.
+    Missing data, networks and weights raise UserError before anything is written. If `work` meets a damaged checkpoint
+    of a finished stage, the checkpoint is set aside and `work` is called again.
     """
     for split in ("train", "heldout"):
         build_data.source(config, split)
@@ -40,17 +40,17 @@ def in_workdir(config, workdir, mesh, work):
         stages.packed_latents(config, mesh)
     perceptual_networks.check_available(config)
     linear_probes.check_available(config)
-    evaluator = Evaluator(config, mesh)  # one for all evaluations: each of its programs is compiled once
+    evaluator = Evaluator(config, mesh)  # one for all evaluations: it compiles each program once
     with workdir_lock.hold(workdir):
         keys.save(config, workdir)
         environment.record(workdir)
         while True:
             try:
                 return work(config, workdir, mesh, evaluator)
-            except DamagedCheckpoint as error:  # of a finished stage, which is trained again from the checkpoint before
+            except DamagedCheckpoint as error:  # the stage is trained again from the previous checkpoint
                 if processes.is_first():
                     aside = checkpoint_manifest.set_aside(error.path)
-                    logs.say(f"{error.path} is damaged ({error.reason}): set aside as {aside.name}")
+                    logs.say(f"{error.path} is damaged ({error.reason}): it is set aside as {aside.name}")
                 processes.wait_for_all("set aside")
 
 
@@ -79,9 +79,9 @@ def run_stages(config, workdir, mesh, evaluator):
 def _run_stage(config, name, workdir, mesh, evaluator, tracker):
     stage = stages.stage(config, name, workdir, mesh)
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
-        logs.say(f"{name}: finished before")
+        logs.say(f"{name}: already finished")
         return
-    logs.say(f"{name}: compiling its first step, which may take minutes; then {stage.num_steps} steps")
+    logs.say(f"{name}: compiling the step, which may take minutes; then {stage.num_steps} steps")
     began = time.monotonic()
     fit(
         stage,
@@ -118,12 +118,12 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     def evaluate(state, step):
         parts = {**other_parts(), stage.name: part_weights.exported(config, stage.name)(state)}
-        found, shown = evaluator.weights(parts)
-        for kind, picture in shown.items() if processes.is_first() else ():
+        found, pictures = evaluator.weights(parts)
+        for kind, picture in pictures.items() if processes.is_first() else ():
             path = workdir / "samples" / stage.name / f"{step:07d}_{kind}.png"
             try:
                 image_grid.save(path, picture)
-            except Exception as error:  # a picture is not worth a run; object stores raise errors of many types
+            except Exception as error:  # a missing picture must not end a run; object stores raise errors of many types
                 logs.say(f"cannot write the picture {path} ({atomic_files.reason(error)})")
         return {**found, **score(config.checkpoint, found, must=last)}
 
@@ -133,7 +133,7 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
 def score(checkpoint, results, *, must):
     """Return {'score': a number, the higher the better} of the metric config.checkpoint.best.
 
-    {} without such a metric; UserError if one `must` exist and the results lack it.
+    Return {} without such a metric. Raise UserError if the results lack the metric and `must` have it.
     """
     if not checkpoint.best or (checkpoint.best not in results and not must):
         return {}

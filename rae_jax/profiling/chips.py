@@ -1,4 +1,4 @@
-"""TPUs that are not here: devices to compile for, by the name of their topology, and what they can do."""
+"""TPU topologies to compile for without a TPU, and the published peaks of TPUs and GPUs."""
 
 import importlib.util
 import math
@@ -15,17 +15,17 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One kind of TPU. Rates are a chip's published peaks, which its devices share."""
+    """One kind of TPU. Rates are published peaks of a chip; its devices share them."""
 
-    axes: int  # of its torus
-    most: int  # chips in a slice
-    devices: int  # that jax sees in a chip
-    hbm: float  # bytes a device can use, as its compiler says
-    flops: float  # a second, bfloat16
-    bandwidth: float  # of its HBM, bytes a second
-    links: float  # bytes a second that it can send to its neighbours, all together
-    kind: str  # what jax calls a device of this chip
-    cores: str = ""  # libtpu's name for the way in which cores make a device, if it has to be told
+    axes: int  # of the torus
+    most: int  # chips in a slice, at most
+    devices: int  # jax devices in a chip
+    hbm: float  # bytes that a device can use, according to its compiler
+    flops: float  # FLOPs a second, bfloat16
+    bandwidth: float  # of the HBM, bytes a second
+    links: float  # bytes a second that a chip can send to all its neighbours together
+    kind: str  # device_kind of jax for this chip
+    cores: str = ""  # libtpu's chip_config_name, if it must be given
 
 
 CHIPS = {
@@ -37,7 +37,7 @@ CHIPS = {
 }
 
 
-# Published peaks of bfloat16 products without sparsity, FLOPs a second, by what jax calls a device.
+# {device_kind of jax: published peak of bfloat16 products without sparsity, FLOPs a second}.
 PEAKS = {
     **{chip.kind: chip.flops / chip.devices for chip in CHIPS.values()},
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -51,10 +51,10 @@ _SOME_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "lo
 
 
 def devices(topology, num_slices=1):
-    """(devices, Chip) of `num_slices` slices of a topology such as 'v5e:16x16'; nothing of it need be here.
+    """Return (devices, Chip) of `num_slices` slices of a topology such as 'v5e:16x16'; no TPU is needed.
 
-    Call it before JAX looks for devices: it will find the CPU alone. Raises UserError where libtpu is missing, or no
-    such topology is known.
+    Call it before JAX initialises its devices: afterwards JAX uses only the CPU. Raises UserError if libtpu is not
+    installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--mode=compile needs libtpu, the TPU compiler: pip install -e '.[tpu]'")
@@ -62,28 +62,29 @@ def devices(topology, num_slices=1):
     if num_slices < 1:
         raise UserError(f"--num_slices={num_slices} cannot work: it must be positive")
     jax.config.update("jax_platforms", "cpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no metadata server to ask what TPU this is,
-    os.environ.update(_SOME_HOST)  # and libtpu complains where nothing says it
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing is locked: no device is used
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no metadata server exists that knows the kind of TPU,
+    os.environ.update(_SOME_HOST)  # and libtpu complains if neither names it
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no lock is needed: no device is used
     try:
         options = {"num_slices": num_slices} if num_slices > 1 else {}
         options |= {"chip_config_name": chip.cores} if chip.cores else {}
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--topology={topology}: libtpu knows no such topology ({reason}); {_EXAMPLES}") from error
+        raise UserError(f"--topology={topology}: libtpu does not know this topology ({reason}); {_EXAMPLES}") from error
 
 
-_EXAMPLES = "take one such as v5e:4x4, v6e:16x16, v5p:4x4x4 or tpu7x:2x2x1"
+_EXAMPLES = "choose one such as v5e:4x4, v6e:16x16, v5p:4x4x4 or tpu7x:2x2x1"
 
 
 def _chip(topology):
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)*)", topology)
     if not match or match[1] not in CHIPS:
-        raise UserError(f"--topology={topology} is not KIND:SIZES, KIND one of {', '.join(CHIPS)}: {_EXAMPLES}")
+        raise UserError(f"--topology={topology} is not KIND:SIZES with KIND one of {', '.join(CHIPS)}: {_EXAMPLES}")
     chip, sizes = CHIPS[match[1]], [int(size) for size in match[2].split("x")]
     if len(sizes) != chip.axes or math.prod(sizes) > chip.most:
         raise UserError(
-            f"--topology={topology}: a slice of {match[1]} has {chip.axes} axes, at most {chip.most} chips: {_EXAMPLES}"
+            f"--topology={topology}: a slice of {match[1]} has {chip.axes} axes and at most {chip.most} chips: "
+            f"{_EXAMPLES}"
         )
     return chip

@@ -1,6 +1,7 @@
-"""Ahead-of-time compiling: a run's real programs for TPUs that are not here.
+"""Ahead-of-time compilation of a run's programs for TPUs, without a TPU.
 
-Do they fit, what do they compute and send, what bounds them? Shapes only: no weights, no data, no devices.
+Reports whether a program fits, its FLOPs, its traffic between devices, and its bound. Uses shapes only: no weights, no
+data, no devices.
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ from rae_jax.profiling.chips import GIB
 from rae_jax.runtime import sharding
 from rae_jax.training import loop
 
-_SCHEDULE = 1000  # steps of an epoch, for schedules that count them: no data set is asked how many
+_SCHEDULE = 1000  # steps of an epoch, for schedules in epochs: no data set is read
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of a run: compiled as `jitted` is, while `plain` is the same mathematics and recomputes nothing."""
+    """One program of a run. `jitted` is compiled; `plain` computes the same without kernels and rematerialisation."""
 
     kind: str  # 'train' or 'sample'
     stage: str
@@ -40,9 +41,9 @@ class Program:
 
 
 def programs(config, mesh, kinds=("train", "sample")):
-    """The train step of each stage that config.stages trains, and the sampler, as the run itself makes them.
+    """Return the run's own programs: the train step of each stage in config.stages that is trained, and the sampler.
 
-    Raises UserError for what cannot be compiled so.
+    Raises UserError if no stage is trained, or the sampler has no fixed number of steps.
     """
     found = []
     if "train" in kinds:
@@ -50,13 +51,13 @@ def programs(config, mesh, kinds=("train", "sample")):
     if "sample" in kinds:
         found.append(_sample(config, mesh))
     if not found:
-        raise UserError(f"config.stages={tuple(config.stages)} trains nothing: there is no train step to compile")
+        raise UserError(f"config.stages={tuple(config.stages)} trains nothing: name a stage to compile its train step")
     return found
 
 
 def measure(program, mesh, chip):
-    """Compile a program; what one device needs, does and sends in one run of it, by name."""
-    asked = jaxpr_flops.count(program.plain, *program.arguments) / mesh.size
+    """Compile a program; return {name: value} of the memory, FLOPs and traffic of one device in one run of it."""
+    model_flops = jaxpr_flops.count(program.plain, *program.arguments) / mesh.size
     began = time.monotonic()
     lowered = program.jitted.lower(*program.arguments)
     found = {"lower_seconds": time.monotonic() - began, "hbm_bytes": int(chip.hbm)}
@@ -81,26 +82,26 @@ def measure(program, mesh, chip):
     costs = hlo_costs.Program(compiled.as_text()).costs()
     return {
         **{**found, **sizes, "fits": peak <= chip.hbm, "peak_bytes": peak},
-        **{"flops": costs.flops, "model_flops": asked, "flops_ratio": costs.flops / asked},
+        **{"flops": costs.flops, "model_flops": model_flops, "flops_ratio": costs.flops / model_flops},
         **{"collective_bytes": costs.sent.total(), "collective_bytes_by_kind": dict(costs.sent)},
         **{"roofline_seconds": _roofline(costs, chip), "estimated_cycles": costs.cycles},
     }
 
 
-def needed_bytes(said):
-    """Of HBM, by what the TPU compiler says where it is not enough; None where it says something else."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", said)
-    if "RESOURCE_EXHAUSTED" not in said or not found:
+def needed_bytes(message):
+    """Return the bytes of HBM that the TPU compiler's message asks for; None for a message about something else."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
         return None
     size, unit = (group for group in found.groups() if group)
     return int(float(size) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 def _compile(lowered):
-    """(the compiled program, the bytes of HBM that the TPU compiler assigned in it, or None where it does not say).
+    """Return (compiled program, bytes of HBM that the TPU compiler assigned, or None if no dump holds them).
 
-    By those, which it writes among its dumps, it refuses what does not fit. What it hands on as the size of temporaries
-    is more: 5.18 GiB where it had assigned 4.02.
+    The compiler refuses a program by the assigned bytes, which it writes to its dumps. The size of temporaries that jax
+    reports is larger: 5.18 GiB in a program with 4.02 GiB assigned.
     """
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
@@ -109,11 +110,11 @@ def _compile(lowered):
     return compiled, max((int(found[1]) for found in assigned if found), default=None)
 
 
-_UNKNOWN = dict.fromkeys(("compile_seconds", "flops_ratio", "collective_bytes"))  # of what does not fit
+_UNKNOWN = dict.fromkeys(("compile_seconds", "flops_ratio", "collective_bytes"))  # of a program that does not fit
 
 
 def _roofline(costs, chip):
-    """Seconds that each resource takes at its peak; the step cannot be faster than the slowest."""
+    """Return {resource: seconds at its peak rate}; the step cannot be faster than the slowest resource."""
     return {
         "compute": costs.flops * chip.devices / chip.flops,
         "HBM": costs.moved * chip.devices / chip.bandwidth,
@@ -122,7 +123,7 @@ def _roofline(costs, chip):
 
 
 def table(name, found):
-    """The lines that a person reads of what `measure` found."""
+    """Return the lines of a table of the result of `measure`."""
     gib = lambda key: f"{found[key] / GIB:9.2f} GiB"  # noqa: E731
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     peak = f"  peak         {gib('peak_bytes')} of {found['hbm_bytes'] / GIB:.2f}: {verdict}"
@@ -134,29 +135,30 @@ def table(name, found):
     return [
         name,
         f"  arguments    {gib('argument_bytes')}",
-        f"  outputs      {gib('output_bytes')}, {found['donated_bytes'] / GIB:.2f} of them in the arguments' place",
-        f"  temporaries  {gib('temp_bytes')}, and {found['code_bytes'] / GIB:.2f} of code beside them",
+        f"  outputs      {gib('output_bytes')}, {found['donated_bytes'] / GIB:.2f} GiB of these in donated arguments",
+        f"  temporaries  {gib('temp_bytes')}, and {found['code_bytes'] / GIB:.2f} GiB of code",
         peak,
-        f"  FLOPs        {found['flops'] / 1e12:9.2f} T, {found['flops_ratio']:.3f} of the model's own",
+        f"  FLOPs        {found['flops'] / 1e12:9.2f} T, {found['flops_ratio']:.3f} times the model's own",
         *(f"  {kind:18} {size / GIB:.3f} GiB sent" for kind, size in sent.items()),
         f"  at least     {1e3 * max(found['roofline_seconds'].values()):9.1f} ms, bound by {bound} (ms: {seconds})",
-        f"  estimate     {found['estimated_cycles'] / 1e6:9.1f} M cycles, by the compiler's own model of the chip",
+        f"  estimate     {found['estimated_cycles'] / 1e6:9.1f} M cycles, by the compiler's model of the chip",
         f"  compiled in  {found['compile_seconds']:9.0f} s, after {found['lower_seconds']:.0f} s of tracing",
     ]
 
 
 def report(config, mesh, chip, topology, num_slices, kinds):
-    """Compile, print tables and at last one line of JSON, a list with an object for each program; whether all fit."""
+    """Compile, print tables and, last, one line of JSON: a list of one object per program. Returns whether all fit."""
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     results = []
     for program in programs(config, mesh, kinds):
         found = measure(program, mesh, chip)
-        where = f"{num_slices} slices of {topology}" if num_slices > 1 else topology
-        name = f"{program.kind} ({program.stage}) on {where}: batch {program.batch_size}, mesh {shape}; a device:"
+        hardware = f"{num_slices} slices of {topology}" if num_slices > 1 else topology
+        name = f"{program.kind} ({program.stage}) on {hardware}: batch {program.batch_size}, mesh {shape}; per device:"
         print("\n".join(table(name, found)), flush=True)
-        what = {"program": program.kind, "stage": program.stage, "topology": topology, "num_slices": num_slices}
-        how = {"config": config.name, "dtype": config.dtype, "remat": config.remat, "batch_size": program.batch_size}
-        results.append({**what, **how, "mesh": dict(mesh.shape), **found})
+        identity = {"program": program.kind, "stage": program.stage, "topology": topology, "num_slices": num_slices}
+        settings = {"config": config.name, "dtype": config.dtype, "remat": config.remat}
+        settings |= {"batch_size": program.batch_size}
+        results.append({**identity, **settings, "mesh": dict(mesh.shape), **found})
     print(json.dumps(results))
     return all(result["fits"] for result in results)
 
@@ -170,24 +172,25 @@ def _train(config, name, mesh):
     frozen = part_weights.frozen(config, name, lambda part: part_weights.shapes_or_none(config, part))
     state, frozen = sharding.abstract(shapes, mesh), sharding.abstract(frozen, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    arguments = (state, frozen, _batch(config, name, batch_size, mesh), _whole(key, mesh))
-    same = objectives.init_and_step(plain(config), name)[1]
-    return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), same, arguments)
+    arguments = (state, frozen, _batch(config, name, batch_size, mesh), _replicated_shape(key, mesh))
+    plain_step = objectives.init_and_step(plain(config), name)[1]
+    return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), plain_step, arguments)
 
 
 def _sample(config, mesh):
     if not build_sampler.has_fixed_steps(config):
-        raise UserError("config.sampler.method='adaptive' has no number of steps to count: compile it with 'heun'")
+        raise UserError("config.sampler.method='adaptive' has no fixed number of steps to count: set it to 'heun'")
     shapes = {part: part_weights.shapes_or_none(config, part) for part in part_weights.of_sampling(config)}
     batch_size = sharding.round_up(config.evaluate.batch_size, mesh)
-    numbers = [_split((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
-    arguments = (sharding.abstract(shapes, mesh), _whole(jax.eval_shape(lambda: jax.random.key(0)), mesh), *numbers)
-    asked = generate.sampler(plain(config))
-    return Program("sample", "dit", batch_size, generate.make_sampler(config, mesh), asked, arguments)
+    numbers = [_split_shape((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
+    key = _replicated_shape(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    arguments = (sharding.abstract(shapes, mesh), key, *numbers)
+    plain_sampler = generate.sampler(plain(config))
+    return Program("sample", "dit", batch_size, generate.make_sampler(config, mesh), plain_sampler, arguments)
 
 
 def plain(config):
-    """The config whose programs compute the same without a kernel of their own, and nothing twice."""
+    """Return the config whose programs compute the same without custom kernels and without rematerialisation."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.remat, config.attention = "none", "xla"
@@ -197,15 +200,15 @@ def plain(config):
 def _batch(config, name, batch_size, mesh):
     size = config.data.image_size
     if name == "dit" and config.data.latents:
-        batch = {"latent": _split((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
+        batch = {"latent": _split_shape((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
     else:
-        batch = {"image": _split((batch_size, size, size, 3), jnp.uint8, mesh)}
-    return {**batch, "label": _split((batch_size,), jnp.int32, mesh)}
+        batch = {"image": _split_shape((batch_size, size, size, 3), jnp.uint8, mesh)}
+    return {**batch, "label": _split_shape((batch_size,), jnp.int32, mesh)}
 
 
-def _split(shape, dtype, mesh):
+def _split_shape(shape, dtype, mesh):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
-def _whole(leaf, mesh):
+def _replicated_shape(leaf, mesh):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))

@@ -1,6 +1,6 @@
-"""Compiled programs, read from their HLO text: products, traffic between devices, arrays. Loops count as they run.
+"""Costs and arrays of compiled programs, read from their HLO text. A loop counts as often as it runs.
 
-XLA's own cost analysis counts the body of a loop once, and knows nothing of what travels.
+XLA's own cost analysis counts the body of a loop once, and does not count the traffic between devices.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ _BITS = re.compile(r"[a-z]+(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one device does in one run of a program."""
+    """Costs of one device in one run of a program."""
 
-    flops: float = 0.0  # of products and convolutions, two for each multiplication
-    moved: float = 0.0  # bytes between the main memory and the rest, about: what instructions read and write
-    sent: Counter = dataclasses.field(default_factory=Counter)  # bytes by kind of collective, as a ring sends them
-    cycles: float = 0.0  # of its cores, as the TPU compiler estimates them; other compilers say nothing
+    flops: float = 0.0  # of matrix products and convolutions, two for each multiplication
+    moved: float = 0.0  # bytes, about, that instructions read from and write to main memory
+    sent: Counter = dataclasses.field(default_factory=Counter)  # bytes sent in a ring, by kind of collective
+    cycles: float = 0.0  # of the cores, estimated by the TPU compiler; 0 from other compilers
 
     def __add__(self, other):
         sent = Counter({kind: self.sent[kind] + other.sent[kind] for kind in COLLECTIVES})
@@ -38,7 +38,7 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `result` and `operands` are the text of a type and names."""
+    """One line of HLO text: `result` is the text of a type, `operands` are names."""
 
     name: str
     result: str
@@ -48,27 +48,27 @@ class Instruction:
 
 
 class Program:
-    """A compiled module; `text` is what jax.stages.Compiled.as_text() gives."""
+    """A compiled module; `text` is the result of jax.stages.Compiled.as_text()."""
 
     def __init__(self, text):
         self._entry, self._computations = _parse(text)
 
     def costs(self):
-        """Costs of the whole program. Of a conditional the dearest branch counts."""
+        """Return the costs of the whole program. Of a conditional the most expensive branch counts."""
         return self._costs(self._entry)
 
     def arrays(self):
-        """Every (dtype, shape) that an instruction makes, whether or not it comes to lie in memory."""
+        """Return every (dtype, shape) that an instruction makes, in memory or not."""
         return {array for c in self._computations.values() for i in c.values() for array in _arrays(i.result)}
 
-    @functools.cache  # noqa: B019  a program lives as long as its reading
+    @functools.cache  # noqa: B019  keeps the program alive; few are read
     def _costs(self, name):
         computation = self._computations[name]
         return sum((self._cost(i, computation) for i in computation.values()), Costs())
 
     def _cost(self, i, computation):
         kind = i.opcode.removesuffix("-start")
-        if i.opcode.endswith(("-done", "-update")) or kind in COLLECTIVES and _goes_on(i, computation):
+        if i.opcode.endswith(("-done", "-update")) or kind in COLLECTIVES and _continues_another(i, computation):
             return Costs()
         called = [self._costs(name) for name in _called(i)]
         match kind:
@@ -90,15 +90,15 @@ class Program:
         return sum(called, own + Costs(moved=self._moved(i, computation), cycles=_cycles(i)))
 
     def _moved(self, i, computation):
-        """Bytes that an instruction reads and writes in main memory; of a slice of an array, the slice's."""
+        """Return the bytes that an instruction reads and writes in main memory; of a sliced array, the slice's."""
         if i.opcode in _MOVE_NOTHING or "AllocateBuffer" in i.attributes:
             return 0.0
         fused = self._computations[_called(i)[0]] if i.opcode == "fusion" else None
         read = sum(_read(i, n, computation, fused) for n in range(len(i.operands)))
-        return read + (_main_memory(_made(i)) if fused is None else _written(i, fused))
+        return read + (_main_memory(_result_type(i)) if fused is None else _written(i, fused))
 
     def _trips(self, loop, computation):
-        """How often a loop runs: as XLA notes it, or from its condition `counter < limit` and the counter's step."""
+        """Return how often a loop runs: XLA's note, or from its condition `counter < limit` and the counter's step."""
         if known := re.search(r'known_trip_count[^0-9]*"(\d+)"', loop.attributes):
             return int(known[1])
         names = {key: re.search(rf"{key}=%?([\w.-]+)", loop.attributes)[1] for key in ("condition", "body")}
@@ -124,13 +124,13 @@ _MOVE_NOTHING = (
 
 
 def _read(i, n, computation, fused):
-    """Bytes read of an instruction's n-th operand."""
+    """Return the bytes that an instruction reads of its n-th operand."""
     operand = computation.get(i.operands[n])
     size = _main_memory(operand.result) if operand else 0.0
     if not size or i.opcode == "dynamic-update-slice" and n == 0:
         return 0.0
     if i.opcode in ("dynamic-slice", "slice", "slice-start", "gather") and n == 0:
-        return min(size, _bytes(_arrays(_made(i))))
+        return min(size, _bytes(_arrays(_result_type(i))))
     if fused is None:
         return size
     parameter = next(p.name for p in fused.values() if p.opcode == "parameter" and p.attributes == str(n))
@@ -140,14 +140,14 @@ def _read(i, n, computation, fused):
     return size
 
 
-def _made(i):
-    """The type of a result; of what only starts, without the operands and flags that it hands on."""
+def _result_type(i):
+    """Return the type of a result; an asynchronous start is without the operands and flags that it passes on."""
     parts = _TYPE.findall(i.result)
     return parts[i.opcode != "copy-start"] if i.opcode.endswith("-start") and len(parts) > 1 else i.result
 
 
 def _written(i, fused):
-    """Bytes that a fusion writes: of what it updates in place, the update's."""
+    """Return the bytes that a fusion writes; of an array updated in place only the update counts."""
     root = list(fused.values())[-1]
     parts, results = _TYPE.findall(i.result), [root]
     if root.opcode == "tuple":
@@ -163,25 +163,25 @@ def _written(i, fused):
 
 
 def _cycles(i):
-    """What the TPU compiler reckons for an instruction, by which it chooses how to cut it into pieces."""
+    """Return the cycles that the TPU compiler estimates for an instruction when it chooses the instruction's tiling."""
     found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
-    return float(found[1]) if found and int(found[1]) < 2**63 else 0.0  # -1, without its sign: it does not know
+    return float(found[1]) if found and int(found[1]) < 2**63 else 0.0  # -1 as an unsigned number: unknown
 
 
 def _scattered(fusion, sent):
-    """What a fusion sends. A TPU's scattered sum may be one of an all-reduce and its slice, but sends half as much."""
+    """Return the bytes that a fusion sends. A TPU's fused all-reduce and slice is a reduce-scatter: it sends half."""
     if not re.search(r"calls=%?all-reduce-scatter", fusion.attributes):
         return sent
     return Counter({**sent, "all-reduce": 0, "reduce-scatter": sent["reduce-scatter"] + sent["all-reduce"] / 2})
 
 
-def _goes_on(i, computation):
-    """Whether a collective only continues what an earlier fusion began: such a chain names it again and again."""
+def _continues_another(i, computation):
+    """Return whether a collective continues one that an earlier fusion began; a chain repeats its name."""
     return "chain_id" in i.attributes and not any("AsyncCollectiveStart" in o.attributes for o in computation.values())
 
 
 def _parse(text):
-    """Name of the entry, and {computation: {name: Instruction}}, the root last."""
+    """Return (name of the entry, {computation: {name: Instruction}}); the root is the last instruction."""
     entry, computations, current = None, {}, None
     for line in text.splitlines():
         if not line.startswith(" "):
@@ -214,7 +214,7 @@ def _closing(text, start):
         depth += {"(": 1, ")": -1}.get(text[n], 0)
         if depth == 0:
             return n
-    raise ValueError(f"unbalanced: {text}")
+    raise ValueError(f"unbalanced parentheses: {text}")
 
 
 def _called(i):
@@ -226,19 +226,19 @@ def _called(i):
 
 
 def _follow(i, computation):
-    """The instruction behind copies and conversions."""
+    """Return the instruction behind copies and conversions."""
     while i.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start") and i.operands[0] in computation:
         i = computation[i.operands[0]]
     return i
 
 
 def _arrays(text):
-    """[(dtype, shape)] of a type, a tuple's members one by one."""
+    """Return [(dtype, shape)] of a type, one for each member of a tuple."""
     return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(text)]
 
 
 def _main_memory(text):
-    """Bytes of those members of a type that lie in main memory, not in a memory space of their own."""
+    """Return the bytes of the members of a type that lie in main memory, not in another memory space."""
     return sum(_bytes(_arrays(part)) for part in _TYPE.findall(text) if "S(" not in part)
 
 
@@ -252,7 +252,7 @@ def _bits(dtype):
 
 
 def _sent(kind, i, computation):
-    """Bytes that a device sends in one collective over a group of n in a ring."""
+    """Return the bytes that a device sends in one collective over a ring of n devices."""
     size = sum(_bytes(_arrays(computation[name].result)) for name in i.operands)
     if kind == "collective-permute":
         return size
@@ -261,7 +261,7 @@ def _sent(kind, i, computation):
 
 
 def _group_size(attributes):
-    """Devices in a group, in each of the ways in which groups are written."""
+    """Return the number of devices in a group; replica groups have several notations."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
@@ -279,7 +279,7 @@ def _dot(i, computation):
 
 
 def _convolution(i, computation):
-    """Multiplications with elements that are there: those with padding, or between dilated ones, are not done."""
+    """Return the FLOPs of a convolution, without products with padding or with the gaps of dilation."""
     shapes = [_arrays(computation[name].result)[0][1] for name in i.operands]
     shapes.append(_arrays(i.result)[0][1])
     labels = re.split("_|->", re.search(r"dim_labels=([\w>-]+)", i.attributes)[1])
@@ -293,7 +293,7 @@ def _convolution(i, computation):
 
 
 def _window(attributes):
-    """{'stride': [...], ...} by spatial axis; what is not there is 1, or no padding."""
+    """Return {'stride': [...], ...} by spatial axis; the defaults are 1, and no padding."""
     found = re.search(r"window=\{([^}]*)\}", attributes)
     given = dict(item.split("=") for item in found[1].split()) if found else {}
     rank = len(given.get("size", "").split("x"))
@@ -304,7 +304,7 @@ def _window(attributes):
 
 
 def _overlaps(size, kernel, out, window):
-    """How many pairs of an output's and a kernel's position meet an element of the input, along one axis."""
+    """Return the number of (output, kernel) positions that meet an element of the input, along one axis."""
     count = 0
     for k in range(kernel):
         first = k * window["rhs_dilate"] - window["pad"]

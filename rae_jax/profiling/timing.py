@@ -1,6 +1,6 @@
-"""Timed steps of what a config describes, on the devices that are here; weights and data are made up on them.
+"""Timed steps of a config's programs on the devices of this machine; weights and data are generated on the devices.
 
-Nothing is read or written, and between the steps no host does more than start the next one, as the training loop does.
+No file is read or written. Between two steps the host only starts the next step, as the training loop does.
 """
 
 import functools
@@ -21,14 +21,14 @@ from rae_jax.profiling import chips, compile_ahead, jaxpr_flops
 from rae_jax.runtime import processes, sharding
 
 TRACED_STEPS = 3
-_MATRIX = {"cpu": 2048}  # side of the products that show what the device can do; 8192 elsewhere
-_CHAINED, _TRIES = 4, 4
+_MATRIX = {"cpu": 2048}  # {platform: side of the matrices of `matrix_rate`}; 8192 on other platforms
+_CHAINED, _TRIES = 4, 4  # products in one run, and timed runs
 
 
 def report(config, mesh, names, *, steps, warmup, profile=None):
-    """Time the programs of these names, print a table, and at last one line, a JSON object.
+    """Time the programs with these names; print a table and, as the last line, one JSON object.
 
-    `profile`: a folder for a trace of three more steps of each, PROFILE/NAME, which TensorBoard and xprof show.
+    `profile`: a folder for a trace of three more steps of each program, PROFILE/NAME, for TensorBoard and xprof.
     """
     device = mesh.devices.flat[0]
     for name in names:
@@ -42,7 +42,10 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
         **{key: config[key] for key in ("dtype", "attention", "remat", "unroll")},
         **{"published_peak": peaks["published"], "measured_peak": measured, "programs": {}},
     }
-    _say(f"{mesh.size} x {device.device_kind}, {config.dtype}; products reach {measured / 1e12:.2f} TFLOP/s on one")
+    _say(
+        f"{mesh.size} x {device.device_kind}, {config.dtype}; "
+        f"matrix products reach {measured / 1e12:.2f} TFLOP/s per device"
+    )
     _say(HEAD)
     for name in names:
         try:
@@ -56,17 +59,17 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
             result = {"left_out": "it does not fit in the device's memory: lower the batch size"}
         found["programs"][name] = result
         _say(row(name, result))
-    _say(f"the process held {peak_of_process() / chips.GIB:.2f} GiB of the host's memory at most")
+    _say(f"peak host memory of the process: {peak_of_process() / chips.GIB:.2f} GiB")
     found["host_peak_bytes"] = peak_of_process()
     _say(json.dumps(found))
 
 
 def measure(program, mesh, peaks, *, steps, warmup, trace=None):
-    """What one run of a program takes, by name; see `row`."""
+    """Return {name: value} of the time, FLOP rate and memory of one run of a program; see `row`."""
     began = time.perf_counter()
     compiled = program.jitted.lower(*program.arguments).compile()
     compile_seconds = time.perf_counter() - began
-    asked = jaxpr_flops.count(program.plain, *program.arguments)
+    model_flops = jaxpr_flops.count(program.plain, *program.arguments)
     run = _runner(compiled, program)
     seconds = _timed(run, steps, warmup, ahead=program.kind == "train")
     if trace is not None:
@@ -75,26 +78,26 @@ def measure(program, mesh, peaks, *, steps, warmup, trace=None):
                 jax.block_until_ready(run())
     median = statistics.median(seconds)
     memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    rate = asked / median / mesh.size
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    rate = model_flops / median / mesh.size
     return {
         **{"batch_size": program.batch_size, "compile_seconds": compile_seconds},
         **{"seconds_median": median, "seconds_min": min(seconds), "images_per_second": program.batch_size / median},
-        **{"model_flops": asked, "flops_per_second_and_device": rate},
+        **{"model_flops": model_flops, "flops_per_second_and_device": rate},
         **{f"utilisation_of_{kind}": rate / peak if peak else None for kind, peak in peaks.items()},
-        "program_bytes": needed - memory.alias_size_in_bytes,
+        "program_bytes": size - memory.alias_size_in_bytes,
         "device_peak_bytes": _peak_of_devices(mesh),
     }
 
 
 HEAD = (
-    f"{'':18}{'batch':>6}{'compile s':>10}{'step s':>9}{'(least)':>10}{'images/s':>10}{'TFLOP/s':>9}"
+    f"{'':18}{'batch':>6}{'compile s':>10}{'step s':>9}{'(min)':>10}{'images/s':>10}{'TFLOP/s':>9}"
     f"{'of peak':>9}{'of meas.':>9}{'program GiB':>13}{'device GiB':>12}"
 )
 
 
 def row(name, found):
-    """A line of the table: rates and memory are a device's, and its peak is that of the process so far."""
+    """Return a line of the table. Rates and memory are per device; 'device GiB' is the peak of the process so far."""
     if "left_out" in found:
         return f"{name:18}left out: {found['left_out']}"
 
@@ -112,9 +115,9 @@ def row(name, found):
 
 
 def matrix_rate(device, dtype):
-    """FLOPs a second of large products on one device, one after the other: what can be had.
+    """Return the FLOPs a second of large matrix products on one device, one after the other: a practical peak.
 
-    Of random numbers: processors that lower their clock for heat are faster on numbers that are all alike.
+    The numbers are random, because a processor that lowers its clock when it is hot is faster on equal numbers.
     """
     side = _MATRIX.get(device.platform, 8192)
     local = jax.local_devices()[0]
@@ -124,9 +127,9 @@ def matrix_rate(device, dtype):
         return jax.lax.fori_loop(0, _CHAINED, lambda _, a: a @ b, a)
 
     a, b = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
-    a, b = jax.device_put((a, b * side**-0.5), local)  # products stay as large as a
+    a, b = jax.device_put((a, b * side**-0.5), local)  # the products keep the scale of a
     best = float("inf")
-    for _ in range(1 + _TRIES):  # the first compiles
+    for _ in range(1 + _TRIES):  # the first run compiles
         began = time.perf_counter()
         jax.block_until_ready(chain(a, b))
         best = min(best, time.perf_counter() - began)
@@ -134,12 +137,12 @@ def matrix_rate(device, dtype):
 
 
 def peak_of_process():
-    """Bytes of memory that this process held at most."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _peak_of_devices(mesh):
-    """The largest peak of this process's devices so far; None where they do not tell."""
+    """Return the largest peak so far of this process's devices in bytes; None if a device does not report it."""
     found = [device.memory_stats() for device in mesh.local_devices]
     return max(stats["peak_bytes_in_use"] for stats in found) if all(found) else None
 
@@ -150,7 +153,7 @@ def _say(line):
 
 
 def _runner(compiled, program):
-    """Function that starts one step, and gives what to wait for."""
+    """Return a function that starts one step and returns outputs to wait for."""
     trains = program.kind == "train"
     first, *rest = program.arguments
     arguments = [late_state(first) if trains else made_up(first), *map(made_up, rest)]
@@ -165,7 +168,7 @@ def _runner(compiled, program):
 
 
 def late_state(shapes):
-    """A state in its stage's last phase, all losses at work; moments of squares are not negative."""
+    """Return a made-up state in the last phase of its stage: all losses are active; second moments are not negative."""
     state = made_up(shapes)
     for name in ("opt_state", "disc_opt_state"):
         if name in state:
@@ -174,8 +177,10 @@ def late_state(shapes):
 
 
 def _timed(run, steps, warmup, *, ahead):
-    """Seconds of so many steps. With `ahead` from the end of one to that of the next, the host starting each while the
-    one before runs: only for steps that take what it gave, since others could run side by side.
+    """Return the seconds of each of `steps` steps.
+
+    With `ahead`, the host starts each step while the step before runs, and times are from end to end. Only for steps
+    that take the output of the step before: other steps could run at the same time.
     """
     for _ in range(warmup):
         jax.block_until_ready(run())
@@ -188,38 +193,40 @@ def _timed(run, steps, warmup, *, ahead):
         previous = following
     jax.block_until_ready(previous)
     seconds = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
-    return seconds[ahead:]  # the first of them began before the clock
+    return seconds[ahead:]  # the first step began before the clock
 
 
 def made_up(shapes):
-    """Arrays of these shapes on their devices: pixels over their whole range, keys, numbers of 0 for what counts or
-    names, small values around 0, and around 1 for scales and variances.
+    """Return arrays of these shapes on their devices.
+
+    Pixels cover their whole range; integers are 0; other numbers are small, but near 1 in scales and variances.
     """
 
     def make(path, leaf, start):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.key(0)
-        places = (start + jax.lax.iota(jnp.uint32, max(leaf.size, 1))) * jnp.uint32(2654435761)  # hashed, after Knuth
+        # Knuth's multiplicative hash of the positions.
+        hashes = (start + jax.lax.iota(jnp.uint32, max(leaf.size, 1))) * jnp.uint32(2654435761)
         if leaf.dtype == jnp.uint8:
-            return (places >> 24).astype(jnp.uint8).reshape(leaf.shape)
+            return (hashes >> 24).astype(jnp.uint8).reshape(leaf.shape)
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jnp.zeros(leaf.shape, leaf.dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
-        small = 0.02 * ((places >> 8).astype(jnp.float32) / 2**23 - 1.0)
+        small = 0.02 * ((hashes >> 8).astype(jnp.float32) / 2**23 - 1.0)
         return ((name in ("scale", "var")) + small).astype(leaf.dtype).reshape(leaf.shape)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
-    def make_all(start):  # an argument, so that XLA does not compute it all while it compiles
+    def make_all(start):  # an argument, so that XLA does not compute the arrays as constants during compilation
         return jax.tree_util.tree_map_with_path(functools.partial(make, start=start), shapes)
 
     return jax.jit(make_all, out_shardings=placed)(np.uint32(0))
 
 
 def _train(config, mesh, *, name, latents=""):
-    """A stage's step."""
+    """Return the program of a stage's train step."""
     if name == "decoder" and models.is_vae(config):
-        raise UserError("the VAE's decoder is not trained")
+        raise UserError("the decoder of a VAE is not trained: no train step exists")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.stages, config.data.latents = (name,), latents
@@ -255,14 +262,14 @@ def _decode(config, mesh):
 
 
 def _program(config, mesh, kind, stage, make, params, shape, dtype):
-    """That of `make(config)`, a function of parameters and a batch."""
+    """Return the program of `make(config)`, a function of parameters and a batch."""
     size = sharding.round_up(config.evaluate.batch_size, mesh)
     batch = jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     jitted, plain = sharding.jit(make(config), mesh), make(compile_ahead.plain(config))
     return compile_ahead.Program(kind, stage, size, jitted, plain, (params, batch))
 
 
-# name: (config, mesh) -> aot.Program; raises UserError where the config has none.
+# {name: function (config, mesh) -> compile_ahead.Program}; raises UserError if the config has no such program.
 PROGRAMS = {
     "train_decoder": functools.partial(_train, name="decoder"),
     "train_dit": functools.partial(_train, name="dit"),

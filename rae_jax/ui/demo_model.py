@@ -1,4 +1,4 @@
-"""What the demo shows: samples on their way from noise, reconstructions, what is between two pictures. No page here."""
+"""The model behind the demo page: sampling trajectories, reconstructions, interpolations between two pictures."""
 
 import functools
 from pathlib import Path
@@ -15,19 +15,19 @@ from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, reconstruct
 from rae_jax.models.autoencoder import denormalise, to_uint8
 
-NUM_IMAGES = 4  # that are drawn at a time
-SNAPSHOTS = 8  # of a trajectory
-BETWEEN = 7  # pictures of an interpolation, with both ends
-MAX_PIXELS = 40_000_000  # of an upload
+NUM_IMAGES = 4  # images that are sampled at a time
+SNAPSHOTS = 8  # pictures of a trajectory
+BETWEEN = 7  # pictures of an interpolation, including both ends
+MAX_PIXELS = 40_000_000  # pixels of an upload
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-LARGEST_ERROR = 0.25  # of a pixel's levels: white in the map
+LARGEST_ERROR = 0.25  # error, as a fraction of the range of a pixel, from which on the error map is white
 
 
 class DemoModel:
-    """A config and its weights `parts`; without a 'dit' among these there are no samples.
+    """A config and its weights `parts`, {name: params}; sampling needs 'dit' among the parts.
 
-    Guidance is that of the config, classifier-free where it is none and there are classes; its scale and the number of
-    steps are arguments of compiled single Euler steps, so that other values compile nothing.
+    Guidance is the config's; if the config has none and the DiT has classes, it is classifier-free. The scale and the
+    number of steps are arguments of single compiled Euler steps, so that new values do not compile again.
     """
 
     def __init__(self, config, parts):
@@ -38,32 +38,32 @@ class DemoModel:
 
     @property
     def guided(self):
-        """Whether a scale makes a difference."""
+        """Return whether the guidance scale has an effect."""
         return sampler.is_guided(self._config)
 
     def trajectory(self, label, seed, scale, num_steps):
-        """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): what the DiT takes for data at that time, and the end."""
+        """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): the DiT's predicted data at this time; last, samples."""
         config, parts = ConfigDict(self._config.to_dict()), self._parts
-        config.sampler.update({"num_steps": num_steps, "method": "euler"})  # whose times are those of its steps
+        config.sampler.update({"num_steps": num_steps, "method": "euler"})  # one model call for each time
         times = np.asarray(generate.times(config))
         labels = jnp.full(NUM_IMAGES, label)
         x = self._noise(seed)
-        # More of them near the noise, where most is decided; the last one is the end.
-        shown = set((np.linspace(0.0, 1.0, SNAPSHOTS - 1) ** 2 * (len(times) - 2)).round().astype(int).tolist())
+        # More snapshots near the noise, where most of the image is decided. The last snapshot is the sample itself.
+        snapshots = set((np.linspace(0.0, 1.0, SNAPSHOTS - 1) ** 2 * (len(times) - 2)).round().astype(int).tolist())
         for n in range(len(times) - 1):
-            x, seen = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
-            if n in shown:
-                yield float(times[n]), np.asarray(self._decode(parts, seen))
+            x, predicted = self._step(parts, x, times[n], times[n + 1], labels, np.float32(scale))
+            if n in snapshots:
+                yield float(times[n]), np.asarray(self._decode(parts, predicted))
         yield float(times[-1]), np.asarray(self._decode(parts, denormalise(x, parts["statistics"])))
 
     def reconstruct(self, image):
-        """(decoded uint8 [H, W, 3], latents [h, w, D], {'psnr', 'ssim'}) of a uint8 image."""
-        latents, out = jax.device_get(self._redraw(self._parts, image[None]))
+        """Return (decoded uint8 [H, W, 3], latents [h, w, D], {'psnr': x, 'ssim': y}) of a uint8 image."""
+        latents, out = jax.device_get(self._reconstruct(self._parts, image[None]))
         return out["decoded"][0], latents[0], {name: float(out[name][0]) for name in ("psnr", "ssim")}
 
     def between(self, one, other):
-        """uint8 [BETWEEN, H, W, 3]: decoded latents on the straight line between those of two uint8 images."""
-        ends, _ = self._redraw(self._parts, np.stack([one, other]))
+        """Return uint8 [BETWEEN, H, W, 3]: decoded points of the straight line between two images' latents."""
+        ends, _ = self._reconstruct(self._parts, np.stack([one, other]))
         weights = jnp.linspace(0.0, 1.0, BETWEEN).reshape(-1, 1, 1, 1)
         return np.asarray(self._decode(self._parts, (1.0 - weights) * ends[:1] + weights * ends[1:]))
 
@@ -81,27 +81,27 @@ class DemoModel:
         return jax.jit(lambda parts, latents: to_uint8(self._autoencoder.decode(parts["decoder"], latents)))
 
     @functools.cached_property
-    def _redraw(self):
+    def _reconstruct(self):
         return jax.jit(reconstruct.make(self._config))
 
 
 def read_upload(path, size):
-    """A file as uint8 [size, size, 3], cropped. Raises UserError, in words for the person who chose it."""
+    """Return the image file as uint8 [size, size, 3], cropped. The message of a UserError is shown on the page."""
     name = Path(path).name
     try:
-        with Image.open(path, formats=FORMATS) as image:  # reads no more than the header
+        with Image.open(path, formats=FORMATS) as image:  # reads only the header
             width, height = image.size
-    except Exception as error:  # Pillow raises whatever it stumbles upon
-        raise UserError(f"{name} is no image that can be read here: choose one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow raises errors of many types
+        raise UserError(f"{name} is no image that can be read here: choose a file of {', '.join(FORMATS)}") from error
     if width * height > MAX_PIXELS:
         largest = f"{MAX_PIXELS // 1_000_000} million pixels"
-        raise UserError(f"{name} has {width}x{height} pixels, more than {largest}: choose a smaller one")
+        raise UserError(f"{name} has {width}x{height} pixels, more than {largest}: choose a smaller image")
     try:
         return decode.read_image(path, size)
     except UserError as error:
-        raise UserError(f"{name} is damaged, or no ordinary picture: choose another file") from error
+        raise UserError(f"{name} is damaged, or not an ordinary picture: choose another file") from error
 
 
 def error_map(image, decoded):
-    """uint8 [H, W, 3]: the mean absolute difference of the colours of two uint8 images; white from LARGEST_ERROR on."""
+    """Return uint8 [H, W, 3]: mean absolute difference of two uint8 images' colours, white from LARGEST_ERROR on."""
     return image_grid.heat(np.abs(image.astype(np.float32) - decoded).mean(-1) / 255.0, LARGEST_ERROR)

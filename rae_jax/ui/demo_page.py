@@ -1,6 +1,6 @@
-"""The page of --mode=demo: samples on their way from noise, pictures and their reconstructions, what is between two.
+"""The web page of --mode=demo: sampling trajectories, reconstructions, interpolations between two pictures.
 
-Served from this machine, with everything it needs; nothing is sent anywhere.
+The page is served from this machine with everything that it needs; nothing is sent to another machine.
 """
 
 import os
@@ -14,32 +14,35 @@ import numpy as np
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 from rae_jax.inference import image_grid
 from rae_jax.ui import demo_model
 
 STEPS = (5, 10, 25, 50, 100)
 MAX_UPLOAD = 20_000_000  # bytes of a picture
 MAX_REQUEST = 200_000  # bytes of any other request
-MAX_WAITING = 32  # requests in the queue; whoever comes then is told so
-SHOWN = 256  # pixels a side, about, to which small pictures are enlarged
+MAX_WAITING = 32  # requests in the queue; a further request is refused with a message
+ENLARGED_TO = 256  # pixels a side, about, to which small pictures are enlarged
 MAX_SEED = 2**31 - 1
 _CSS = """
 .gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
 .picture img { image-rendering: pixelated; padding-top: 28px; }
 """
 _HEAD = """
-**{name}**: {what}. One request is computed at a time, others wait their turn; the first of each kind also compiles.
+**{name}**: {weights}. Requests are computed one at a time, in order. The first request of each kind also compiles.
 """
 
 
 def serve(page, *, host, port):
-    """Serve what `build_page` made until a signal ends it. Raises UserError where nobody may listen there."""
+    """Serve the page of `build_page` until SIGINT or SIGTERM. Raises UserError if the address cannot be listened on."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
-        raise UserError(f"cannot listen on --host={host} --port={port}: it is taken, or not of this machine") from error
+        raise UserError(
+            f"cannot listen on --host={host} --port={port} ({one_line(error)}): "
+            f"choose another port, or an address of this machine"
+        ) from error
     page.launch(
         server_name=host,
         server_port=port,
@@ -60,85 +63,85 @@ def serve(page, *, host, port):
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    print(f"demo: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+    print(f"demo: http://{host}:{port}/ (Ctrl-C stops it)", flush=True)
     ended.wait()
     page.close(verbose=False)
 
 
-def build_page(shown, *, title, what, class_names, held_out, image_size, scale):
-    """The page of an `demo_model.Exhibits` as Gradio's Blocks.
+def build_page(model, *, title, weights, class_names, held_out, image_size, scale):
+    """Return the page of a `demo_model.DemoModel` as Gradio's Blocks.
 
-    `class_names` is empty where nothing can be sampled; `held_out` is a source of example pictures, or None; `scale` of
-    the guidance is where its slider begins.
+    `weights` says in words which weights these are. `class_names` is empty if the model cannot sample; `held_out` is a
+    source of example pictures, or None; `scale` is the first value of the guidance scale.
     """
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(_HEAD.format(name=title, what=what))
+        gr.Markdown(_HEAD.format(name=title, weights=weights))
         if class_names:
             with gr.Tab("Sample"):
-                _sample_tab(shown, class_names, scale)
+                _sample_tab(model, class_names, scale)
         with gr.Tab("Reconstruct"):
-            _reconstruct_tab(shown, held_out, image_size)
+            _reconstruct_tab(model, held_out, image_size)
         with gr.Tab("Interpolate"):
-            _interpolate_tab(shown, held_out, image_size)
+            _interpolate_tab(model, held_out, image_size)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
 _EVENT = {"concurrency_id": "devices", "api_visibility": "private", "show_progress": "minimal"}
 
 
-def _sample_tab(shown, class_names, scale):
+def _sample_tab(model, class_names, scale):
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             label = gr.Dropdown([(name, i) for i, name in enumerate(class_names)], value=0, label="Class")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
             guidance = gr.Slider(
-                0.0, max(8.0, 2 * scale), scale, step=0.1, label="Guidance scale", visible=shown.guided
+                0.0, max(8.0, 2 * scale), scale, step=0.1, label="Guidance scale", visible=model.guided
             )
             steps = gr.Radio(STEPS, value=25, label="Steps", elem_id="steps")
             button = gr.Button("Sample", variant="primary", elem_id="sample")
         with gr.Column(scale=3):
-            now = _picture("What the DiT takes for data", "sample-now")
-            said = gr.Markdown(elem_id="sample-said")
+            current = _picture("Data that the DiT predicts", "sample-now")
+            message = gr.Markdown(elem_id="sample-message")
     strip = _picture("From noise (left) to data (right)", "sample-strip")
 
     def run(label, seed, guidance, steps):
         if seed is None or not 0 <= seed <= MAX_SEED:
-            yield None, None, f"The seed must be a whole number from 0 to {MAX_SEED}."
+            yield None, None, f"Seed: choose a whole number from 0 to {MAX_SEED}."
             return
-        yield None, None, "Computing; the first time also compiles."
+        yield None, None, "Computing. The first request also compiles."
         columns = []
-        for t, images in shown.trajectory(int(label), int(seed), float(guidance), int(steps)):
+        for t, images in model.trajectory(int(label), int(seed), float(guidance), int(steps)):
             columns.append(images)
             rows = np.stack(columns, 1).reshape(-1, *images.shape[1:])
-            shown_now = _row(images), _enlarged(image_grid.grid(rows, len(columns)), SHOWN * 4)
-            yield *shown_now, f"t = {t:.3f}"
-        yield *shown_now, f"Done, at t = {t:.3f}."
+            pictures = _row(images), _enlarged(image_grid.grid(rows, len(columns)), ENLARGED_TO * 4)
+            yield *pictures, f"t = {t:.3f}"
+        yield *pictures, f"Done, at t = {t:.3f}."
 
-    button.click(run, [label, seed, guidance, steps], [now, strip, said], **_EVENT)
+    button.click(run, [label, seed, guidance, steps], [current, strip, message], **_EVENT)
 
 
-def _reconstruct_tab(shown, held_out, size):
+def _reconstruct_tab(model, held_out, size):
     with gr.Row():
         with gr.Column(scale=1, min_width=240):
             file = _file("A picture", "reconstruct-file")
             button = _held_out_button(held_out, "A held-out picture")
-            said = gr.Markdown(elem_id="reconstruct-said")
+            message = gr.Markdown(elem_id="reconstruct-message")
         with gr.Column(scale=3):
             with gr.Row():
-                given = _picture("As the encoder sees it", "reconstruct-given")
+                given = _picture("Input of the encoder", "reconstruct-given")
                 decoded = _picture("Decoded", "reconstruct-decoded")
             with gr.Row():
                 latents = _picture("Latents: three principal components", "reconstruct-latents")
-                errors = _picture(f"Error: white from {demo_model.LARGEST_ERROR:.0%} on", "reconstruct-errors")
-    outputs = [given, decoded, latents, errors, said]
+                errors = _picture(f"Error: white means {demo_model.LARGEST_ERROR:.0%} or more", "reconstruct-errors")
+    outputs = [given, decoded, latents, errors, message]
 
     def show(image):
-        again, z, scores = shown.reconstruct(image)
+        reconstruction, z, scores = model.reconstruct(image)
         words = f"PSNR {scores['psnr']:.1f} dB, SSIM {scores['ssim']:.3f}; latents {' x '.join(map(str, z.shape))}"
-        shown_latents = image_grid.latent_colours(z)
-        return *map(_enlarged, (image, again, shown_latents, demo_model.error_map(image, again))), words
+        pictures = image, reconstruction, image_grid.latent_colours(z), demo_model.error_map(image, reconstruction)
+        return *map(_enlarged, pictures), words
 
-    def of_file(path):
+    def show_file(path):
         if path is None:
             return None, None, None, None, ""
         try:
@@ -146,22 +149,22 @@ def _reconstruct_tab(shown, held_out, size):
         except UserError as error:
             return None, None, None, None, f"**{error}.**"
 
-    file.change(of_file, file, outputs, **_EVENT)
+    file.change(show_file, file, outputs, **_EVENT)
     if held_out:
-        button.click(lambda: show(_any(held_out)), None, outputs, **_EVENT)
+        button.click(lambda: show(_random_image(held_out)), None, outputs, **_EVENT)
 
 
-def _interpolate_tab(shown, held_out, size):
+def _interpolate_tab(model, held_out, size):
     with gr.Row():
-        one, other = _file("From this picture", "interpolate-one"), _file("to this", "interpolate-other")
+        one, other = _file("From this picture", "interpolate-one"), _file("to this picture", "interpolate-other")
     button = _held_out_button(held_out, "Two held-out pictures")
-    said = gr.Markdown(elem_id="interpolate-said")
-    strip = _picture("Decoded from the straight line between their latents", "interpolate-strip")
+    message = gr.Markdown(elem_id="interpolate-message")
+    strip = _picture("Decoded latents on the straight line between both pictures", "interpolate-strip")
 
     def show(first, second):
-        return _row(shown.between(first, second)), ""
+        return _row(model.between(first, second)), ""
 
-    def of_files(*paths):
+    def show_files(*paths):
         if None in paths:
             return None, "Choose the other picture as well." if any(paths) else ""
         try:
@@ -170,9 +173,9 @@ def _interpolate_tab(shown, held_out, size):
             return None, f"**{error}.**"
 
     for file in (one, other):
-        file.change(of_files, [one, other], [strip, said], **_EVENT)
+        file.change(show_files, [one, other], [strip, message], **_EVENT)
     if held_out:
-        button.click(lambda: show(_any(held_out), _any(held_out)), None, [strip, said], **_EVENT)
+        button.click(lambda: show(_random_image(held_out), _random_image(held_out)), None, [strip, message], **_EVENT)
 
 
 def _file(label, name):
@@ -189,30 +192,30 @@ def _held_out_button(held_out, words):
     return gr.Button(words, elem_id=words.lower().replace(" ", "-"), visible=held_out is not None)
 
 
-def _any(source):
+def _random_image(source):
     return source[int(np.random.default_rng().integers(len(source)))]["image"]
 
 
 def _row(images):
-    return _enlarged(image_grid.grid(images, len(images)), SHOWN * 4)
+    return _enlarged(image_grid.grid(images, len(images)), ENLARGED_TO * 4)
 
 
-def _enlarged(image, side=SHOWN):
+def _enlarged(image, side=ENLARGED_TO):
     return image_grid.enlarged(image, side)
 
 
 class BoundedBodies:
-    """ASGI middleware: requests whose bodies are too large are refused, or cut off where they did not say so."""
+    """ASGI middleware: refuses requests whose bodies are too large, or cuts them off if no length is declared."""
 
     def __init__(self, app):
         self._app = app
 
     async def __call__(self, scope, receive, send):
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # A form holds a little more than its file.
+        # An upload's form holds a little more than the file.
         limit = MAX_UPLOAD + MAX_REQUEST if scope["path"].endswith("/upload") else MAX_REQUEST
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
@@ -230,6 +233,6 @@ class BoundedBodies:
 
 
 def refuse_more_processes():
-    """Raise UserError where devices of other processes take part: they would wait for a page that is only here."""
+    """Raise UserError in a run of several processes: only one serves the page, and the devices of the others wait."""
     if jax.process_count() > 1:
         raise UserError("--mode=demo runs in one process: start it on a single host")

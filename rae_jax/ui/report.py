@@ -1,9 +1,9 @@
-"""report.html: what runs have recorded, on one page that opens anywhere and offline.
+"""report.html: the records of one or several runs on one page that can be read offline.
 
-    python -m rae_jax.report --workdir=runs/small                                  # writes runs/small/report.html anew
-    python -m rae_jax.report --workdir=runs/a --workdir=runs/b --output=both.html  # side by side
+    python -m rae_jax.report --workdir=runs/small                                  # writes runs/small/report.html again
+    python -m rae_jax.report --workdir=runs/a --workdir=runs/b --output=both.html  # compares two runs
 
-The curves are drawn by a script in the page, report.html; the series that it draws are in there, too.
+The template report.html holds the page's script, which draws the curves; the page also holds the series of the curves.
 """
 
 import datetime
@@ -16,7 +16,7 @@ import statistics
 from absl import app, flags
 from etils import epath
 
-from rae_jax.config import keys
+from rae_jax.config.keys import flatten
 from rae_jax.config.glossary import RESULTS
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line
@@ -25,16 +25,16 @@ from rae_jax.ui.report_figures import words
 
 
 def write_report(workdir):
-    """Write WORKDIR/report.html from what the workdir holds, and return its path.
+    """Write WORKDIR/report.html from the files of the workdir, and return its path.
 
-    Each part may be missing: config.json, eval/, samples/, metrics/, environment.jsonl. `workdir` is a str or an
+    Each of config.json, eval/, samples/, metrics/, environment.jsonl may be missing. `workdir` is a str or an
     epath.Path, local or gs://.
     """
     return write_comparison([workdir], epath.Path(workdir) / "report.html")
 
 
 def write_comparison(workdirs, output):
-    """Write the page of several runs side by side to the file `output`, and return its path."""
+    """Write a page that compares several runs to the file `output`, and return its path."""
     runs = [workdir_reader.Run(epath.Path(workdir)) for workdir in workdirs]
     curves, series = report_figures.curves(runs)
     body = (
@@ -55,8 +55,8 @@ def write_comparison(workdirs, output):
         "series": json.dumps(series, allow_nan=False).replace("<", "\\u003c"),  # no </script> inside a script
     }
     template = pathlib.Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    # One pass over the template, so that nothing inserted is itself searched for places to insert.
-    page = re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], template)
+    # One pass over the template: inserted text is not searched for further places.
+    page = re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], template)
     path = epath.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page.encode("utf-8", "replace"))
@@ -64,7 +64,7 @@ def write_comparison(workdirs, output):
 
 
 def _legend(runs):
-    """Which colour is whose, where there are several."""
+    """Return the legend, the colour of each run; empty for a single run."""
     if len(runs) == 1:
         return ""
     names = (
@@ -92,14 +92,14 @@ def _result_table(name, values):
             continue
         if metric in pairs:
             cells = f"<td class=number>{_show(value)}</td><td class=number>{_show(values[f'trained_{metric}'])}</td>"
-        else:  # about neither column in particular
+        else:  # a value that belongs to neither column
             cells = f"<td class=number colspan={len(heads)}>{_show(value)}</td>"
         rows.append(_result_row(metric, cells))
     return f"<h3>{words(name)}</h3><div class=wide><table>{''.join(rows)}</table></div>"
 
 
 def _compared_results(runs):
-    """One table: of each run its own evaluation, and of shipped and trained weights the latter."""
+    """Return one table of the runs' own evaluations; of shipped and trained weights it takes the trained weights."""
     values = []
     for run in runs:
         found = run.results.get(run.name, {})
@@ -124,7 +124,7 @@ def _result_row(metric, cells):
 
 
 def _show(value):
-    """A result as escaped text; four significant digits."""
+    """Return a result as escaped text with four significant digits."""
     if value is None:
         return "–"
     if isinstance(value, list):
@@ -135,7 +135,7 @@ def _show(value):
 
 
 def _speed(runs):
-    """A table of each stage's steps and of the medians of what was measured of the machine."""
+    """Return a table of each stage's steps and of its median throughput."""
     columns = {"steps/s": "perf/steps_per_second", "images/s": "perf/images_per_second", "waiting": "perf/data_wait"}
     rows = []
     for run in runs:
@@ -153,7 +153,7 @@ def _speed(runs):
 
 
 def _environment(runs):
-    """A table of every start of every run."""
+    """Return a table of the software and hardware at every start of every run."""
     starts = [(run, start) for run in runs for start in run.starts]
     if not starts:
         return ""
@@ -167,22 +167,22 @@ def _environment(runs):
 
 
 def _config(runs):
-    """A table of all keys; of several runs, first those that differ."""
-    flat = [keys.flatten(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for values in flat for key in values))
+    """Return a table of all config keys; of several runs, first a table of keys whose values differ."""
+    flat = [flatten(run.config) for run in runs]
+    names = list(dict.fromkeys(key for values in flat for key in values))
 
-    def table(keys):
+    def table(names):
         rows = "".join(
             f"<tr><th>{html.escape(key)}</th>{''.join(f'<td>{_value(values, key)}</td>' for values in flat)}</tr>"
-            for key in keys
+            for key in names
         )
-        names = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-        head = f"<tr><th></th>{names}</tr>" if len(runs) > 1 else ""
+        heads = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+        head = f"<tr><th></th>{heads}</tr>" if len(runs) > 1 else ""
         return f"<div class=wide><table>{head}{rows}</table></div>"
 
-    differing = [key for key in keys if any(_value(values, key) != _value(flat[0], key) for values in flat)]
-    found = "<h2>Config</h2>" + (f"<p>What differs:</p>{table(differing)}" if differing else "")
-    return found + f"<details><summary>All keys</summary>{table(keys)}</details>"
+    differing = [key for key in names if any(_value(values, key) != _value(flat[0], key) for values in flat)]
+    found = "<h2>Config</h2>" + (f"<p>Keys that differ:</p>{table(differing)}" if differing else "")
+    return found + f"<details><summary>All keys</summary>{table(names)}</details>"
 
 
 def _value(values, key):
@@ -191,8 +191,8 @@ def _value(values, key):
 
 def main():
     """Define the flags and run the command."""
-    flags.DEFINE_multi_string("workdir", None, "Folder of a run; several: side by side.", required=True)
-    flags.DEFINE_string("output", None, "The page; by default report.html in the one workdir.")
+    flags.DEFINE_multi_string("workdir", None, "Folder of a run; repeat it to compare runs.", required=True)
+    flags.DEFINE_string("output", None, "File of the page; by default report.html in the workdir.")
     app.run(_run, flags_parser=command_line.plain_parser)
 
 
@@ -202,9 +202,9 @@ def _run(argv):
     try:
         for workdir in workdirs:
             if not epath.Path(workdir).is_dir():
-                raise UserError(f"--workdir={workdir} is no folder: name that of a run")
+                raise UserError(f"--workdir={workdir} is no folder: name the folder of a run")
         if output is None and len(workdirs) > 1:
-            raise UserError("several runs take --output=FILE.html for their page")
+            raise UserError("--output is missing: a page of several runs needs --output=FILE.html")
         print(write_comparison(workdirs, output) if output else write_report(workdirs[0]))
     except UserError as error:
         command_line.fail(str(error))

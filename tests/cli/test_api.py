@@ -65,7 +65,7 @@ def test_importing_is_light():
 
 
 def test_the_shipped_weights_are_described_by_small():
-    """Where a key was added: write the file anew from json.loads(small.get_config().to_json()), with an indent of 2."""
+    """Where a key was added: write the file again from json.loads(small.get_config().to_json()), with an indent of 2."""
     there = json.loads((part_weights.SHIPPED / "config.json").read_text())
     assert there == json.loads(small.get_config().to_json())
 
@@ -156,7 +156,7 @@ def test_it_works_inside_jit_and_grad(folder):
     )
 
 
-def test_other_values_do_not_compile_anew(folder):
+def test_other_values_do_not_compile_again(folder):
     auto, dit = rae_jax.load_rae(folder), rae_jax.load_dit(folder)
     rae_jax.sample(auto, dit, LABELS, seed=0, num_steps=2, guidance_scale=1.0)
     count = api._sample._cache_size()

@@ -1,4 +1,4 @@
-"""The demo: what it shows, what it refuses, and the page itself in a real browser."""
+"""The demo: its model, the requests that it refuses, and the page itself in a real browser."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def shown():
+def demo():
     config = tiny()
     shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
@@ -38,16 +38,16 @@ def shown():
     return demo_model.DemoModel(config.lock(), parts), config, parts
 
 
-def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
-    exhibit, config, parts = shown
+def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
+    model, config, parts = demo
     ends = {}
     for steps, scale in ((3, 2.5), (12, 2.5), (3, 1.0)):
-        found = list(exhibit.trajectory(4, 9, scale, steps))
+        found = list(model.trajectory(4, 9, scale, steps))
         assert 4 <= len(found) <= min(steps + 1, demo_model.SNAPSHOTS)
         times = [t for t, _ in found]
         assert times[0] == 1.0 and times[-1] == 0.0 and times == sorted(times, reverse=True)
         ends[steps, scale] = np.int32(found[-1][1])
-    assert exhibit._step._cache_size() == exhibit._decode._cache_size() == 1
+    assert model._step._cache_size() == model._decode._cache_size() == 1
     indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
     labels = np.full(len(indices), 4)
     wanted = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, labels)
@@ -55,16 +55,16 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(shown):
     assert np.abs(ends[3, 1.0] - ends[3, 2.5]).max() > 1
 
 
-def test_reconstructions_and_what_is_between_two(shown):
-    exhibit, config, parts = shown
+def test_reconstructions_and_what_is_between_two(demo):
+    model, config, parts = demo
     one, other = (build_data.source(config, "heldout")[i]["image"] for i in (0, 1))
-    decoded, latents, scores = exhibit.reconstruct(one)
+    decoded, latents, scores = model.reconstruct(one)
     assert decoded.shape == one.shape and latents.shape == config_keys.latent_shape(config)
     mse = np.square(decoded / 255.0 - one / 255.0).mean()
     assert scores["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
-    between = exhibit.between(one, other)
+    between = model.between(one, other)
     assert between.shape == (demo_model.BETWEEN, *one.shape)
-    ends = [exhibit.reconstruct(image)[1] for image in (one, other)]
+    ends = [model.reconstruct(image)[1] for image in (one, other)]
     auto = models.autoencoder(config)
     wanted = to_uint8(auto.decode(parts["decoder"], np.stack([ends[0], (ends[0] + ends[1]) / 2, ends[1]])))
     assert np.abs(np.int32(between[[0, demo_model.BETWEEN // 2, -1]]) - np.int32(wanted)).max() <= 1
@@ -103,7 +103,8 @@ def test_uploads_are_bounded_and_named(tmp_path):
 
 
 def test_requests_are_bounded():
-    demo = pytest.importorskip("rae_jax.demo", reason="gradio is not installed")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from rae_jax.ui import demo_page
 
     def ask(path, size, declared):
         sent, answers = [b"x" * 50_000] * (size // 50_000), []
@@ -122,7 +123,7 @@ def test_requests_are_bounded():
 
         headers = [(b"content-length", str(size).encode())] if declared else []
         scope = {"type": "http", "path": path, "headers": headers}
-        asyncio.run(demo.BoundedBodies(app)(scope, receive, send))
+        asyncio.run(demo_page.BoundedBodies(app)(scope, receive, send))
         return answers[0] if isinstance(answers[0], str) else answers[0]["status"]
 
     assert ask("/gradio_api/queue/join", 100_000, True) == "whole"
@@ -133,15 +134,15 @@ def test_requests_are_bounded():
 
 
 def test_a_port_that_is_taken_is_named():
-    demo = pytest.importorskip("rae_jax.demo", reason="gradio is not installed")
-    import gradio
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    from rae_jax.ui import demo_page
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port={port}: it is taken"):
-            demo.serve(gradio.Blocks(analytics_enabled=False), host="127.0.0.1", port=port)
+        with pytest.raises(UserError, match=f"--port={port} .*: choose another port"):
+            demo_page.serve(gradio.Blocks(analytics_enabled=False), host="127.0.0.1", port=port)
 
 
 # The browser.
@@ -203,7 +204,7 @@ def _until(condition):
         try:
             if found := condition():
                 return found
-        except WebDriverException:  # not there yet, or drawn anew in between
+        except WebDriverException:  # not there yet, or drawn again in between
             pass
         time.sleep(0.2)
     raise AssertionError("it did not come")
@@ -218,12 +219,12 @@ def _tabs(browser):
     return browser.find_elements("css selector", "button[role=tab]")
 
 
-def _said(browser, tab):
-    return browser.find_element("id", f"{tab}-said").text
+def _message(browser, tab):
+    return browser.find_element("id", f"{tab}-message").text
 
 
 def _pixels(browser, name):
-    """Width of the picture of that name as it came."""
+    """Width of the picture with this name as it was received."""
     image = browser.find_element("css selector", f"#{name} img")
     return browser.execute_script("return arguments[0].complete && arguments[0].naturalWidth", image)
 
@@ -252,7 +253,7 @@ def test_sampling_in_a_browser_by_two_users_at_once(address, browsers):
     _sample(one, 100)
     _sample(other, 5)
     for browser in (one, other):
-        _until(lambda browser=browser: "Done" in _said(browser, "sample"))
+        _until(lambda browser=browser: "Done" in _message(browser, "sample"))
         _until(lambda browser=browser: _pixels(browser, "sample-now") and _pixels(browser, "sample-strip"))
     _shot(one, "sample")
     _shot(other, "sample_of_another")
@@ -267,7 +268,7 @@ def test_pictures_in_a_browser(address, browsers, tmp_path):
     image.save(photo)
     _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
     _give(browser, "reconstruct-file", photo)
-    _until(lambda: "PSNR" in _said(browser, "reconstruct"))
+    _until(lambda: "PSNR" in _message(browser, "reconstruct"))
     for name in ("given", "decoded", "latents", "errors"):
         assert _until(lambda name=name: _pixels(browser, f"reconstruct-{name}")) == 256
     _shot(browser, "reconstruct")
@@ -279,7 +280,7 @@ def test_pictures_in_a_browser(address, browsers, tmp_path):
     bad.write_text("no picture")
     _until(lambda: browser.find_element("css selector", "#reconstruct-file input"))
     _give(browser, "reconstruct-file", bad)
-    _until(lambda: "bad.png is no image" in _said(browser, "reconstruct"))
+    _until(lambda: "bad.png is no image" in _message(browser, "reconstruct"))
     _shot(browser, "bad_file")
 
     _until(lambda: [b for b in _tabs(browser) if b.text == "Interpolate"])[0].click()

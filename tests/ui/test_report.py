@@ -158,7 +158,7 @@ def test_two_runs_side_by_side(workdir, tmp_path):
     assert page.count('alt="generated step 5, ') == 2
     loss = [of_runs for of_runs in series(page) if of_runs[1]["steps"] == [5000]]
     assert len(loss) == 1 and loss[0][0]["steps"][-1] == 2000
-    assert "What differs:" in page and "<th>data.path</th>" in page
+    assert "Keys that differ:" in page and "<th>data.path</th>" in page
 
 
 def test_a_workdir_that_is_not_there_is_one_line(tmp_path):
