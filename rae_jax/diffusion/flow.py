@@ -1,4 +1,4 @@
-"""Flow matching: paths between data (t = 0) and noise (t = 1), predictions of a model on them, and times.
+"""Flow matching: paths between data (t = 0) and noise (t = 1), predictions of a model on a path, and times.
 
 x_t = alpha(t) x + sigma(t) noise, velocity = d x_t / d t. Times are [B]; x, x_t, noise and velocities are [B, ...].
 """
@@ -22,14 +22,14 @@ class Path:
     sigma: Callable
 
     def at(self, t, x):
-        """(alpha, sigma, d alpha / dt, d sigma / dt) at times t [B], shaped to multiply x [B, ...]."""
+        """Return (alpha, sigma, d alpha / dt, d sigma / dt) at times t [B], with shapes that multiply x [B, ...]."""
         t = t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
         (alpha, d_alpha), (sigma, d_sigma) = (jax.jvp(f, (t,), (jnp.ones_like(t),)) for f in (self.alpha, self.sigma))
         return alpha, sigma, d_alpha, d_sigma
 
 
 def _log_sigma(t):
-    """Of the variance-preserving path: noise rates rise from 0.1 to 20 on the way to data (Song et al. 2021)."""
+    """Return log sigma of the variance-preserving path, with noise rates of 0.1 to 20 (Song et al. 2021)."""
     rest = 1.0 - t
     return -0.25 * rest**2 * (20.0 - 0.1) - 0.5 * rest * 0.1
 
@@ -46,14 +46,14 @@ class Prediction:
     path: Path
     target: Callable  # (x, noise, t) -> the quantity at x_t, which the loss compares with the model's output
     to_velocity: Callable  # (output, x_t, t) -> velocity
-    first: float  # the times between which `to_velocity` is defined, from the sampler's first one to its last one
-    last: float
+    first: float  # the sampler's first time; `to_velocity` is defined from `first` to `last`
+    last: float  # the sampler's last time
 
 
 class Velocity(NamedTuple):
     """A velocity in two halves: trunk(x, t) -> s, the costly one, and head(x, t, s) -> velocity.
 
-    The output of the trunk changes slowly with time: a sampler may use it for more than one step.
+    The output of the trunk changes slowly with time, so a sampler may use it in several steps.
     """
 
     trunk: Callable
@@ -69,58 +69,58 @@ def undivided(velocity_fn):
 
 
 def interpolate(x, noise, t, path=LINEAR):
-    """The point x_t of the path between data and noise."""
+    """Return the point x_t of the path between data and noise."""
     alpha, sigma, _, _ = path.at(t, x)
     return alpha * x + sigma * noise
 
 
 def velocity(x, noise, t, path=LINEAR):
-    """d x_t / dt; noise - x on the linear path, at any time."""
+    """Return d x_t / dt; on the linear path this is noise - x at every time."""
     _, _, d_alpha, d_sigma = path.at(t, x)
     return d_alpha * x + d_sigma * noise
 
 
 def noise_of(v, x_t, t, path=LINEAR):
-    """The noise that goes with a velocity at x_t. The score is -noise / sigma."""
+    """Return the noise that corresponds to a velocity at x_t. The score is -noise / sigma."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     return (alpha * v - d_alpha * x_t) / (alpha * d_sigma - d_alpha * sigma)
 
 
 def data_of(v, x_t, t, path=LINEAR):
-    """The data that goes with a velocity at x_t."""
+    """Return the data that correspond to a velocity at x_t."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     return (d_sigma * x_t - sigma * v) / (alpha * d_sigma - d_alpha * sigma)
 
 
 def velocity_from_noise(noise, x_t, t, path=LINEAR):
-    """The velocity that goes with a predicted noise at x_t; not defined at t = 1."""
+    """Return the velocity that corresponds to a predicted noise at x_t; not defined at t = 1."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     return d_alpha * (x_t - sigma * noise) / alpha + d_sigma * noise
 
 
 def velocity_from_data(x, x_t, t, path=LINEAR):
-    """The velocity that goes with predicted data at x_t; not defined at t = 0."""
+    """Return the velocity that corresponds to predicted data at x_t; not defined at t = 0."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     return d_alpha * x + d_sigma * (x_t - alpha * x) / sigma
 
 
 def shift_factor(latent_shape):
-    """Dimension-dependent shift sqrt(h w D / 4096) of a latent [h, w, D] (paper, section 4.2)."""
+    """Return the dimension-dependent shift sqrt(h w D / 4096) of a latent [h, w, D] (paper, section 4.2)."""
     return math.sqrt(math.prod(latent_shape) / REFERENCE_DIM)
 
 
 def shift_time(t, factor):
-    """Move times towards the noise: a t / (1 + (a - 1) t)."""
+    """Return times shifted towards noise: a t / (1 + (a - 1) t), with a = `factor`."""
     return factor * t / (1.0 + (factor - 1.0) * t)
 
 
 def logit_normal_time(key, batch_size, *, mean, std, low, high):
-    """Times [B] whose logits are normal, truncated to [low, high] as a distribution: nothing piles up at the ends."""
+    """Draw times [B] whose logits are normal, from this distribution truncated to [low, high], not clipped to it."""
     ends = (jax.scipy.special.logit(jnp.array([low, high], jnp.float32)) - mean) / std
     normal = jax.random.truncated_normal(key, ends[0], ends[1], (batch_size,))
     return jnp.clip(jax.nn.sigmoid(mean + std * normal), low, high)
 
 
 def uniform_time(key, batch_size, *, low, high):
-    """Times [B], uniform on [low, high]."""
+    """Draw times [B], uniform on [low, high]."""
     return jax.random.uniform(key, (batch_size,), minval=low, maxval=high)

@@ -1,8 +1,8 @@
-"""Guidance: one velocity from a strong and a weak one. All times of a batch must be equal.
+"""Guidance: one velocity from a strong and a weak velocity. All times of a batch must be equal.
 
-The velocity is weak + scale (strong - weak) while t_min <= t <= t_max. At other times it is the strong one alone, and the
-weak one is not computed. With the velocity without a condition as the weak one this is classifier-free guidance
-(arXiv 2207.12598); with the velocity of a worse model it is AutoGuidance (arXiv 2406.02507).
+The velocity is weak + scale (strong - weak) while t_min <= t <= t_max. At other times it is the strong velocity alone,
+and the weak velocity is not computed. If the weak velocity is unconditional, this is classifier-free guidance
+(arXiv 2207.12598); if it comes from a worse model, this is AutoGuidance (arXiv 2406.02507).
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ class Guidance:
     t_max: float = 1.0
 
     def __call__(self, strong, weak):
-        """Return the guided `Velocity` of two.
+        """Return the guided `Velocity` of a strong and a weak `Velocity`.
 
-        Outside the interval the weak trunk's output is zeros: it has to be computed again where the interval begins.
+        Outside the interval the weak trunk's output is zeros: it must be computed again at the start of the interval.
         """
 
         def trunk(x, t):
-            nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weak.trunk, x, t))
-            return strong.trunk(x, t), jax.lax.cond(self._acts(t), lambda: weak.trunk(x, t), lambda: nothing)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(weak.trunk, x, t))
+            return strong.trunk(x, t), jax.lax.cond(self._acts(t), lambda: weak.trunk(x, t), lambda: zeros)
 
         def head(x, t, outputs):
             s, s_weak = outputs

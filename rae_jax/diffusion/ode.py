@@ -1,4 +1,4 @@
-"""Solvers that carry noise (t = 1) to data (t = 0) along velocity_fn(x, t), one compiled trajectory each.
+"""Solvers of the ODE from noise (t = 1) to data (t = 0); each compiles to one program for the whole trajectory.
 
 `velocity_fn(x, t)` takes x [B, ...] and times t [B]; `times` fall from the first to the last point of the trajectory.
 """
@@ -21,17 +21,17 @@ class Sampler:
 
 
 def time_grid(num_steps, factor, *, first=1.0, last=0.0):
-    """The num_steps + 1 shifted times from `first` to `last`."""
+    """Return the num_steps + 1 shifted times from `first` to `last`."""
     return flow.shift_time(jnp.linspace(first, last, num_steps + 1), factor)
 
 
 def published_grid(num_points, factor):
-    """The times of the paper's samples: `num_points` of them, from 1 to the shifted 0.001, so one step less."""
+    """Return the times of the paper's samples: `num_points` from 1 to the shifted 0.001, for num_points - 1 steps."""
     return flow.shift_time(1.0 - jnp.linspace(0.0, 0.999, num_points), factor)
 
 
 def euler(velocity_fn, x, times):
-    """Euler steps from x at times[0] to times[-1]; one evaluation a step."""
+    """Take Euler steps from x at times[0] to times[-1]; one evaluation per step."""
 
     def step(x, interval):
         t, t_next = interval
@@ -43,7 +43,7 @@ def euler(velocity_fn, x, times):
 def euler_reusing(velocity, x, times, refresh):
     """Take Euler steps that compute the trunk of a `flow.Velocity` only in the steps that `refresh` [steps] marks.
 
-    The other steps use the trunk's output of the step before. The first step always computes it.
+    The other steps use the trunk's output of the previous step. The first step always computes it.
     """
 
     def step(carry, interval):
@@ -59,7 +59,7 @@ def euler_reusing(velocity, x, times, refresh):
 
 
 def heun(velocity_fn, x, times):
-    """Heun's steps, of second order: the mean of the velocities at both ends of an interval; two evaluations a step."""
+    """Take Heun's steps, of order 2: the mean of the velocities at both ends of a step; two evaluations per step."""
 
     def step(x, interval):
         t, t_next = interval
@@ -71,10 +71,9 @@ def heun(velocity_fn, x, times):
 
 
 def adaptive(velocity_fn, x, times, *, rtol, atol):
-    """Dormand and Prince's method of order 5 (diffrax), whose steps, ten or more, fit the tolerances; all
-    images share them.
+    """Solve by Dormand and Prince's method of order 5 (diffrax), with ten or more adaptive steps that all images share.
 
-    Of `times` the ends count. Raises ImportError without diffrax, the extra 'adaptive'.
+    Only the first and last of `times` matter. Raises ImportError without diffrax, the extra 'adaptive'.
     """
     import diffrax
 
@@ -85,8 +84,8 @@ def adaptive(velocity_fn, x, times, *, rtol, atol):
         t1=times[-1],
         dt0=None,
         y0=x,
-        # The estimate of the error is blind for steps that are too long: on Gaussian data, few of them led from noise
-        # to data within a tolerance of 1e-3 by the estimate, and 0.065 off.
+        # The error estimate fails for steps that are too long: on Gaussian data, a few steps from noise to data were
+        # within a tolerance of 1e-3 by the estimate, but their true error was 0.065.
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol, dtmax=(times[0] - times[-1]) / 10),
         max_steps=None,
     )
@@ -98,5 +97,5 @@ def _scan(step, x, times):
 
 
 def _all(t, x):
-    """One time for each image."""
+    """Return the time t for each image, [B]."""
     return jnp.full(x.shape[:1], t)
