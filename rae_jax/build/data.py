@@ -1,4 +1,4 @@
-"""Config to sources of images and latents."""
+"""Construction of sources of images and latents from the config."""
 
 from rae_jax.data import sources
 from rae_jax.data.packed_images import PackedImages
@@ -8,9 +8,9 @@ from rae_jax.errors import UserError
 
 
 def source(config, split, crop=None):
-    """Random-access source of 'train' or 'heldout' images; `crop`, if given, is what will be asked of it.
+    """Return the random-access source of 'train' or 'heldout' images; `crop`, if given, is the crop that callers need.
 
-    Raises UserError where its classes are not the config's.
+    Raises UserError if the number of its classes is not config.data.num_classes.
     """
     data = config.data
     match data.source:
@@ -33,17 +33,20 @@ def source(config, split, crop=None):
             found = sources.tfds(name=data.tfds.name, data_dir=data.path, split=part, image_size=data.image_size)
         case other:
             raise ValueError(f"unknown data source {other!r}")
-    return _of_classes(found, data.num_classes)
+    return _checked_classes(found, data.num_classes)
 
 
 def packed_latents(config, form):
-    """Random-access source of the latents that config.data.latents names, for the DiT stage; see PackedLatents."""
+    """Return the random-access source of the latents in config.data.latents, for the DiT stage; see PackedLatents."""
     options = {"form": form, "mirrored": config.dit.train.flip, "on_error": config.data.on_error}
-    return _of_classes(PackedLatents(path=config.data.latents, **options), config.data.num_classes)
+    return _checked_classes(PackedLatents(path=config.data.latents, **options), config.data.num_classes)
 
 
-def _of_classes(source, expected):
+def _checked_classes(source, expected):
     count = len(source.class_names)
     if count != expected:
-        raise UserError(f"the data has {count} classes: set --config.data.num_classes={count}, not {expected}")
+        raise UserError(
+            f"config.data.num_classes={expected} cannot work: the data has {count} classes, set "
+            f"--config.data.num_classes={count}"
+        )
     return source

@@ -1,4 +1,4 @@
-"""Config to models: the only place that knows the families of encoders and the kinds of attention by name."""
+"""Construction of models from the config: it matches the families of encoders and the kinds of attention by name."""
 
 import functools
 
@@ -55,7 +55,7 @@ def encoder(config, e):
         case "dino":
             fixed = {"layer_scale": False}
         case "dinov2":
-            # transformers antialiases the resized positions in its class with registers, and only there.
+            # transformers antialiases resized positions in its class with registers only.
             fixed = {"antialias": e.num_registers > 0}
         case "siglip2":
             fixed = {"cls_token": False, "layer_scale": False}
@@ -83,8 +83,8 @@ def encoder(config, e):
 def backbone(config):
     """Return the frozen `Backbone` of the discriminator.
 
-    A backbone of its own sees images resized bilinearly, as the published one does; the encoder sees them resized
-    bicubically, as always.
+    A separate backbone gets images resized bilinearly, like the published one; the encoder as backbone gets images
+    resized bicubically, as everywhere.
     """
     d = config.discriminator
     same = d.backbone.family == "encoder"
@@ -100,9 +100,9 @@ def backbone(config):
 
 
 def _computation(config):
-    """Return the fields of a model that say how it computes."""
-    how = {"unroll": config.unroll, "remat": _remat(config.remat), "attend": _attend(config)}
-    return {"dtype": jnp.dtype(config.dtype), **how}
+    """Return the fields of a model that set its dtype, rematerialisation and attention."""
+    options = {"unroll": config.unroll, "remat": _remat(config.remat), "attend": _attend(config)}
+    return {"dtype": jnp.dtype(config.dtype), **options}
 
 
 def _remat(name):
@@ -168,5 +168,5 @@ def condition(config, sizes=None):
 
 
 def classifier(config):
-    """Return the classifier that names the class of generated images, the stage 'judge'."""
+    """Return the classifier of the stage 'judge', which predicts the class of generated images."""
     return ConvNet(tuple(config.judge.widths), config.data.num_classes)

@@ -1,4 +1,4 @@
-"""Config to the objective of each stage: its initial state and its pure step."""
+"""Construction of each stage's objective from the config: its initial state and its pure step."""
 
 import functools
 
@@ -13,13 +13,16 @@ from rae_jax.training import adversarial, classifier, decoder, dit, encoder, sta
 
 
 def init_and_step(config, stage):
-    """Return the two functions that make a stage: init(key) -> state, and step(state, frozen, batch, key)."""
+    """Return the two functions of a stage: init(key) -> state, step(state, frozen, batch, key) -> (state, metrics)."""
     match stage:
         case "encoder":
             return _encoder(config)
         case "judge":
-            how = _optimisation(config.judge.train)
-            return classifier.make(classifier=models.classifier(config), image_size=config.data.image_size, **how)
+            return classifier.make(
+                classifier=models.classifier(config),
+                image_size=config.data.image_size,
+                **_optimisation(config.judge.train),
+            )
         case "decoder":
             return decoder.make(
                 autoencoder=models.autoencoder(config),

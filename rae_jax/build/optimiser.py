@@ -1,4 +1,4 @@
-"""A stage's section `train` to its learning-rate schedule and optimiser."""
+"""Construction of the learning-rate schedule and the optimiser from a stage's section `train`."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax.contrib
 
 
 def schedule(train):
-    """Linear warm-up, a constant stretch until `decay_start`, then cosine or linear decay to the last step."""
+    """Return the schedule: linear warm-up, constant until `decay_start`, cosine or linear decay to the last step."""
     peak, final = train.learning_rate, train.final_learning_rate
     decay_steps = max(train.num_steps - max(train.decay_start, train.warmup_steps), 1)
     match train.decay:
@@ -23,7 +23,7 @@ def schedule(train):
 
 
 def optimiser(train):
-    """The optimiser that a stage's `train` section names; a clip_norm of 0 means no clipping."""
+    """Return the optimiser of a stage's `train` section; a clip_norm of 0 means no clipping."""
     clip = optax.clip_by_global_norm(train.clip_norm) if train.clip_norm else optax.identity()
     whole = optax.chain(clip, _descent(train))
 
@@ -39,7 +39,7 @@ def _descent(train):
         case "adamw":
             return optax.adamw(schedule(train), b1=train.b1, b2=train.b2, weight_decay=train.weight_decay)
         case "muon":
-            # Updates of about AdamW's size (arXiv 2502.16982): learning rates of the same order do for both.
+            # Updates of about AdamW's size (arXiv 2502.16982), so that learning rates of the same order suit both.
             return optax.contrib.muon(
                 schedule(train),
                 weight_decay=train.weight_decay,
@@ -54,16 +54,18 @@ def _descent(train):
 
 
 def _unless_constant(path, update):
-    """No weight decay of the time embedding's frequencies, which no gradient reaches."""
+    """Return the update; zeros for the time embedding's frequencies, which get no gradient and no weight decay."""
     return jnp.zeros_like(update) if path[-1].key == "frequencies" else update
 
 
-_BLOCKS = ("blocks", "trunk", "head")  # what layers.scan_blocks has made
+_BLOCKS = ("blocks", "trunk", "head")  # names of the parameters of layers.scan_blocks
 
 
 def _block_kernels(params):
-    """Muon's share: the kernels of the blocks, [depth, in, out]. Embeddings, outputs, norms and biases are AdamW's, and
-    so are convolutions."""
+    """Return the dimensions of the parameters that Muon updates: the kernels of the blocks, [depth, in, out].
+
+    AdamW updates embeddings, outputs, norms, biases and convolutions.
+    """
 
     def axes(path, param):
         kernel = path[-1].key == "kernel" and param.ndim == 3 and any(key.key in _BLOCKS for key in path)

@@ -1,7 +1,7 @@
 """Weights of the parts of a run, from its checkpoints, the package, a folder or the hub.
 
-A part is what one stage trains (keys.STAGES), 'guide' (AutoGuidance's weaker model), 'backbone' (the discriminator's), or a
-network of perceptual_networks.PARTS.
+A part is the model that one stage trains (keys.STAGES), 'guide' (AutoGuidance's weaker model), 'backbone' (the
+discriminator's), or a network of perceptual_networks.PARTS.
 """
 
 import jax
@@ -26,8 +26,8 @@ FROZEN = {  # the parts of earlier stages that the step of each stage takes
 
 
 def frozen(config, stage, get):
-    """Return {part: get(part)} of all that a stage's step takes besides its state."""
-    from_latents = stage == "dit" and config.data.latents  # then it needs no encoder
+    """Return {part: get(part)} of the frozen parts that a stage's step takes."""
+    from_latents = stage == "dit" and config.data.latents  # packed latents need no encoder
     found = {part: get(part) for part in FROZEN[stage] if not (from_latents and part == "encoder")}
     if stage == "decoder" and config.decoder.train.lpips_weight:
         found["lpips"] = get("lpips")
@@ -38,7 +38,7 @@ def frozen(config, stage, get):
 
 
 def of_sampling(config):
-    """Return the names of the parts that make images from labels."""
+    """Return the names of the parts that sampling takes."""
     return ("decoder", "statistics", "dit", *_guide(config))
 
 
@@ -48,7 +48,7 @@ def of_evaluation(config):
 
 
 def _trained_for_evaluation(config):
-    """Return the stages whose weights an evaluation takes. It can do without a judge, and without a DiT."""
+    """Return the stages whose weights an evaluation takes. The judge and the DiT are optional."""
     optional = ("judge", "dit") if exists(config, "dit") else ("judge", "dit", "statistics")
     return [name for name in FROZEN if name not in optional or exists(config, name)]
 
@@ -72,9 +72,9 @@ def load_all(config, parts, workdir, mesh, step=None):
 def load(config, part, workdir, mesh, step=None):
     """Return the weights of one part, on the devices.
 
-    They are those that `workdir` holds if the part's stage belongs to the run; otherwise those that the config names:
-    ours ('small', or a folder with PART.safetensors) or published ones (see published_weights.load). `step` picks a
-    checkpoint of the run's last stage. Raises UserError for weights that do not exist or do not fit.
+    If the part's stage belongs to the run, its weights come from `workdir`. Otherwise the config names them: 'small', a
+    folder with PART.safetensors, or published weights (see published_weights.load). `step` selects a checkpoint of the
+    run's last stage. Raises UserError for weights that do not exist or do not fit.
     """
     if part in perceptual_networks.PARTS:
         return perceptual_networks.load(config, part, mesh)
@@ -90,17 +90,19 @@ def load(config, part, workdir, mesh, step=None):
         return None
     weights = section(config, part).weights
     if not weights:
-        raise UserError(f"config.{part}.weights='' names no weights: train that part first, or name its weights")
+        raise UserError(
+            f"config.{part}.weights='' names no weights: train this part first, or set the key to its weights"
+        )
     return _from_files(config, part, weights, mesh)
 
 
 def is_left_out(config, part):
-    """Return whether latents stay as they are, without statistics."""
+    """Return whether the part is statistics that the config leaves out, so that latents are not normalised."""
     return part == "statistics" and part not in config.stages and config.statistics.weights == "none"
 
 
 def shapes_or_none(config, part):
-    """Return the tree of shapes of what `load` returns, which is None for statistics that the config leaves out."""
+    """Return the tree of shapes of the result of `load`, or None for statistics that the config leaves out."""
     return None if is_left_out(config, part) else shapes(config, part)
 
 
@@ -115,7 +117,7 @@ def _from_files(config, part, weights, mesh):
 
 
 def _without_key_bias(params):
-    """Return the backbone without biases of keys, as it was published: they would shift all logits of a query alike."""
+    """Return the backbone with zero biases of keys, as published: such a bias shifts all logits of a query alike."""
     attention = params["blocks"]["attention"]
     query, key, value = jnp.split(attention["qkv"]["bias"], 3, -1)
     attention["qkv"]["bias"] = jnp.concatenate([query, jnp.zeros_like(key), value], -1)
@@ -123,8 +125,8 @@ def _without_key_bias(params):
 
 
 def _guide_config(config):
-    """Return a config whose DiT is the weaker model that config.guidance.dit describes, which another run trained."""
-    with config.unlocked():  # so that the copy is unlocked, too
+    """Return a config whose DiT is the weaker model of config.guidance.dit, which another run trained."""
+    with config.unlocked():  # so that the copy is unlocked
         weak = config.copy_and_resolve_references()
         weak.dit.update(config.guidance.dit)
         weak.stages = ()
@@ -141,7 +143,7 @@ def shapes(config, part):
         e = section(config, part)
         image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
         return jax.eval_shape(models.encoder(config, e).init, jax.random.key(0), image)["params"]
-    if part == "decoder":  # without its stage: a decoder can be used without the discriminator that trained it
+    if part == "decoder":  # not from its stage, which needs a discriminator
         latents = jnp.zeros((1, *latent_shape(config)))
         return jax.eval_shape(models.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
     return jax.eval_shape(exported(config, part), _state_shapes(config, part))
@@ -152,7 +154,7 @@ def _state_shapes(config, stage):
 
 
 def exported(config, stage):
-    """Return the function that takes the weights that others use out of a stage's state."""
+    """Return the function from a stage's state to the weights that other stages use."""
     match stage:
         case "statistics":
             return statistics.statistics
@@ -168,19 +170,20 @@ def _from_checkpoint(config, stage, folder, step, mesh):
     tree = _state_shapes(config, stage)
     averages = {key: tree[key] for key in ("ema_params", "more_ema_params") if key in tree}
     wanted = averages or tree  # statistics have no averages
-    restored = checkpoint_reader.restore_entries(folder, step, sharding.abstract(wanted, mesh))  # reports damage first
+    restored = checkpoint_reader.restore_entries(folder, step, sharding.abstract(wanted, mesh))
     if stage == "statistics":
         _refuse_unfinished_statistics(folder, step)
     return jax.jit(exported(config, stage))(restored)
 
 
 def _refuse_unfinished_statistics(folder, step):
-    """Raise UserError for statistics of the first images alone, which may be those of the first classes."""
-    at = checkpoint_reader.position(folder, step)
-    seen = None if at is None else at["position"] * at["batch_size"]
-    if seen is not None and seen < at["num_images"]:
+    """Raise UserError for statistics of only the first images, which may hold only the first classes."""
+    position = checkpoint_reader.position(folder, step)
+    count = None if position is None else position["position"] * position["batch_size"]
+    if count is not None and count < position["num_images"]:
         raise UserError(
-            f"{folder} holds statistics of {seen} of the {at['num_images']} images: end that stage (--mode=train)"
+            f"{folder} holds statistics of {count} of the {position['num_images']} images: "
+            f"finish this stage (--mode=train)"
         )
 
 
@@ -191,10 +194,10 @@ def _has_checkpoints(config, workdir):
 
 
 def check_available(config, mesh):
-    """Raise UserError, before anything is trained, for weights that an evaluation needs and that cannot be loaded.
+    """Raise UserError, before training, for weights that an evaluation needs and that cannot be loaded.
 
-    perceptual_networks.check_available looks for LPIPS and Inception. A run that trains neither decoder nor DiT needs
-    nothing here: a user who trains an encoder may have no decoder of its latents yet.
+    perceptual_networks.check_available checks LPIPS and Inception. A run that trains neither decoder nor DiT is not
+    checked: a user who trains an encoder may have no decoder of its latents yet.
     """
     if not {"decoder", "dit"} & set(config.stages):
         return
@@ -209,13 +212,13 @@ def _check_loads(config, part, key, weights, mesh):
     try:
         load(config, part, "", mesh)
     except UserError as error:
-        if str(error).startswith("config."):
+        if str(error).startswith("config."):  # the message names its key already
             raise
         raise UserError(f"{key}={weights!r}: {error}") from error
 
 
 def load_shipped(config, mesh):
-    """Return {part: weights} of an evaluation as the config names them, without the run's own checkpoints."""
+    """Return {part: weights} of an evaluation by the config's keys alone, without the run's own checkpoints."""
     with config.unlocked():
         untrained = config.copy_and_resolve_references()
     untrained.stages = ()

@@ -1,4 +1,4 @@
-"""The published networks that compare images, LPIPS' and Inception: their weights as a config names them."""
+"""The weights that a config names of the published networks that compare images: LPIPS and Inception."""
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,21 @@ from rae_jax.models.lpips import Lpips
 from rae_jax.runtime import sharding
 from rae_jax.weights import engine, hub, perceptual_tables
 
-# The config's keys of each part's files.
+# The config's keys that name each part's files.
 _KEYS = {"lpips": ("lpips.vgg", "lpips.linear"), "inception": ("evaluate.inception",)}
 PARTS = tuple(_KEYS)
 
 
 def named(config):
-    """Those of PARTS that the config names weights of."""
+    """Return the elements of PARTS whose weights the config names."""
     return tuple(part for part in PARTS if all(_source(config, key) for key in _KEYS[part]))
 
 
 def load(config, part, mesh):
-    """The part's parameters on the devices; None where the config names no weights.
+    """Return the part's parameters on the devices; None if the config names no weights.
 
-    lpips: as `Lpips` takes them, from config.lpips.vgg and config.lpips.linear; inception: as `Inception` does, from
-    config.evaluate.inception. Raises UserError for weights that are not there or not right, and names the key.
+    lpips: parameters of `Lpips`, from config.lpips.vgg and config.lpips.linear. inception: parameters of `Inception`,
+    from config.evaluate.inception. Raises UserError, which names the key, for weights that do not exist or do not fit.
     """
     if part not in named(config):
         return None
@@ -41,7 +41,7 @@ def load(config, part, mesh):
 
 
 def part_shapes(part):
-    """Shapes of a part's parameters."""
+    """Return the tree of shapes of a part's parameters."""
     key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
     match part:
         case "lpips":
@@ -53,7 +53,7 @@ def part_shapes(part):
 
 
 def check_available(config):
-    """Raise UserError for weights that the config names and that cannot be loaded; the hub's go to its cache."""
+    """Raise UserError for weights that the config names and that cannot be opened; the hub's cache keeps downloads."""
     for part in named(config):
         for key in _KEYS[part]:
             _open(config, key)
@@ -69,7 +69,7 @@ def _open(config, key):
         return hub.open_checkpoint(_source(config, key))
     except UserError as error:
         off = " ".join(f"--config.{k}=''" for keys in _KEYS.values() if key in keys for k in keys)
-        raise UserError(f"config.{key}: {error}; or do without: {off}") from error
+        raise UserError(f"config.{key}: {error}; or leave these weights out: {off}") from error
 
 
 def _read(config, key, table, shapes, mesh):

@@ -1,4 +1,4 @@
-"""Weights as others publish them: which tables read and write each part, and what their files hold besides."""
+"""Published weights: the tables that read and write each part, and the constants that its files also hold."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from rae_jax.weights import engine, hub, safetensors_tree, sd_vae_tables, tables
 
 
 def tables_of(config, part):
-    """The tables that may describe a file of this part, the one that we write first; none if it is never published."""
+    """Return the tables of a part's file formats, first the one that is written; () if the part is never published."""
     match part:
         case "encoder" | "decoder" if config.encoder.family == "sd_vae":
             return sd_vae_tables.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
@@ -30,9 +30,9 @@ def tables_of(config, part):
 
 
 def load(config, part, shapes, shardings):
-    """Parameters of these shapes and shardings from what config.PART.weights names: a file, a folder or a hub id.
+    """Return parameters of these shapes and shardings from config.PART.weights: a file, a folder or a hub id.
 
-    Raises UserError for whatever is not as the config's model needs it.
+    Raises UserError for weights that do not fit the config's model.
     """
     source = section(config, part).weights
     tensors = hub.open_checkpoint(source)
@@ -42,10 +42,10 @@ def load(config, part, shapes, shardings):
 
 
 def tensors_of(config, part, params):
-    """{name: array} of a part under the names that its authors released it with. Raises UserError where none did."""
+    """Return {name: array} of a part under its authors' names. Raises UserError if no published format has the part."""
     known = tables_of(config, part)
     if not known:
-        raise UserError(f"nobody else has a format for {part!r}: leave it out of --parts, or take --format=rae_jax")
+        raise UserError(f"no published format has the part {part!r}: leave it out of --parts, or set --format=rae_jax")
     tensors = engine.unload(params, known[0])
     if part == "statistics" and not tensors["mean"].any():
         del tensors["mean"]  # as in the released file
@@ -53,7 +53,7 @@ def tensors_of(config, part, params):
 
 
 def write_released(config, parts, folder, *, pickled):
-    """Write {part: parameters} to FOLDER/PART/model.safetensors, or model.pt; returns the paths."""
+    """Write {part: parameters} to FOLDER/PART/model.safetensors, or model.pt; return the paths."""
     paths = []
     for part, params in parts.items():
         tensors = tensors_of(config, part, params)
@@ -65,11 +65,10 @@ def write_released(config, parts, folder, *, pickled):
 
 
 def write_diffusers(config, parts, folder):
-    """Write encoder, decoder and statistics as one folder that diffusers' AutoencoderRAE loads, or AutoencoderKL where
-    the family is sd_vae; returns the paths.
+    """Write encoder, decoder and statistics as one folder of diffusers' AutoencoderRAE; return the paths.
 
-    The decoder of AutoencoderRAE computes the same on 16x16 tokens only: on other grids it stretches the positions to
-    16 a side. Raises UserError for an encoder that it does not have.
+    The family sd_vae is written for AutoencoderKL. The decoder of AutoencoderRAE gives the same results on 16x16 tokens
+    only: on other grids it stretches its 16x16 positions. Raises UserError for an encoder that it does not support.
     """
     if config.encoder.family == "sd_vae":
         tensors = tensors_of(config, "encoder", parts["encoder"]) | tensors_of(config, "decoder", parts["decoder"])
@@ -81,11 +80,12 @@ def write_diffusers(config, parts, folder):
         )
     if e.layers:
         raise UserError(
-            f"config.encoder.layers={tuple(e.layers)} cannot be written for diffusers: it has the last alone"
+            f"config.encoder.layers={tuple(e.layers)} cannot be written for diffusers, which takes the "
+            f"last layer only: set it to ()"
         )
     if 64 * e.num_heads != e.width:
-        mend = f"it has heads of 64, which are {e.width // 64} of config.encoder.width={e.width}"
-        raise UserError(f"config.encoder.num_heads={e.num_heads} cannot be written for diffusers: {mend}")
+        reason = f"its heads have 64 channels, config.encoder.width={e.width} makes {e.width // 64} heads"
+        raise UserError(f"config.encoder.num_heads={e.num_heads} cannot be written for diffusers: {reason}")
     encoder = engine.unload(parts["encoder"], tables_of(config, "encoder")[1])
     decoder = engine.unload(parts["decoder"], tables.DIFFUSERS_DECODER)
     latents = engine.unload(parts["statistics"], tables.DIFFUSERS_STATISTICS)
@@ -100,9 +100,9 @@ def write_diffusers(config, parts, folder):
 
 
 def of_diffusers(description):
-    """What a config says of an AutoencoderRAE or an AutoencoderKL, from diffusers' config.json.
+    """Return the config of an AutoencoderRAE or an AutoencoderKL, a nested dict, from diffusers' config.json.
 
-    Raises UserError for other models, and for encoders that are not among ours.
+    Raises UserError for other models, and for encoders that are not supported.
     """
     match description["_class_name"]:
         case "AutoencoderRAE":
@@ -110,19 +110,21 @@ def of_diffusers(description):
         case "AutoencoderKL":
             return _of_autoencoder_kl(description)
         case other:
-            raise UserError(f"diffusers' {other} is no autoencoder that is known here: AutoencoderRAE or AutoencoderKL")
+            raise UserError(
+                f"_class_name={other!r} of diffusers is not supported: choose an AutoencoderRAE or an AutoencoderKL"
+            )
 
 
 def _of_autoencoder_rae(d):
     width, depth, patch = (d[f"encoder_{key}"] for key in ("hidden_size", "num_hidden_layers", "patch_size"))
-    fixed = {  # as diffusers builds them, whatever their width
+    fixed = {  # constants of diffusers, for every width
         "dinov2": {"position_size": 518, "num_registers": 4, "mlp": "gelu", "mlp_ratio": 4.0},
         "mae": {"position_size": 224, "num_registers": 0, "mlp": "gelu", "mlp_ratio": 3072 / width},
         "siglip2": {"position_size": 256, "num_registers": 0, "mlp": "gelu_tanh", "mlp_ratio": 3072 / width},
     }
     family = d["encoder_type"]
     if family not in fixed:
-        raise UserError(f"an AutoencoderRAE's encoder_type={family!r} is not among {', '.join(fixed)}")
+        raise UserError(f"encoder_type={family!r} of AutoencoderRAE is not supported: choose from {', '.join(fixed)}")
     size = d["encoder_input_size"]
     encoder = {"width": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "input_size": size}
     mean, std = (d.get(f"encoder_norm_{key}") or _IMAGENET[key] for key in ("mean", "std"))
@@ -198,7 +200,7 @@ def _autoencoder_rae(config, latents):
 
 
 def _encoder_tables(e):
-    """What the files demand although nobody uses it (a last norm, mask tokens) is written, and ignored when read."""
+    """Return the tables of an encoder. `fixed` tensors (a last norm, mask tokens) are written, but never used."""
     width = e.width
     match e.family:
         case "small":
@@ -238,13 +240,13 @@ def _rotations(name, grid, head_dim):
 
 
 def _decoder_positions(config):
-    """What is added to the decoder's tokens, the class token's zeros in front."""
+    """Return the positions of the decoder's tokens, [1, 1 + N, width], with zeros for the class token first."""
     side = config.data.image_size // config.decoder.patch_size
     return np.pad(sincos_2d(side, side, config.decoder.width), ((1, 0), (0, 0)))[None]
 
 
 def _spread(tensors, shapes):
-    """Statistics without a mean have one of zeros; one number stands for all elements of the latent."""
+    """Return statistics of full shape: a missing mean is zero, a single number stands for all latent elements."""
     height, width, channels = shapes["var"].shape
     if "var" in tensors and "mean" not in tensors:
         tensors = {**tensors, "mean": hub.Tensor((1,), lambda: np.zeros(1))}

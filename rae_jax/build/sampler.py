@@ -1,4 +1,4 @@
-"""Config to prediction, sampler and guidance."""
+"""Construction of prediction, sampler and guidance from the config."""
 
 import functools
 
@@ -28,8 +28,8 @@ def prediction(config):
             to_velocity = functools.partial(flow.velocity_from_data, path=path)
         case other:
             raise ValueError(f"unknown prediction {other!r}")
-    everywhere = config.dit.prediction == "velocity" and config.dit.path != "vp"
-    first, last = (1.0, 0.0) if everywhere else (0.999, 0.001)
+    defined_at_ends = config.dit.prediction == "velocity" and config.dit.path != "vp"
+    first, last = (1.0, 0.0) if defined_at_ends else (0.999, 0.001)
     return Prediction(path, target, to_velocity, first, last)
 
 
@@ -46,7 +46,7 @@ def _path(name):
 
 
 def shift_factor(config):
-    """Return the factor by which times of training and sampling are shifted: the config's, or the latent's own."""
+    """Return the factor that shifts times of training and sampling: config.dit.time_shift, or the latent's default."""
     return config.dit.time_shift or flow.shift_factor(latent_shape(config))
 
 
@@ -66,7 +66,7 @@ def time_fn(config):
 
 
 def sampler(config):
-    """Return the `ode.Sampler` of config.sampler. Its times are numbers, also inside of jit."""
+    """Return the `ode.Sampler` of config.sampler. Its times are concrete numbers, also inside jit."""
     with jax.ensure_compile_time_eval():
         times = _times(config)
     return ode.Sampler(times, functools.partial(_solve, config, times))
@@ -78,7 +78,7 @@ def _times(config):
     first, last = p.first, p.last
     if c.method == "sde":
         if c.diffusion == "score_based":
-            first = min(first, 0.999)  # it is infinite at 1
+            first = min(first, 0.999)  # the diffusion is infinite at 1
         last = last if c.last_step == "none" else c.last_step_size
     match c.grid:
         case "plain":
@@ -109,7 +109,7 @@ def _solve(config, times, velocity, x, noise_fn):
 def refreshed(config):
     """Return which steps compute the trunk again, [steps]: every `reuse`-th step, or the steps of `refresh`.
 
-    In both cases the first step inside the guidance interval computes it, too.
+    The first step inside the guidance interval always computes it.
     """
     c = config.sampler
     with jax.ensure_compile_time_eval():
@@ -162,12 +162,12 @@ def is_guided(config):
 
 
 def fewest_steps(config):
-    """Return the smallest config.sampler.num_steps: the published grid counts points, so one step is two points."""
+    """Return the smallest config.sampler.num_steps: the published grid counts points, two of which make one step."""
     return 2 if config.sampler.grid == "published" else 1
 
 
 def has_fixed_steps(config):
-    """Return whether the sampler takes a number of steps that is known before it runs."""
+    """Return whether the number of the sampler's steps is known before it runs."""
     return config.sampler.method != "adaptive"
 
 

@@ -1,4 +1,4 @@
-"""Configs beside weights: those of runs, those that rae_jax.convert writes, and what diffusers says of its own."""
+"""Configs in folders of weights: of runs, of rae_jax.convert, and of diffusers."""
 
 import json
 
@@ -9,24 +9,23 @@ from rae_jax.build import published_weights
 from rae_jax.errors import UserError
 
 FILE = "config.json"
-_SHIPPED = (
-    epath.Path(__file__).parents[1] / "weights" / "small" / FILE
-)  # every key there is; a test compares it with small.py
+# It holds every key; a test compares it with configs/small.py.
+_SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small" / FILE
 _OF_A_MODEL = ("name", "dtype", "unroll", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
 
 
 def read(folder):
-    """The config of the weights in a folder; keys that it does not have are as in configs/small.py.
+    """Return the config of the weights in a folder; missing keys have the values of configs/small.py.
 
-    Raises UserError where there is none, or none of an autoencoder or a DiT.
+    Raises UserError if the folder has no config, or no config of an autoencoder or a DiT.
     """
     path = epath.Path(folder) / FILE
     if not path.exists():
-        raise UserError(f"{folder} holds no {FILE}: name a run's workdir, or a folder that rae_jax.convert wrote")
+        raise UserError(f"{folder} has no {FILE}: name a run's workdir, or a folder that rae_jax.convert wrote")
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is cut off or no JSON ({error}): fetch or write it again") from error
+        raise UserError(f"{path} is truncated or not JSON ({error}): download or write it again") from error
     if "_class_name" in found:
         found = published_weights.of_diffusers(found)
     elif "encoder" not in found and "dit" not in found:
@@ -35,14 +34,14 @@ def read(folder):
 
 
 def complete(found):
-    """Config with every key from a nested dict that may lack some."""
+    """Return a config with every key from a nested dict that may lack keys."""
     return ConfigDict(_merged(json.loads(_SHIPPED.read_text()), found))
 
 
 def write(config, folder, parts):
-    """Write what describes the models of a config, for a folder that holds `parts`: no paths of data, no training.
+    """Write the config's keys of models, without data paths and training, for a folder that holds `parts`.
 
-    What the run trained and the folder lacks is not replaced by what the run would have begun with: it has no weights.
+    A part that the run trained and the folder lacks gets weights='': the run's initial weights must not replace it.
     """
     plain = json.loads(config.to_json())
     kept = {key: _without_training(plain[key]) for key in _OF_A_MODEL if key in plain}
@@ -60,7 +59,7 @@ def _without_training(section):
 
 
 def _merged(base, over):
-    """`base` with the values of `over` at every depth. Lists become tuples, as in configs."""
+    """Return `base` with the values of `over` at every depth. Lists become tuples, as in configs."""
     merged = dict(base)
     for key, value in over.items():
         inside = isinstance(value, dict) and isinstance(base.get(key), dict)

@@ -1,4 +1,4 @@
-"""Config to the stages of a run: everything that the training loop needs to run one of them."""
+"""Construction of the stages of a run from the config, for the training loop."""
 
 import json
 
@@ -12,7 +12,7 @@ from rae_jax.runtime import sharding
 from rae_jax.training.loop import Stage
 from rae_jax.weights import safetensors_tree
 
-_STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}  # of random numbers
+_STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}  # index of each stage's random numbers
 
 
 def stage(config, name, workdir, mesh):
@@ -28,7 +28,8 @@ def stage(config, name, workdir, mesh):
         batch_size = config[name].train.batch_size
         if len(images) < batch_size:
             raise UserError(
-                f"config.{name}.train.batch_size={batch_size} is more than the {len(images)} training images: lower it"
+                f"config.{name}.train.batch_size={batch_size} is more than the number of training images, "
+                f"{len(images)}: lower it"
             )
         config = in_steps(config, name, len(images))
         train = config[name].train
@@ -54,12 +55,12 @@ def _training_source(config, name, mesh):
 
 
 def packed_latents(config, mesh):
-    """Return the source of config.data.latents. Raises UserError if the config's encoder would make other latents."""
+    """Return the source of config.data.latents. Raises UserError if the config's encoder makes other latents."""
     return data.packed_latents(config, latent_form(config, part_weights.load(config, "encoder", "", mesh)))
 
 
 def latent_form(config, encoder_params):
-    """Return what latents depend on, by name and as JSON has it: keys of the config, and the weights themselves."""
+    """Return the JSON values that latents depend on, by name: keys of the config, and a digest of the weights."""
     encoder = {key: value for key, value in config.encoder.to_dict().items() if key not in ("weights", "train")}
     keys = {"encoder": encoder, "data": {"image_size": config.data.image_size}, "dtype": config.dtype}
     form = {**flatten(keys, "config."), "the encoder's weights": safetensors_tree.digest(encoder_params)}
@@ -67,12 +68,12 @@ def latent_form(config, encoder_params):
 
 
 def stage_seed(config, name):
-    """Return a stage's own seed, so that no two stages share their randomness."""
+    """Return a stage's own seed, so that no two stages draw the same random numbers."""
     return int(np.random.SeedSequence((config.seed, _STREAMS[name])).generate_state(1)[0])
 
 
 def sign_of_best(checkpoint):
-    """Return the factor that makes a metric a score, the higher the better, from the section config.checkpoint."""
+    """Return the sign that turns a metric into a score (higher is better), from the section config.checkpoint."""
     match checkpoint.best_is:
         case "highest":
             return 1.0
@@ -83,7 +84,7 @@ def sign_of_best(checkpoint):
 
 
 def _load_frozen(config, part, workdir, mesh):
-    """Load a frozen part. The UserError for a network of the decoder's losses says how to train without it."""
+    """Load a frozen part. Raises UserError, which says how to train without the part if this is possible."""
     train, backbone = config.decoder.train, config.discriminator.backbone
     match part:
         case "lpips":
@@ -91,7 +92,7 @@ def _load_frozen(config, part, workdir, mesh):
             if found is None:
                 raise UserError(
                     f"config.decoder.train.lpips_weight={train.lpips_weight} needs config.lpips.vgg and .linear: "
-                    f"name LPIPS' weights, or train without it: --config.decoder.train.lpips_weight=0"
+                    f"set both to LPIPS' weights, or train without it: --config.decoder.train.lpips_weight=0"
                 )
             return found
         case "backbone":

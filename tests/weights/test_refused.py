@@ -1,4 +1,4 @@
-"""Files of others that are wrong, or not there: one line that names the thing and the mend."""
+"""Files of others that are wrong or do not exist: one line that names the file and the fix."""
 
 import builtins
 import functools
@@ -69,7 +69,11 @@ def test_files_that_are_wrong_are_refused(tmp_path, name):
 
 def test_positions_of_another_model_are_refused(tmp_path):
     arrays = kind("dh_qk_norm")[2]
-    for positions, message in ((np.zeros((1, 64, 8)), "has shape (1, 64, 8)"), (np.ones((1, 16, 8)), "not what this")):
+    other_shape, other_values = (
+        (np.zeros((1, 64, 8)), "has shape (1, 64, 8)"),
+        (np.ones((1, 16, 8)), "other values than"),
+    )
+    for positions, message in (other_shape, other_values):
         write(tmp_path / "file.safetensors", {**arrays, "pos_embed": positions.astype(np.float32)})
         assert message in _refused("dh_qk_norm", tmp_path / "file.safetensors")
 
@@ -86,8 +90,8 @@ def test_torch_files_take_torch_and_must_be_whole(tmp_path, monkeypatch):
     write(tmp_path / "whole.safetensors", kind("statistics")[2])
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_torch)
-        assert "takes torch: install it" in _refused("decoder", tmp_path / "file.pt")
-        with pytest.raises(UserError, match="writing .* takes torch"):
+        assert "needs torch: install it" in _refused("decoder", tmp_path / "file.pt")
+        with pytest.raises(UserError, match="writing .* needs torch"):
             convert_kind("statistics", tmp_path / "whole.safetensors", tmp_path / "out", "released_pt")
     torch = pytest.importorskip("torch")
     assert "not a whole file" in _refused("decoder", tmp_path / "file.pt")
@@ -98,9 +102,9 @@ def test_torch_files_take_torch_and_must_be_whole(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("nyu-visionx/RAE:decoders/model.pt", "download decoders/model.pt of nyu-visionx/RAE, put it in a folder here"),
-        ("nowhere/at/all:model.pt", "'nowhere/at/all' is neither a folder here nor a hub id"),
-        ("weights/model.pt", "there is no file weights/model.pt"),
+        ("nyu-visionx/RAE:decoders/model.pt", "download decoders/model.pt of nyu-visionx/RAE, put it in a local"),
+        ("nowhere/at/all:model.pt", "'nowhere/at/all' is neither a local folder nor a hub id"),
+        ("weights/model.pt", "the file weights/model.pt does not exist"),
     ],
 )
 def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):
@@ -117,7 +121,7 @@ def test_parts_that_nobody_else_has(tmp_path):
         convert.export(None, tmp_path, config=small, parts=["vae"])
     with pytest.raises(UserError, match="leave out --parts"):
         convert.export(None, tmp_path, config=small, parts=["decoder"], form="diffusers")
-    with pytest.raises(UserError, match="nobody else has a format for 'judge'"):
+    with pytest.raises(UserError, match="no published format has the part 'judge'"):
         published_weights.tensors_of(small, "judge", {})
 
 
