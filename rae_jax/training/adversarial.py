@@ -1,4 +1,4 @@
-"""The adversarial loss of the decoder: losses of logits, its adaptive weight, and what the discriminator sees.
+"""The adversarial loss of the decoder: losses of logits, its adaptive weight, and augmentations of images.
 
 The augmentations are DiffAug's (Zhao et al. 2020), in the order of StyleGAN-T.
 """
@@ -6,26 +6,26 @@ The augmentations are DiffAug's (Zhao et al. 2020), in the order of StyleGAN-T.
 import jax
 import jax.numpy as jnp
 
-TRANSLATION = 0.125  # of the image's side
+TRANSLATION = 0.125  # largest shift, as a fraction of the image's side
 
 
 def hinge_loss(real, fake):
-    """0.5 (relu(1 - real) + relu(1 + fake)), averaged over logits."""
+    """Return 0.5 (relu(1 - real) + relu(1 + fake)), averaged over logits."""
     return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
 
 
 def vanilla_loss(real, fake):
-    """0.5 (softplus(-real) + softplus(fake)), averaged over logits: the original GAN's cross-entropy."""
+    """Return 0.5 (softplus(-real) + softplus(fake)), averaged over logits: the original GAN's cross-entropy."""
     return 0.5 * (jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean())
 
 
 def generator_loss(fake):
-    """-mean(fake), whichever loss the discriminator has."""
+    """Return -mean(fake), for every loss of the discriminator."""
     return -fake.mean()
 
 
 def adaptive_weight(reconstruction_gradient, adversarial_gradient, *, maximum=1e4):
-    """Ratio of two gradients' norms at the decoder's last weight (VQGAN), a constant to differentiation."""
+    """Return the ratio of two gradients' norms at the decoder's last weight (VQGAN), with no gradient of its own."""
     ratio = _norm(reconstruction_gradient) / (_norm(adversarial_gradient) + 1e-6)
     return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, maximum))
 
@@ -35,28 +35,28 @@ def _norm(x):
 
 
 def diff_augment(images, key, *, prob=1.0, cutout=0.0):
-    """Translation, colour and cutout; images [B, H, W, C] in [-1, 1], which colour may leave.
+    """Apply translation, colour and cutout to images [B, H, W, C] in [-1, 1]; colour may leave this range.
 
-    What is drawn, is drawn for each image alone; each of the three happens to it with probability `prob`. `cutout` is
-    the side of the square that is wiped out, as a part of the image's.
+    All draws are independent for each image. Each of the three is applied with probability `prob`. `cutout` is the side
+    of the square that is set to zero, as a fraction of the image's side.
     """
     *draws, translation = jax.random.split(key, 4)
 
-    def sometimes(i, changed, images):
+    def with_probability(i, changed, images):
         if prob >= 1.0:
             return changed
         chosen = jax.random.bernoulli(jax.random.fold_in(key, i), prob, (images.shape[0], 1, 1, 1))
         return jnp.where(chosen, changed, images)
 
-    images = sometimes(0, translate(images, translation), images)
-    images = sometimes(1, colour(images, draws), images)
+    images = with_probability(0, translate(images, translation), images)
+    images = with_probability(1, colour(images, draws), images)
     if cutout:
-        images = sometimes(2, cut_out(images, jax.random.fold_in(key, 3), cutout), images)
+        images = with_probability(2, cut_out(images, jax.random.fold_in(key, 3), cutout), images)
     return images
 
 
 def translate(images, key):
-    """Shift each image by up to an eighth of its side both ways, zeros moving in."""
+    """Shift each image by up to an eighth of its side in both directions; the free border is zero."""
     batch, height, width, channels = images.shape
     reach = (int(height * TRANSLATION + 0.5), int(width * TRANSLATION + 0.5))
     high = jnp.asarray(reach) * 2 + 1
@@ -70,7 +70,7 @@ def translate(images, key):
 
 
 def colour(images, keys):
-    """Brightness by up to 0.5 either way, saturation from 0 to 2 times, contrast from 0.5 to 1.5 times."""
+    """Change brightness by up to +-0.5, saturation by a factor of 0 to 2, contrast by a factor of 0.5 to 1.5."""
     brightness, saturation, contrast = (jax.random.uniform(key, (images.shape[0], 1, 1, 1)) for key in keys)
     images = images + brightness - 0.5
     grey = images.mean(-1, keepdims=True)
@@ -80,7 +80,7 @@ def colour(images, keys):
 
 
 def cut_out(images, key, ratio):
-    """Zeros in a square of `ratio` times the image's sides, whose centre is anywhere in the image."""
+    """Set a square of `ratio` times the image's sides to zero; its centre is anywhere in the image."""
     height, width = images.shape[1:3]
     inside = []
     for axis, (size, draw) in enumerate(zip((height, width), jax.random.split(key), strict=True), start=1):

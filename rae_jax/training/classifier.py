@@ -1,4 +1,4 @@
-"""Training of the judge: a classifier that sees real images only, and later names the class of generated ones."""
+"""Training of the judge: a classifier of real images, which later predicts the class of generated images."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rates of the training loop, measured without stopping it."""
+"""Rates of the training loop, measured without a wait of the devices."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,25 +7,26 @@ import jax
 
 
 class Clock:
-    """Measures the loop without stopping it: the host stays one step ahead of the devices, and no more.
+    """Measurement of the loop without a wait of the devices: the host stays exactly one step ahead of them.
 
-    A thread sees when a step ends and when the next batch has come to the devices. In between they wait for data.
+    A thread notes when a step ends and when the next batch is on the devices. Between these times the devices wait for
+    data.
     """
 
     def __init__(self, batch_size):
         self._batch_size = batch_size
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="clock")
-        self._previous, self._idle_since, self._fed = None, None, None
+        self._previous, self._idle_since, self._fetched = None, None, None
         self._steps, self._waited, self._began = 0, 0.0, time.monotonic()
 
     def wait_for(self, fetch):
-        """Let `fetch` bring the next batch. What it takes while a step still runs costs nothing."""
+        """Call `fetch` for the next batch. Its time counts only after the running step has ended."""
         began = time.monotonic()
         batch = fetch()
-        self._fed = self._watcher.submit(self._count, batch, began, self._idle_since)
+        self._fetched = self._watcher.submit(self._count, batch, began, self._idle_since)
 
     def tick(self, metrics):
-        """A step has begun that will give these metrics; wait for the one before it."""
+        """Register a step that has begun and its future metrics; wait for the step before it."""
         self._idle_since = self._watcher.submit(_when_ready, metrics)
         if self._previous is not None:
             jax.block_until_ready(self._previous)
@@ -33,9 +34,9 @@ class Clock:
         self._steps += 1
 
     def read(self):
-        """Rates since the last reading, data_wait as a part of the time; the batch that was fetched is waited for."""
-        if self._fed is not None:
-            self._fed.result()
+        """Return the rates since the last call, data_wait as a fraction of the time; wait for the fetched batch."""
+        if self._fetched is not None:
+            self._fetched.result()
         elapsed = time.monotonic() - self._began
         rates = {
             "perf/steps_per_second": self._steps / elapsed,
@@ -50,7 +51,7 @@ class Clock:
         self._watcher.shutdown(wait=False, cancel_futures=True)
 
     def _count(self, batch, began, idle_since):
-        """In the watcher, after `idle_since` has its result: one thread does things in order."""
+        """Add the wait for a batch, in the watcher; its single thread has computed `idle_since` before."""
         start = began if idle_since is None else max(began, idle_since.result())
         self._waited += max(0.0, _when_ready(batch) - start)
 

@@ -1,7 +1,7 @@
-"""Stage 1: the decoder learns to draw images from noise-augmented latents, against a discriminator.
+"""Stage 1: the decoder learns to reconstruct images from noise-augmented latents, against a discriminator.
 
-One step updates the decoder, its average, and then the discriminator. When the adversarial parts start is decided
-inside the compiled step; the loop knows no phases.
+One step updates the decoder, its average, and then the discriminator. The compiled step decides when the adversarial
+parts start; the loop knows no phases.
 """
 
 import dataclasses
@@ -21,41 +21,41 @@ _DISC_METRICS = ("discriminator", "discriminator_grad_norm", "logits_real", "log
 
 @dataclasses.dataclass(frozen=True)
 class Discriminator:
-    """Trained heads on the tokens of a frozen backbone, and what its game is about."""
+    """Trained heads on the tokens of a frozen backbone, with their augmentation and loss."""
 
     backbone: Backbone
-    heads: object  # module: tokens [L, B, N, D] -> logits; its collection 'spectral' moves in training
+    heads: object  # module: tokens [L, B, N, D] -> logits; training updates its collection 'spectral'
     augment: Callable  # (images in [-1, 1], key) -> images
-    loss: Callable  # (logits of real images, of fake ones) -> what it minimises
+    loss: Callable  # (logits of real images, logits of fake images) -> loss
 
     def init(self, key):
-        """{'params', 'spectral'} of the heads."""
+        """Return {'params', 'spectral'} of the heads."""
         return self.heads.init(key, jnp.zeros(self.backbone.shape))
 
     def logits(self, frozen, variables, images, key, mutable=()):
-        """Logits of images around [0, 1], each augmented by itself, and what moved of the mutable collections."""
+        """Return logits of images around [0, 1], each augmented alone, and the updated mutable collections."""
         augmented = (self.augment(images * 2.0 - 1.0, key) + 1.0) / 2.0
         return self.heads.apply(variables, self.backbone(frozen, augmented), mutable=mutable)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The terms of the decoder's loss besides L1, and the steps from which the adversarial ones count."""
+    """The terms of the decoder's loss besides L1, and the first steps of the adversarial terms."""
 
-    discriminator: Discriminator | None  # its frozen part is frozen['backbone']; None: no adversarial loss
+    discriminator: Discriminator | None  # its frozen weights are frozen['backbone']; None: no adversarial loss
     perceptual: Callable | None  # (frozen['lpips'], decoded, images) -> distances [B] of images in [0, 1]
     perceptual_weight: float
     adversarial_weight: float
     discriminator_start: int  # first step that updates the discriminator
     adversarial_start: int  # first step in which the decoder's loss has its adversarial term
-    noise_tau: float  # of the noise that is added to latents
+    noise_tau: float  # largest standard deviation of the noise that is added to latents
 
 
 def make(*, autoencoder, objective, latent_shape, optimiser, ema_decay):
     """Return (init, step) of this stage.
 
-    The decoder and the discriminator each have their own state of `optimiser`: its schedule starts with the first update
-    of each.
+    The decoder and the discriminator have separate states of `optimiser`: each schedule starts with the first update of
+    its network.
     """
     stage = _Stage(autoencoder, objective, latent_shape, optimiser, ema_decay)
     return stage.init, stage.step
@@ -92,20 +92,20 @@ class _Stage:
         if self.objective.discriminator is None:
             return state, metrics
 
-        def wait(state):
+        def skip(state):
             return {name: state[name] for name in _DISC}, dict.fromkeys(_DISC_METRICS, jnp.zeros(()))
 
-        def learn(state):
+        def update(state):
             return self.update_discriminator(state, frozen, latents, images, disc_key)
 
-        disc, disc_metrics = jax.lax.cond(started, learn, wait, state)
+        disc, disc_metrics = jax.lax.cond(started, update, skip, state)
         return {**state, **disc}, {**metrics, **disc_metrics}
 
     def decoder_gradients(self, state, frozen, latents, images, key):
-        """Gradients of the reconstruction loss and, once active, the adversarial in its adaptive weight; and metrics.
+        """Return gradients of the reconstruction loss plus the weighted adversarial loss, once active; and metrics.
 
-        One forward and one backward pass of the decoder: the losses meet at the image, where each one's cotangent goes
-        through the last layer alone for the two norms that the weight is made of.
+        The decoder takes one forward and one backward pass: the losses are added at the image. For the two norms of the
+        adaptive weight, the cotangent of each loss goes through the last layer alone.
         """
         params, objective = state["params"], self.objective
         features, pull_features = jax.vjp(lambda p: self.autoencoder.features(p, latents), params)
@@ -137,32 +137,32 @@ class _Stage:
         return grads, {"loss": loss, **metrics}
 
     def adversarial(self, state, frozen, decoded, key, active):
-        """The adversarial loss of decoded images and its gradient there; zeros while it is not active."""
+        """Return the adversarial loss of decoded images and its gradient at them; zeros while it is not active."""
         disc = {"params": state["disc_params"], "spectral": state["disc_spectral"]}
 
         def loss(decoded):
             return generator_loss(self.objective.discriminator.logits(frozen["backbone"], disc, decoded, key)[0])
 
-        def nothing(decoded):
+        def zeros(decoded):
             return jnp.zeros(()), jnp.zeros_like(decoded)
 
-        return jax.lax.cond(active, jax.value_and_grad(loss), nothing, decoded)
+        return jax.lax.cond(active, jax.value_and_grad(loss), zeros, decoded)
 
     def update_discriminator(self, state, frozen, latents, images, key):
-        """The discriminator's new entries of the state, and metrics."""
-        # A fresh, noise-free, 8-bit reconstruction by the updated decoder: what the images will really look like.
+        """Return the discriminator's new entries of the state, and metrics."""
+        # A noise-free 8-bit reconstruction by the updated decoder, like the images of the trained model.
         fake = self.autoencoder.decode(state["params"], latents)
         fake = jnp.round(jnp.clip(fake, 0.0, 1.0) * 255.0) / 255.0
-        # Each fake image after its real one: on a mesh, both are on the device that made them.
+        # Each fake image follows its real image: on a mesh, both stay on their device.
         both = jax.lax.stop_gradient(jnp.stack([images, fake], 1).reshape(-1, *images.shape[1:]))
 
         def loss(disc_params):
             disc = {"params": disc_params, "spectral": state["disc_spectral"]}
-            logits, moved = self.objective.discriminator.logits(
+            logits, updated = self.objective.discriminator.logits(
                 frozen["backbone"], disc, both, key, mutable=["spectral"]
             )
             real, fake = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
-            return self.objective.discriminator.loss(real, fake), (moved["spectral"], real.mean(), fake.mean())
+            return self.objective.discriminator.loss(real, fake), (updated["spectral"], real.mean(), fake.mean())
 
         (value, (spectral, real, fake)), grads = jax.value_and_grad(loss, has_aux=True)(state["disc_params"])
         updates, opt_state = self.optimiser.update(grads, state["disc_opt_state"], state["disc_params"])

@@ -1,4 +1,4 @@
-"""Stage 2: the diffusion transformer learns its prediction for latents between data and noise."""
+"""Stage 2: the diffusion transformer learns its prediction at points between data and noise."""
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ def make(
 ):
     """Return (init, step) of this stage.
 
-    `condition`: a models.conditions.Condition, which is null with the probability `condition_dropout`. `prediction`: a
-    flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. A batch holds images, or
-    'latent', which was encoded before.
+    `condition`: a models.conditions.Condition, replaced by null with probability `condition_dropout`. `prediction`: a
+    flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. A batch holds 'image', or
+    'latent' if the images were encoded before.
     """
 
     def init(key):

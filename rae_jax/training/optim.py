@@ -8,15 +8,15 @@ import optax
 def value_and_grad(loss, params, examples, microbatches):
     """Return ((loss, metrics), gradient) of a batch, computed in `microbatches` equal parts of it.
 
-    `loss(params, examples)` -> (mean loss, {name: mean over the examples}). All results are means over the parts; they do
-    not depend on the number of parts except for rounding. Clipping and the optimiser see the whole gradient.
+    `loss(params, examples)` -> (mean loss, {name: mean over the examples}). All results are means over the parts;
+    except for rounding they do not depend on the number of parts. Clipping and the optimiser see the whole gradient.
     """
     value_and_grad_of_part = jax.value_and_grad(loss, has_aux=True)
     if microbatches == 1:
         return value_and_grad_of_part(params, examples)
 
     def split(x):
-        # Every device keeps its own part of each microbatch: neighbours of the batch axis go to different ones.
+        # Every device keeps its own part of each microbatch: neighbouring rows go to different microbatches.
         return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, part):
@@ -30,12 +30,12 @@ def value_and_grad(loss, params, examples, microbatches):
 
 
 def ema(average, params, decay):
-    """average + (1 - decay) (params - average): exact for parameters that never move."""
+    """Return average + (1 - decay) (params - average), which is exact for parameters that never change."""
     return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
 
 
 def init_state(params, optimiser, more_averages=0):
-    """The state of a stage with one set of parameters. Its averages, 1 or more, start at the parameters themselves."""
+    """Return the state of a stage with one set of parameters; its 1 + `more_averages` averages start at them."""
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -46,7 +46,7 @@ def init_state(params, optimiser, more_averages=0):
 
 
 def update(state, grads, optimiser, decay, more_decays=()):
-    """One optimiser step and one step of the averages; returns the new state and the gradient's global norm."""
+    """Take one step of the optimiser and the averages; return the new state and the gradient's global norm."""
     updates, opt_state = optimiser.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
     new = {

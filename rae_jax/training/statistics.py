@@ -1,6 +1,6 @@
 """Latent statistics: mean and variance of every latent element over the training images, each counted once.
 
-The running moments are this stage's state, so that the generic loop shards, interrupts and resumes it like a training.
+The running moments are this stage's state: the training loop shards, interrupts and resumes it like any other stage.
 """
 
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from rae_jax.models.autoencoder import to_float
 
 
 def make(*, autoencoder, latent_shape):
-    """Returns (init, step) of this stage. `squares` sums squared distances from the running mean (Chan et al.).
+    """Return (init, step) of this stage. `squares` sums squared distances from the running mean (Chan et al.).
 
-    Both are sums of two float32 numbers, of which the second, in `mean_low` and `squares_low`, is what rounding took
-    from the first: thousands of small batches lose no digits.
+    Mean and squares are each a sum of two float32 numbers. The second number, `mean_low` or `squares_low`, is the
+    rounding error of the first: thousands of small batches lose no digits.
     """
 
     def init(key):
@@ -25,10 +25,10 @@ def make(*, autoencoder, latent_shape):
         weight = batch["mask"][:, None, None, None]
         new_count = jnp.round(batch["mask"].sum()).astype(jnp.int32)
         total = state["count"] + new_count
-        share = new_count / jnp.maximum(total, 1)  # where nothing of the first batches could be read
+        share = new_count / jnp.maximum(total, 1)  # 0 images so far, if none of the first batches could be read
 
         centred = latents - state["mean"]
-        shift = (weight * centred).sum(0) / jnp.maximum(new_count, 1)  # of the batch's mean from the running one
+        shift = (weight * centred).sum(0) / jnp.maximum(new_count, 1)  # the batch's mean minus the running mean
         squares = (weight * jnp.square(centred - shift)).sum(0)
         shift = shift - state["mean_low"]
         between = jnp.square(shift) * (state["count"] * share)
@@ -42,7 +42,7 @@ def make(*, autoencoder, latent_shape):
 
 
 def statistics(state):
-    """{'mean', 'var'} of shape [h, w, D] from the final state."""
+    """Return {'mean', 'var'} of shape [h, w, D] from the final state."""
     return {
         "mean": state["mean"] + state["mean_low"],
         "var": (state["squares"] + state["squares_low"]) / state["count"],
@@ -50,7 +50,7 @@ def statistics(state):
 
 
 def _add(high, low, x):
-    """(high + low) + x as such a pair again. Source: Knuth's exact sum of two numbers, then Dekker's."""
+    """Return (high + low) + x as a pair (high, low). Source: Knuth's exact sum of two numbers, then Dekker's."""
     total = high + x
     added = total - high
     low = low + ((high - (total - added)) + (x - added))
