@@ -1,4 +1,4 @@
-"""The library: what it loads, that it draws what the command draws, and that it is pure."""
+"""The Python API: sources it loads, the same samples as --mode=sample, and purity."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ LABELS = [0, 3, 9]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """As convert writes it, with random weights; the guidance is the small job's, of scale 2.5."""
+    """Folder of random weights as convert writes it; guidance of scale 2.5, as in configs/small.py."""
     folder, config = tmp_path_factory.mktemp("converted"), tiny()
     shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
     latent = config_keys.latent_shape(config)
@@ -65,13 +65,13 @@ def test_importing_is_light():
 
 
 def test_the_shipped_weights_are_described_by_small():
-    """Where a key was added: write the file again from json.loads(small.get_config().to_json()), with an indent of 2."""
+    """If a key was added, write config.json again: json.loads(small.get_config().to_json()) with an indent of 2."""
     there = json.loads((part_weights.SHIPPED / "config.json").read_text())
     assert there == json.loads(small.get_config().to_json())
 
 
 def _changed(value):
-    """Another value of the same type."""
+    """Return another value of the same type."""
     match value:
         case bool():
             return not value
