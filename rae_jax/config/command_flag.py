@@ -1,4 +1,4 @@
-"""The flag --config of the commands: a file or a config's name, and its keys as --config.KEY=VALUE."""
+"""The flag --config of the commands: a file or the name of a config, and its keys as --config.KEY=VALUE."""
 
 from absl import flags
 
@@ -8,7 +8,7 @@ from rae_jax.runtime import command_line
 
 
 class FlagParser(flags.ArgumentParser):
-    """Parser of --config=SOURCE or --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
+    """Parses --config=SOURCE, and --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
 
     def parse(self, text):
         source, *arguments = text.split(":", 1)
@@ -16,7 +16,7 @@ class FlagParser(flags.ArgumentParser):
 
 
 def parser(config_flag, values=flags.FLAGS):
-    """Return absl's parser for a command whose --config is `config_flag`; a mistake is one line."""
+    """Return absl's parser for a command with the flag `config_flag`; a mistake ends the command with one line."""
     values[config_flag.name].parser = FlagParser()
 
     def parse(argv):
@@ -27,6 +27,6 @@ def parser(config_flag, values=flags.FLAGS):
         except (AttributeError, KeyError) as error:
             command_line.fail(f"unknown config key {command_line.one_line(error)}")
         except (TypeError, ValueError) as error:
-            command_line.fail(f"in a --config flag: {command_line.one_line(error)}")
+            command_line.fail(f"a flag --config cannot be used: {command_line.one_line(error)}")
 
     return parse

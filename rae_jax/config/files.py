@@ -1,4 +1,4 @@
-"""Config files: found by path or by name, and loaded."""
+"""Find config files by path or by name, and load them."""
 
 import contextlib
 import difflib
@@ -17,14 +17,14 @@ FOLDER = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.p
 
 
 def names():
-    """Names of the configs that ship with rae_jax."""
+    """Return the names of the configs that ship with rae_jax."""
     return sorted(path.stem for path in FOLDER.glob("*.py") if "\ndef get_config(" in path.read_text())
 
 
 def find(source):
-    """Path of a config file, named by its path or, without '.py', as one that ships with rae_jax.
+    """Return the path of a config file. `source`: its path, or the name, without '.py', of a config of rae_jax.
 
-    Raises UserError, which names the nearest configs, if no such file exists.
+    Raises UserError, which names the nearest configs, if the file does not exist.
     """
     path = Path(source)
     if path.is_file():
@@ -35,14 +35,14 @@ def find(source):
 
 
 def nearest(name):
-    """Part of a message: the configs with names close to `name`, or all if none is close."""
+    """Return the end of a message: the configs with names close to `name`, or all configs if no name is close."""
     known = names()
     found = difflib.get_close_matches(name, known)
     return f"did you mean {' or '.join(found)}?" if found else f"choose from {', '.join(known)}"
 
 
 def load(source, *arguments):
-    """Config that get_config(*arguments) of a file returns. `source`: see find."""
+    """Return the config that get_config(*arguments) of a file returns. `source`: see find."""
     path = find(source)
     spec = importlib.util.spec_from_file_location("config_file", path)
     module = importlib.util.module_from_spec(spec)
@@ -54,16 +54,16 @@ def load(source, *arguments):
             raise UserError(f"cannot load the config {source}: {error}") from error
     if not isinstance(config, ConfigDict) or "stages" not in config:
         raise UserError(
-            f"cannot load the config {source}: get_config() must return a ConfigDict as configs/small.py's does"
+            f"cannot load the config {source}: get_config() must return a ConfigDict, as configs/small.py's does"
         )
     return config
 
 
 @contextlib.contextmanager
 def _importable(path):
-    """Let a config file import its neighbours, and the configs that ship with rae_jax, as `configs`.
+    """Let a config file import files of its folder, and the configs that ship with rae_jax, as `configs`.
 
-    A package of another project that has the name `configs` is neither used nor lost.
+    A package `configs` of another project is hidden meanwhile, and restored afterwards.
     """
     configs = types.ModuleType("configs")
     places = [path.resolve().parent.parent, *sys.path]
@@ -78,6 +78,6 @@ def _importable(path):
 
 
 def _take_out(package):
-    """Remove a package and its modules from sys.modules; returns {name: module}."""
+    """Remove a package and its modules from sys.modules and return them, {name: module}."""
     found = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
     return {name: sys.modules.pop(name) for name in found}

@@ -1,4 +1,4 @@
-"""What a config says of its stages, sizes and counts; and the config that a workdir keeps."""
+"""Stages, sizes and counts of a config; and the config.json of a workdir."""
 
 import json
 
@@ -10,22 +10,22 @@ from rae_jax.runtime import atomic_files, processes
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 TRAINED = ("encoder", "judge", "decoder", "dit")
 
-# A workdir may be continued although these differ: nothing that was trained depends on them.
+# A run may be resumed with other values of these keys: no trained weights depend on them.
 FREE_KEYS = (
     *("name", "log_every", "wandb", "checkpoint", "health", "mesh"),
     *("unroll", "remat", "attention", "compilation_cache"),
     *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
     "dit.train.microbatches",
-    "data.on_error",  # a run of 'stop' that stands has met none that cannot be read
+    "data.on_error",  # with 'stop', a run that exists has read all images so far
 )
 
-_COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # in `train.unit`s
+_COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # by `train.unit`
 
 
 def check_workdir(config, workdir):
-    """Raise UserError where `workdir` holds the run of another config; nothing is written.
+    """Raise UserError if `workdir` holds the run of another config; nothing is written.
 
-    A key that the run's config.json lacks came with a later version of this package: the run goes on with it.
+    A key that is not in the run's config.json was added by a later version of this package: the run accepts any value.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists() or not (epath.Path(workdir) / "checkpoints").exists():
@@ -33,7 +33,7 @@ def check_workdir(config, workdir):
     try:
         theirs = flatten(json.loads(path.read_text()))
     except ValueError as error:
-        raise UserError(f"{path} is cut off or no JSON ({error}): take another --workdir, or bring it back") from error
+        raise UserError(f"{path} is cut off or no JSON ({error}): use another --workdir, or restore it") from error
     ours = flatten(json.loads(config.to_json()))
     only_measured = () if "decoder" in config.stages else ("lpips",)
     for key in sorted(theirs):
@@ -41,17 +41,17 @@ def check_workdir(config, workdir):
         if not free and ours.get(key) != theirs[key]:
             raise UserError(
                 f"{workdir} holds a run with config.{key}={theirs[key]!r}, not {ours.get(key)!r}: "
-                f"take another --workdir, or set the key back"
+                f"use another --workdir, or set the key back"
             )
 
 
 def is_free(key):
-    """Whether nothing that is trained depends on a key."""
+    """Return True if no trained weights depend on a key."""
     return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
 
 
 def save(config, workdir):
-    """The first process writes config.json. Raises UserError where the workdir cannot be written."""
+    """Write config.json, in the first process. Raises UserError if the workdir cannot be written."""
     if not processes.is_first():
         return
     folder = epath.Path(workdir)
@@ -60,29 +60,29 @@ def save(config, workdir):
         atomic_files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to --workdir={workdir} ({atomic_files.reason(error)}): choose a folder you may write to"
+            f"cannot write to --workdir={workdir} ({atomic_files.reason(error)}): choose a folder that you may write to"
         ) from error
 
 
 def section(config, part):
-    """The section that describes a part of the weights."""
+    """Return the section of a config that describes a part of the weights."""
     return config.discriminator.backbone if part == "backbone" else config[part]
 
 
 def input_size(config, section):
-    """The size in pixels that images have when the encoder, or backbone, of this section sees them."""
+    """Return the size in pixels of the images that the encoder or backbone of a section gets."""
     return section.input_size or config.data.image_size
 
 
 def encoder_input_size(config):
-    """The size in pixels that images have when the encoder sees them."""
+    """Return the size in pixels of the images that the encoder gets."""
     return input_size(config, config.encoder)
 
 
 def in_steps(config, stage, num_images):
-    """The config with the counts of that stage's training in steps.
+    """Return the config with the counts of a stage's training in steps.
 
-    An epoch has as many as there are whole batches in `num_images`.
+    The steps of an epoch are the whole batches in `num_images`.
     """
     config = config.copy_and_resolve_references()
     train = config[stage].train
@@ -93,13 +93,13 @@ def in_steps(config, stage, num_images):
 
 
 def latent_shape(config):
-    """(h, w, D) of one image's latent."""
+    """Return (h, w, D), the shape of the latent of one image."""
     side = encoder_input_size(config) // config.encoder.patch_size
     return side, side, config.encoder.width
 
 
 def flatten(tree, prefix=""):
-    """Nested dicts -> {'a.b': value}."""
+    """Return nested dicts as {'a.b': value}."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):

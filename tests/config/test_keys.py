@@ -1,4 +1,4 @@
-"""A user's mistakes: one line that names the thing and the mend, exit status 2, nothing written."""
+"""A user's mistakes: one line that names the key and the fix, exit status 2, nothing written."""
 
 import functools
 import importlib
@@ -216,7 +216,7 @@ def test_cudnn_s_heads_are_those_that_attend():
         config.update({"attention": "cudnn", "dtype": "bfloat16"})
         checks._check_attention(config, hopper)
     config.dit.num_heads = 96
-    with pytest.raises(UserError, match="config.dit.width=1152 leaves 96 heads"):
+    with pytest.raises(UserError, match="config.dit.width=1152 over 96 heads"):
         checks._check_attention(config, hopper)
 
 
@@ -290,7 +290,7 @@ def test_a_mesh_that_does_not_fit_is_named(tiny_config):
         (["--config=configs/none.py"], "configs/none.py"),
         (["--mode=dream"], "--mode=dream"),
         (["--mode=reconstruct", "--images=.", "--config.stages=()", *_PUBLISHED], "'nowhere/at/all'"),
-        (["--mode=evaluate", "--samples=nowhere.npz"], "--samples=nowhere.npz: there is nothing"),
+        (["--mode=evaluate", "--samples=nowhere.npz"], "--samples=nowhere.npz: it does not exist"),
         (["--mode=evaluate", "--samples=a.npz", "--step=5"], "leave one out"),
         (["--config.data.source=image_folder", "--config.data.path=nowhere"], "config.data.path='nowhere'"),
         (["--workdir=/dev/null/run"], "--workdir=/dev/null/run"),

@@ -105,11 +105,11 @@ def test_the_config_names_it():
     assert models.dit(config).attend is attention.recomputed
 
 
-@pytest.mark.parametrize("name, mend", [("cudnn", "Hopper"), ("flash", "TPU"), ("sparse", "choose one of")])
-def test_what_the_platform_lacks_is_refused_in_one_line(name, mend):
+@pytest.mark.parametrize("name, fix", [("cudnn", "Hopper"), ("flash", "TPU"), ("sparse", "choose one of")])
+def test_what_the_platform_lacks_is_refused_in_one_line(name, fix):
     config = tiny()
     config.attention = name
-    with pytest.raises(UserError, match=rf"config.attention='{name}' cannot work: .*{mend}") as refused:
+    with pytest.raises(UserError, match=rf"config.attention='{name}' cannot work: .*{fix}") as refused:
         checks.check(config, sharding.make_mesh(config.mesh))
     assert "\n" not in str(refused.value)
 
