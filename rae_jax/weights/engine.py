@@ -1,4 +1,4 @@
-"""The one engine that turns published checkpoints into parameters and back, by tables, strictly."""
+"""Convert published checkpoints to parameters and back, by tables, with strict checks."""
 
 from typing import NamedTuple
 
@@ -12,21 +12,21 @@ from rae_jax.weights.tables import Layout
 
 
 class _Piece(NamedTuple):
-    """A part of one of our leaves: the file's tensor, its place in the leaf, its layout and its shape in the file."""
+    """A part of one of our parameters that is one tensor of the file."""
 
-    name: str
-    index: tuple
+    name: str  # of the file's tensor
+    index: tuple  # its place in our parameter
     layout: Layout
-    shape: tuple
+    shape: tuple  # in the file
 
 
 def load(source, tensors, tables, shapes, shardings):
-    """Parameters of these shapes and shardings from `tensors`, {name: hub.Tensor} of the checkpoint `source`.
+    """Return parameters of these shapes and shardings from `tensors`, {name: hub.Tensor} of the checkpoint `source`.
 
-    Of several tables the one that knows most of the file's names is meant. Leaf by leaf, each handed to its devices
-    before the next is read: the host never holds a second copy of the whole. Raises UserError for a tensor that is
-    missing, unknown, there twice, of another shape or not as it is fixed, and names it; and for a parameter of ours
-    that the family never has.
+    Of several tables the table that has most of the file's names is used. Parameters are put on their devices one by
+    one: the host never holds a second copy of all. Raises UserError that names a tensor that is missing, unknown,
+    contained twice, of another shape, or not equal to its fixed values; and for a parameter of ours that no encoder
+    family has.
     """
     leaves = traverse_util.flatten_dict(shapes, sep="/")
     for path in leaves.keys() - tables[0].leaves.keys():
@@ -47,7 +47,7 @@ def load(source, tensors, tables, shapes, shardings):
 
 
 def unload(params, table):
-    """`load` undone: {name: array} of a file as the table describes it, what is fixed included; without the prefix."""
+    """Return {name: array} of a file, by its table: the inverse of `load`, with fixed tensors, without the prefix."""
     tensors = {name: np.asarray(value, np.float32) for name, value in table.fixed.items()}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         leaf = np.asarray(leaf)
@@ -58,16 +58,17 @@ def unload(params, table):
 
 
 def _wanted(table, leaves):
-    """{the file's name: shape} of what our leaves are made of."""
+    """Return {the file's name: shape} of the tensors that our parameters consist of."""
     return {piece.name: piece.shape for path, leaf in leaves.items() for piece in _pieces(table, path, leaf.shape)}
 
 
 def _matches(tensors, table, leaves):
+    """Return the number of the file's names that the table has."""
     return len({name.removeprefix(table.prefix) for name in tensors} & _wanted(table, leaves).keys())
 
 
 def _ours(tensors, table, source):
-    """Tensors under the table's names, without those that it ignores."""
+    """Return the tensors by the table's names, without the tensors that the table ignores."""
     ours = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(table.prefix)
@@ -79,17 +80,20 @@ def _ours(tensors, table, source):
 
 
 def _learned(tensors, table, source):
-    """Tensors without the fixed ones, which need not be there but must be right."""
+    """Return the tensors without the fixed tensors, which may be missing but must have the right values."""
     for name in tensors.keys() & table.fixed.keys():
         found, fixed = tensors[name], table.fixed[name]
         if found.shape != fixed.shape:
             raise UserError(f"{source}: {name!r} has shape {found.shape}, the config's model needs {fixed.shape}")
         if not np.allclose(found.read(), fixed, atol=1e-4):
-            raise UserError(f"{source}: {name!r} is not what this project computes: it was made for another model")
+            raise UserError(
+                f"{source}: {name!r} has other values than this project computes: it was made for another model"
+            )
     return {name: tensor for name, tensor in tensors.items() if name not in table.fixed}
 
 
 def _pieces(table, path, shape):
+    """Yield the pieces of our parameter at `path`."""
     layout, *names = table.leaves[path]
     first = table.first.get(path.split("/")[0])
     blocks = (None,) if first is None else range(shape[0])

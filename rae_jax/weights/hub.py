@@ -1,4 +1,4 @@
-"""Checkpoints that others published: found in a local folder or on the model hub, read tensor by tensor."""
+"""Find published checkpoints in a local folder or on the model hub, and read them tensor by tensor."""
 
 import contextlib
 import functools
@@ -17,24 +17,24 @@ from safetensors import SafetensorError, safe_open
 from rae_jax.errors import UserError
 from rae_jax.weights import safetensors_tree
 
-# What a folder or a repository may hold, in order of choice.
+# Files that a folder or a repository may hold, the preferred file first.
 WHOLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class Tensor(NamedTuple):
-    """A tensor still in its file."""
+    """A tensor that is not read from its file yet."""
 
     shape: tuple
     read: Any  # () -> numpy array
 
 
 def open_checkpoint(source):
-    """{name: Tensor} of a checkpoint. `source`: a file, a folder, or a hub id, alone or as 'ID:PATH' of one file in it.
+    """Return {name: Tensor} of a checkpoint. `source`: a file, a folder, a hub id, or 'ID:PATH' of a file on the hub.
 
-    The hub's library caches what it fetches. Raises UserError where there is none, where a file is damaged, or where
-    two files hold the same tensor.
+    The hub's library caches the files that it fetches. Raises UserError if no checkpoint exists, if a file is damaged,
+    or if two files hold the same tensor.
     """
     path = Path(source).expanduser()
     repo, _, file = source.partition(":")
@@ -45,9 +45,9 @@ def open_checkpoint(source):
     elif path.is_dir():
         finders = [lambda name: _in_folder(path, name)]
     elif path.suffix and not file and path.suffix in SUFFIXES:
-        raise UserError(f"there is no file {source}: name one that is there, a folder, or a hub id")
+        raise UserError(f"the file {source} does not exist: name another file, a folder, or a hub id")
     else:
-        # All of the cache before any of the network: what is there needs no connection.
+        # First all names in the cache, then the network: cached files need no connection.
         finders = [lambda name: _in_cache(repo, name), lambda name: _from_hub(repo, name, file)]
     for find in finders:
         for name in names:
@@ -57,23 +57,23 @@ def open_checkpoint(source):
 
 
 def fetch_folder(repo, names):
-    """Folder of the cache that holds those of a hub repository's files `names` that there are.
+    """Return the folder of the cache with the files `names` of a hub repository, as far as they exist.
 
-    Raises UserError where it has not even the first.
+    Raises UserError if the first file does not exist.
     """
     first, *others = names
     found = _in_cache(repo, first) or _from_hub(repo, first, first)
     if found is None:
-        raise UserError(f"{repo} holds no {first}: name another hub id, or a folder here")
-    revision = found.parent.name  # the cache's name for it: the others have to be of the same
+        raise UserError(f"{repo} holds no {first}: name another hub id, or a local folder")
+    revision = found.parent.name  # the cache's name of the revision: all files must be of one revision
     for name in others:
-        with contextlib.suppress(UserError):  # whoever needs it will miss it, and say so
+        with contextlib.suppress(UserError):  # callers that need the file report that it is missing
             _in_cache(repo, name, revision) or _from_hub(repo, name, name, revision)
     return found.parent
 
 
 def write(path, tensors, *, pickled):
-    """Write {name: array} as safetensors, or as a torch file. Raises UserError where that takes torch."""
+    """Write {name: array} as safetensors, or `pickled` as a torch file. Raises UserError if torch is not installed."""
     if not pickled:
         return safetensors_tree.write(path, tensors)
     torch = _torch(f"writing {path}", "write safetensors instead")
@@ -82,6 +82,7 @@ def write(path, tensors, *, pickled):
 
 
 def _open(path, finders):
+    """Return {name: Tensor} of a file, or of all files of an index; `finders` find them."""
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if path.suffix != ".json":
@@ -94,10 +95,12 @@ def _open(path, finders):
     for shard in shards:
         found = next((file for find in finders if (file := find(shard))), None)
         if found is None:
-            raise UserError(f"{path} names {shard}, which is not there: fetch it again")
+            raise UserError(f"{path} names {shard}, which does not exist: fetch it again")
         for name, tensor in _safetensors(found).items():
             if name in tensors:
-                raise UserError(f"{found} holds tensor {name!r}, which another file of {path} holds as well")
+                raise UserError(
+                    f"{found} holds tensor {name!r}, which another file of {path} holds too: fetch them again"
+                )
             tensors[name] = tensor
     return tensors
 
@@ -109,20 +112,20 @@ def _safetensors(path):
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     return {
         name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
-        for name in file.keys()  # noqa: SIM118  it is no dict
+        for name in file.keys()  # noqa: SIM118  not a dict
     }
 
 
-# What torch's reader of plain tensors raises for files that are cut off, garbled, or hold anything else.
+# The errors of torch's reader of plain tensors for files that are cut off, garbled, or hold other objects.
 _GARBLED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def _torch_tensors(path):
-    torch = _torch(f"reading {path}", f"put {WHOLE} beside it")
+    torch = _torch(f"reading {path}", f"put {WHOLE} next to it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         whole = next((key for key in ("ema", "model", "state_dict") if key in state), None)
-        state = state[whole] if whole else state  # of a training checkpoint, what is evaluated
+        state = state[whole] if whole else state  # a training checkpoint: the weights that are evaluated
         return {
             name: Tensor(tuple(tensor.shape), functools.partial(np.asarray, tensor.detach().float()))
             for name, tensor in state.items()
@@ -132,11 +135,12 @@ def _torch_tensors(path):
         raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
 
 
-def _torch(doing, instead):
+def _torch(task, instead):
+    """Return the module torch. Raises UserError that names a task, and another way, if torch is not installed."""
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{doing} takes torch: install it, or {instead}") from error
+        raise UserError(f"{task} needs torch: install it, or {instead}") from error
     return torch
 
 
@@ -150,16 +154,16 @@ def _in_cache(repo, name, revision=None):
         path = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
     except errors.HFValidationError as error:
         raise UserError(
-            f"{repo!r} is neither a folder here nor a hub id such as facebook/dinov2-base: name the folder that holds "
+            f"{repo!r} is neither a local folder nor a hub id such as facebook/dinov2-base: name the folder that holds "
             f"the weights, a file, or a hub id"
         ) from error
     return Path(path) if isinstance(path, str) else None
 
 
 def _verified(path):
-    """A file that was fetched, if it is what the hub published: its cache names files by their hashes.
+    """Return the path of a fetched file after a check of its hash, which is its name in the cache.
 
-    SHA-256 for large files, git's for others. Raises UserError, and removes the file, where it is not.
+    Large files have SHA-256, other files git's hash. Raises UserError, and removes the file, if the hash differs.
     """
     kept = path.resolve()
     if re.fullmatch("[0-9a-f]{64}", kept.name):
@@ -175,7 +179,7 @@ def _verified(path):
         return path
     path.unlink()
     kept.unlink(missing_ok=True)
-    raise UserError(f"{path.name} did not arrive as the hub has it (its hash is another): fetch it again")
+    raise UserError(f"{path.name} is not as the hub has it (its hash differs): fetch it again")
 
 
 def _from_hub(repo, name, file, revision=None):
@@ -184,12 +188,12 @@ def _from_hub(repo, name, file, revision=None):
     except errors.RemoteEntryNotFoundError:
         return None
     except errors.GatedRepoError as error:
-        raise UserError(f"{repo} wants its terms accepted on the hub, and `hf auth login` here") from error
+        raise UserError(f"{repo} needs its terms accepted: accept them on the hub, then run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no {repo!r}: name another, or a folder here") from error
+        raise UserError(f"the hub has no {repo!r}: name another hub id, or a local folder") from error
     except OSError as error:
         raise UserError(
             f"{repo} is not in the cache, and the hub cannot be reached: on a machine with network download "
-            f"{file or WHOLE} of {repo}, put it in a folder here, and name that {'file' if file else 'folder'} instead "
-            f"of the hub id"
+            f"{file or WHOLE} of {repo}, put it in a local folder, and name that {'file' if file else 'folder'} "
+            f"instead of the hub id"
         ) from error

@@ -1,9 +1,9 @@
-"""Where the parameters of VGG16, LPIPS' weights and FID's Inception are in the published files."""
+"""Tables of the published files of VGG16, of LPIPS' weights and of FID's Inception."""
 
 from rae_jax.weights.sd_vae_tables import CONV
 from rae_jax.weights.tables import LINEAR, SAME, Layout, Table
 
-# Our level and place in it, beside the number that torchvision's file (and timm's) counts all its layers by.
+# {our level and place in it: the number of the layer in torchvision's and timm's files}.
 _VGG_LAYERS = {
     **{"1_1": 0, "1_2": 2, "2_1": 5, "2_2": 7, "3_1": 10, "3_2": 12, "3_3": 14},
     **{"4_1": 17, "4_2": 19, "4_3": 21, "5_1": 24, "5_2": 26, "5_3": 28},
@@ -28,7 +28,7 @@ _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "runn
 
 
 def inception(paths):
-    """The table for our parameters' paths, whose modules have the file's names."""
+    """Return the table for the paths of our parameters, whose modules have the file's names."""
     leaves, layers = {}, {path.removesuffix("/conv/kernel") for path in paths if path.endswith("/conv/kernel")}
     names = {layer: layer.replace("/", ".") for layer in sorted(layers)}
     for layer, name in names.items():

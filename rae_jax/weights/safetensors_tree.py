@@ -1,4 +1,4 @@
-"""Parameter trees in safetensors files, strictly checked."""
+"""Write and read trees of parameters in safetensors files, with strict checks."""
 
 import hashlib
 import json
@@ -25,11 +25,11 @@ def write(path, tree):
 def read(path, shapes):
     """Read a tree of exactly these shapes.
 
-    Raises UserError naming the file and the key: missing file or key, unknown key, other shape.
+    Raises UserError that names the file and the key, for a missing file or key, an unknown key, or another shape.
     """
     path = epath.Path(path)
     if not path.exists():
-        raise UserError(f"no weights at {path}: name a folder that holds this file")
+        raise UserError(f"{path} does not exist: name a folder that holds this file")
     try:
         found = load(path.read_bytes())
     except SafetensorError as error:
@@ -41,7 +41,7 @@ def read(path, shapes):
 
 
 def check(source, wanted, found):
-    """Raise UserError for the first key whose shape differs between {key: shape} of the model and of `source`."""
+    """Raise UserError for the first key that differs between {key: shape} of the model and of `source`."""
     for key in sorted(wanted.keys() ^ found.keys()):
         kind = "lacks" if key in wanted else "has an unknown"
         raise UserError(f"{source} {kind} tensor {key!r}: it was made for another model than the config's")
@@ -51,11 +51,11 @@ def check(source, wanted, found):
 
 
 def digest(tree):
-    """A hexadecimal word for float32 arrays by name and bit, wherever their parts lie."""
+    """Return a hexadecimal digest of float32 arrays by name and bit, which does not depend on their sharding."""
 
     @jax.jit
     def sums(tree):
-        """Of the bits, each times an odd number of its own, modulo 2^32: exact in any order."""
+        """Sum the bits of each array, times a different odd number for each value, modulo 2^32: exact in any order."""
 
         def add_up(leaf):
             bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).reshape(-1)

@@ -1,4 +1,4 @@
-"""Where the parameters of Stable Diffusion's autoencoder are in diffusers' files, which hold encoder and decoder."""
+"""Tables of diffusers' files of Stable Diffusion's autoencoder, which hold encoder and decoder."""
 
 from rae_jax.weights.tables import LINEAR, SAME, Layout, Table
 
@@ -8,13 +8,15 @@ CONV = Layout(  # [out, in, h, w]
     lambda array: array.transpose(3, 2, 0, 1),
 )
 
-# What the attentions' layers are called in files that older versions of diffusers wrote.
+# (new, old): names of the layers of attention, in files of older versions of diffusers.
 _OLD_NAMES = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
 
 
 def tables(part, *, levels, depth):
-    """Tables of 'encoder' or 'decoder', at each of whose levels the encoder has `depth` residual blocks: for today's
-    files, and for old ones."""
+    """Return the tables of 'encoder' or 'decoder', for current and for old files.
+
+    `depth`: the residual blocks at each level of the encoder.
+    """
     match part:
         case "encoder":
             quant, side, resample = "quant", "down_blocks", "downsamplers"
@@ -41,8 +43,8 @@ def tables(part, *, levels, depth):
         leaves |= _layer(f"level{level}_resample", f"{part}.{side}.{level}.{resample}.0.conv")
         for block in range(depth):
             leaves |= _block(f"level{level}_block{block}", f"{part}.{side}.{level}.resnets.{block}")
-    today = Table(leaves, ignored)
-    return today, today.renamed(_OLD_NAMES)
+    table = Table(leaves, ignored)
+    return table, table.renamed(_OLD_NAMES)
 
 
 def _block(ours, theirs):

@@ -1,9 +1,9 @@
-"""Where each of our parameters is in the published checkpoints: one table a kind of file.
+"""Tables of published checkpoints: the place of each of our parameters, with one table for each kind of file.
 
-Names are the files', which differ from those that transformers' modules have in memory. Where ours are stacked over
-depth, '{}' stands for the block's number. Several names are joined along our last axis; None is a bias that the
-family does not have, and stays zero. Entries of parameters that a variant lacks (registers, the other kind of MLP)
-are passed over.
+Names are the names in the files, which differ from the names of transformers' modules in memory. If our parameter is
+stacked over depth, '{}' stands for the number of the block. Several names are joined along our last axis; None is a
+bias that the family does not have, and stays zero. Entries for parameters that a variant does not have (registers, the
+other kind of MLP) are ignored.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """How the file's array relates to ours."""
+    """Conversion between the file's array and ours."""
 
     shape: Callable  # our shape -> the file's
     convert: Callable  # the file's array -> ours
@@ -23,7 +23,7 @@ class Layout(NamedTuple):
 
 
 def _convolution(channels):
-    """The layout of a linear map of patches that the file holds as a convolution [D, C, p, p]."""
+    """Return the layout of a linear map of patches that the file holds as a convolution [D, C, p, p]."""
 
     def shape(ours):
         return ours[1], channels, *(math.isqrt(ours[0] // channels),) * 2
@@ -44,7 +44,7 @@ LINEAR = Layout(lambda shape: shape[::-1], np.transpose, np.transpose)  # [out, 
 PATCHES = _convolution(3)
 ROWS = Layout(lambda shape: shape[1:], lambda array: array[None], lambda array: array[0])  # without the batch axis
 LATENT = Layout(_channels_first, lambda array: np.moveaxis(array, 0, -1), lambda array: np.moveaxis(array, -1, 0))
-# diffusers divides by a deviation + 1e-5 where we divide by sqrt(variance + 1e-5).
+# diffusers divides by std + 1e-5, and this project by sqrt(variance + 1e-5).
 DEVIATION = Layout(
     _channels_first,
     lambda array: np.square(np.moveaxis(array, 0, -1).astype(np.float64) + 1e-5) - 1e-5,
@@ -54,11 +54,11 @@ DEVIATION = Layout(
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What one kind of file holds.
+    """The tensors of one kind of file.
 
-    `leaves`: our path -> (layout, names...). `prefix` is left off the file's names where it is there; those that then
-    start with one of `ignored` are not ours: heads, text towers, mask tokens, and the final norm's affine part.
-    `first`: the number of the first block in each of our stacks. `fixed`: tensors of the file that are never learned.
+    `leaves`: {our path: (layout, names...)}. `prefix` is removed from the file's names. Names that then start with one
+    of `ignored` are not used: heads, text towers, mask tokens, and the affine part of the final norm. `first`: the
+    number of the first block in each of our stacks. `fixed`: tensors of the file that are never learned.
     """
 
     leaves: dict
@@ -68,7 +68,7 @@ class Table:
     fixed: dict = dataclasses.field(default_factory=dict)
 
     def renamed(self, replacements, **changes):
-        """The same table for files that differ by these (old, new) parts of names, and by `changes` of its fields."""
+        """Return the table with these (old, new) parts of names replaced, and with `changes` of its fields."""
 
         def rename(name):
             for old, new in replacements:
@@ -103,7 +103,7 @@ def _mlp(first, second):
 
 
 _LAYER = "encoder.layer.{}"
-_VIT = {  # what DINOv2 and MAE have in common
+_VIT = {  # parameters that DINOv2 and MAE have in common
     **_linear("patch_embed", "embeddings.patch_embeddings.projection", layout=PATCHES),
     "cls_token": (SAME, "embeddings.cls_token"),
     "pos_embed": (SAME, "embeddings.position_embeddings"),
@@ -173,7 +173,7 @@ DINOV3 = Table(
     ignored=("embeddings.mask_token", "norm."),
 )
 
-# DINO as transformers has it is MAE by other names of what is left out; the authors' file has timm's names.
+# DINO in transformers has MAE's names except for the ignored tensors; the authors' file has timm's names.
 DINO = dataclasses.replace(MAE, ignored=("layernorm.", "pooler."))
 DINO_TIMM = Table(
     {
@@ -189,7 +189,7 @@ DINO_TIMM = Table(
 )
 
 _LAYER = "decoder_layers.{}"
-_RAE = ("encoder.", "encoder_", "_latents_")  # what else an autoencoder's file holds
+_RAE = ("encoder.", "encoder_", "_latents_")  # other tensors of an autoencoder's file
 DECODER = Table(
     {
         **_linear("embed", "decoder_embed"),
@@ -210,7 +210,7 @@ DECODER = Table(
 STATISTICS = Table({"mean": (LATENT, "mean"), "var": (LATENT, "var")})
 
 # diffusers' AutoencoderRAE: encoder, decoder and statistics in one file, in which the encoder has the names of
-# transformers' modules in memory. Those changed with its version 5; files of both kinds are about.
+# transformers' modules in memory. These names changed in version 5 of transformers; files of both kinds exist.
 NEW_DINOV2 = (
     *((f".attention.attention.{part}.", f".attention.{part[0]}_proj.") for part in ("query", "key", "value")),
     (".attention.output.dense.", ".attention.o_proj."),
@@ -222,7 +222,7 @@ NEW_MAE = (
 
 
 def in_diffusers(table, renames=(), prefix="encoder."):
-    """The table of an encoder in AutoencoderRAE's file."""
+    """Return the table of an encoder in a file of AutoencoderRAE."""
     return table.renamed(renames, prefix=prefix, ignored=(*table.ignored, *_RAE[1:], "decoder."))
 
 
@@ -239,14 +239,14 @@ DIFFUSERS_STATISTICS = Table(
 
 
 def dit(channels):
-    """The plain DiT on latents of that many channels."""
+    """Return the table of a plain DiT on latents with `channels` channels."""
     return Table(
         {**_dit_common(), **_linear("embed", "x_embedder.proj", layout=_convolution(channels)), **_dit_blocks("blocks")}
     )
 
 
 def dit_dh(channels, depth):
-    """DiT^DH on latents of that many channels; the head's blocks are numbered after the trunk's `depth`."""
+    """Return the table of a DiT^DH on latents of `channels` channels; the head's blocks follow the trunk's `depth`."""
     return Table(
         {
             **_dit_common(),

@@ -184,7 +184,7 @@ def test_missing_backbone_weights_say_what_to_do(tmp_path, monkeypatch):
     for part in (
         "config.discriminator.backbone.weights",
         "discs/dino_vit_small_patch8_224.pth of nyu-visionx/RAE-collections",
-        "put it in a folder here",
+        "put it in a local folder",
         "--config.decoder.train.adversarial_weight=0",
     ):
         assert part in said

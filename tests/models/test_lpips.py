@@ -148,12 +148,12 @@ def test_without_network_the_file_and_the_key_are_named(paths, tmp_path, monkeyp
             attempt(config)
         text = str(refusal.value)
         assert f"config.{key}: " in text and f"--config.{key}=''" in text and "\n" not in text
-        assert "download weights.pth of some/place, put it in a folder here, and name that file" in text
+        assert "download weights.pth of some/place, put it in a local folder, and name that file" in text
 
 
 def test_training_finds_out_before_anything_is_written(paths, tmp_path):
     config = cases.config_of({**paths, "linear": str(tmp_path / "not_there.pth")})
-    with pytest.raises(UserError, match="config.lpips.linear: there is no file .*not_there.pth"):
+    with pytest.raises(UserError, match="config.lpips.linear: the file .*not_there.pth does not exist"):
         train.run(config, epath.Path(tmp_path / "run"), sharding.make_mesh(config.mesh), None)
     assert not (tmp_path / "run").exists()
 

@@ -90,7 +90,7 @@ def test_a_checkpoint_in_several_files(tmp_path):
     with pytest.raises(UserError, match=f"{keys[0]!r}, which another file"):
         cases.load(config)
     (tmp_path / "model-1.safetensors").unlink()
-    with pytest.raises(UserError, match="names model-1.safetensors, which is not there"):
+    with pytest.raises(UserError, match="names model-1.safetensors, which does not exist"):
         cases.load(config)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a')
     with pytest.raises(UserError, match="not a whole index"):
@@ -107,7 +107,7 @@ def test_pickled_weights_take_torch(tmp_path, monkeypatch):
     real_import = builtins.__import__
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_torch)
-        with pytest.raises(UserError, match="takes torch: install it"):
+        with pytest.raises(UserError, match="needs torch: install it"):
             cases.load(cases.config_of(cases.TINY["mae"], tmp_path))
     torch = pytest.importorskip("torch")
     with pytest.raises(UserError, match="not a whole file"):
@@ -122,8 +122,8 @@ def test_pickled_weights_take_torch(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "weights, message",
     [
-        ("facebook/dinov2-bas", "download model.safetensors of facebook/dinov2-bas, put it in a folder"),
-        ("nowhere/at/all", "neither a folder here nor a hub id"),
+        ("facebook/dinov2-bas", "download model.safetensors of facebook/dinov2-bas, put it in a local folder"),
+        ("nowhere/at/all", "neither a local folder nor a hub id"),
     ],
 )
 def test_weights_that_are_not_there(tmp_path, monkeypatch, weights, message):
