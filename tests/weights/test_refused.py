@@ -115,7 +115,7 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, source, message):
 
 def test_parts_that_nobody_else_has(tmp_path):
     small = dit_cases.config_of(dit_cases.TINY["plain"])
-    with pytest.raises(UserError, match="config.dit.weights is empty"):
+    with pytest.raises(UserError, match="config.dit.weights='' names no weights"):
         convert.export(None, tmp_path, config=small, parts=["dit"])
     with pytest.raises(UserError, match="--parts=vae cannot work"):
         convert.export(None, tmp_path, config=small, parts=["vae"])
