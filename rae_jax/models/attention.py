@@ -20,10 +20,10 @@ LARGEST_BLOCK = 512
 
 
 def xla(q, k, v):
-    """By XLA, anywhere.
+    """Attention by XLA, on every platform.
 
-    On CPU with the heads brought to the front: XLA runs its products of batched matrices only in that order, and
-    otherwise takes 1.6 times as long (DINOv2-B's shapes; twice as long for the small DiT's gradients).
+    On CPU the heads are moved to the front: XLA's fast product of batched matrices needs this order. Without it,
+    attention takes 1.6 times as long (DINOv2-B's shapes; the gradients of the small DiT twice as long).
     """
 
     def heads_first(q, k, v):
@@ -35,9 +35,9 @@ def xla(q, k, v):
 
 
 def recomputed(q, k, v):
-    """`xla` with a backward pass that keeps no N x N weights: it computes the weights once more, and nothing else.
+    """Attention as `xla`, with a backward pass that keeps no N x N weights: it computes only the weights again.
 
-    Without it XLA computes what was not kept again for each product: in a head of DiT^DH-XL ten times.
+    Without it XLA computes the weights again for each product: in a head of DiT^DH-XL ten times.
     """
     return with_backward(xla, _recomputed_forward, _recomputed_backward, xla)(q, k, v)
 
@@ -75,7 +75,7 @@ def _logits(q, k):
 
 
 def _kernel(function, differentiable):
-    """A kernel's attention, with the kernel's own gradients, which `differentiable` has, and `xla`'s derivatives."""
+    """Return attention by a kernel, with the gradients of `differentiable` and all other derivatives of `xla`."""
     forward = functools.partial(jax.vjp, differentiable)
     return with_backward(function, forward, lambda _, pullback, dx: pullback(dx), xla)
 
@@ -89,7 +89,7 @@ def cudnn(q, k, v):
 
 
 def _cudnn_even(q, k, v):
-    """The same with gradients, which JAX has for even numbers of tokens only: a masked token makes odd numbers even."""
+    """Return attention by cuDNN with gradients. JAX has them for even token counts: one masked token may be added."""
     length = q.shape[1]
     if length % 2 == 0:
         return _by_cudnn(q, k, v)
@@ -101,7 +101,7 @@ def _cudnn_even(q, k, v):
 def flash(q, k, v, *, interpret=False):
     """Attention by JAX's splash kernel for TPU, which is faster for sequences of a thousand tokens and more.
 
-    Inside sharding.jit each device runs it on its part of the batch and, where the mesh divides them, of the heads.
+    Inside sharding.jit each device runs it on its part of the batch and, if the mesh divides them, of the heads.
     `interpret` runs the kernel step by step on any platform, for tests.
     """
     function = functools.partial(_flash_on_mesh, interpret=interpret)
@@ -115,7 +115,7 @@ def _flash_on_mesh(q, k, v, *, interpret):
         return kernel(q, k, v)
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     split = P(*sharding.BATCH, None, heads, None)
-    # The kernel's own checks know nothing of how values vary over the mesh.
+    # The kernel's checks do not know how values vary over the mesh.
     return jax.shard_map(kernel, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 
@@ -133,11 +133,11 @@ def _flash(q, k, v, *, interpret):
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
-        residual_checkpoint_name=PRODUCT,  # remat='dots' keeps its result, too
+        residual_checkpoint_name=PRODUCT,  # remat='dots' keeps the result
     )
-    q = (q * width**-0.5).astype(q.dtype)  # the kernel leaves that to its caller
+    q = (q * width**-0.5).astype(q.dtype)  # the kernel does not scale
     q, k, v = (_heads_first(a, padded) for a in (q, k, v))
-    # Tokens see their own segment alone: what fills the last block up is another one.
+    # Tokens attend only to their segment: the tokens that fill up the last block are another segment.
     segment = (jnp.arange(padded) >= length).astype(jnp.int32)
     segments = splash.SegmentIds(q=segment, kv=segment) if padded > length else None
     x = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)

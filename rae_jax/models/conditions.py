@@ -1,4 +1,4 @@
-"""Conditions of a diffusion transformer: what an image has to show, as a pytree, and its embedding."""
+"""Conditions of a diffusion transformer: pytrees that describe the content of images, and their embeddings."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ from rae_jax.models.mesh_matmul import gathered
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """One kind of condition. Conditions of a batch are a pytree of arrays [B, ...] of the shapes of `spec`."""
+    """One kind of condition. The conditions of a batch are a pytree of arrays [B, ...] with the shapes of `spec`."""
 
     spec: object  # tree of jax.ShapeDtypeStruct: the condition of one image
-    null: object  # tree of the same structure: the condition of an image that may show anything
+    null: object  # tree of the same structure: the condition of an image without a condition
     embed: Callable  # width -> module: conditions of a batch -> [B, width]
 
     def zeros(self, batch_size):
@@ -24,7 +24,7 @@ class Condition:
         return jax.tree.map(lambda spec: jnp.zeros((batch_size, *spec.shape), spec.dtype), self.spec)
 
     def with_null(self, conditions, rows):
-        """Return the conditions with the null one in the rows that `rows` [B], booleans, marks."""
+        """Return the conditions with the null condition in the rows that `rows` [B], booleans, marks."""
 
         def replace(condition, null):
             return jnp.where(rows.reshape(-1, *(1,) * (condition.ndim - 1)), null, condition)
@@ -33,7 +33,7 @@ class Condition:
 
 
 def labels(num_classes, *, used=True):
-    """Return the condition that is a label of `num_classes` classes. Without `used` all labels mean the null one."""
+    """Return the condition that is a label of `num_classes` classes. Without `used` all labels mean the null label."""
     embed = functools.partial(LabelEmbedding, num_classes if used else 0, name="label_embed")
     return Condition(jax.ShapeDtypeStruct((), jnp.int32), num_classes, embed)
 

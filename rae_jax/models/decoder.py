@@ -33,7 +33,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, h, w, D] -> features and pixels; the pixels still lack the encoder's std and mean.
 
-    With `grid_size` the decoder works on that many tokens a side, and latents of another size are resized.
+    With `grid_size` the decoder works on grid_size x grid_size tokens, and latents of another size are resized.
     """
 
     width: int
@@ -56,11 +56,11 @@ class Decoder(nn.Module):
         self.pred = Dense(self.patch_size**2 * 3, dtype=self.dtype, kernel_init=_INIT)
 
     def __call__(self, latents):
-        """Pixels [B, h * p, w * p, 3]."""
+        """Return pixels [B, h * p, w * p, 3]."""
         return self.pixels(self.features(latents))
 
     def features(self, latents):
-        """The input of the last linear layer, [B, h, w, width]."""
+        """Return the input of the last linear layer, [B, h, w, width]."""
         if self.grid_size:
             latents = resize.bilinear(latents, self.grid_size, self.grid_size)
         batch, height, width, _ = latents.shape
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         return self.norm(x)[:, 1:].astype(self.dtype).reshape(batch, height, width, self.width)
 
     def pixels(self, features):
-        """The last linear layer, each token's patch in its place."""
+        """Apply the last linear layer and return pixels, with the patch of each token in its place."""
         batch, height, width, _ = features.shape
         patches = self.pred(features).astype(jnp.float32).reshape(batch, height * width, -1)
         return unpatchify(patches, height, width, self.patch_size)

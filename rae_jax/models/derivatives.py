@@ -11,7 +11,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 def linear_map(forward, transpose, residuals, x):
-    """forward(residuals, x), which is linear in x; a backward pass computes transpose(residuals, cotangent).
+    """Return forward(residuals, x), which is linear in x; a backward pass computes transpose(residuals, cotangent).
 
     Arguments and results are trees of arrays. `forward` and `transpose` close over no traced values.
     """
@@ -52,7 +52,7 @@ def bilinear(function, left, right):
 
 
 def with_backward(function, forward, backward, plain):
-    """A function of arrays -> array with the gradient that `forward` and `backward` compute, as in jax.custom_vjp.
+    """Return a function, arrays -> array, whose gradient `forward` and `backward` compute, as in jax.custom_vjp.
 
     forward(*arguments) is (result, residuals); backward(arguments, residuals, cotangent) is one cotangent an argument.
     `plain` computes the same as `function`. All other derivatives are derivatives of `plain`.
@@ -104,7 +104,7 @@ def _evaluate(*inputs, jaxpr, **_):
 
 
 def _jvp(primals, tangents, *, count, **params):
-    """The map of x's tangents, and the change of the map with the residuals."""
+    """Return the map of x's tangents, plus the change of the map with the residuals."""
     moved = [i for i in range(count) if not isinstance(tangents[i], ad.Zero)]
 
     def of_moved(*values):
@@ -130,7 +130,7 @@ def _transpose(cotangents, *inputs, transpose, count, **_):
 
 
 def _batch(inputs, axes, *, transpose, count, **params):
-    """The map of a batch, which is the first axis of x and of the result."""
+    """Map a batch, which is the first axis of x and of the result."""
     size = next(value.shape[axis] for value, axis in zip(inputs, axes, strict=True) if axis is not None)
     x = [batching.bdim_at_front(*pair, size) for pair in zip(inputs[count:], axes[count:], strict=True)]
 

@@ -1,4 +1,4 @@
-"""Discriminator heads on the frozen tokens of a vision transformer (StyleGAN-T's, as VAR and RAE use them)."""
+"""Discriminator heads on the frozen tokens of a vision transformer: StyleGAN-T's heads, as in VAR and RAE."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ SPECTRAL_EPS = 1e-12
 class SpectralConv(nn.Module):
     """Convolution over tokens [B, N, C], circular, its weight divided by its largest singular value.
 
-    The singular vectors live in the collection 'spectral'; a forward pass moves them by one power
-    iteration where that collection is mutable (training), and uses them as they are elsewhere.
+    The collection 'spectral' holds the singular vectors. A forward pass updates them by one power iteration if the
+    collection is mutable (in training), and does not change them otherwise.
     """
 
     features: int
@@ -23,7 +23,7 @@ class SpectralConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        bound = (self.kernel * channels) ** -0.5  # torch's initialisation of a convolution
+        bound = (self.kernel * channels) ** -0.5  # torch's initialisation of convolutions
 
         def uniform(key, shape):
             return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
@@ -32,11 +32,12 @@ class SpectralConv(nn.Module):
         weight = gathered(weight, "kernel")
         bias = self.param("bias", uniform, (self.features,))
         weight = weight / self._largest_singular_value(weight)
-        # As one matrix product over shifted copies: XLA's own convolution is many times slower on CPU.
+        # One matrix product over shifted copies: XLA's convolution is many times slower on CPU.
         shifted = [jnp.roll(x, self.kernel // 2 - i, axis=1) for i in range(self.kernel)]
         return jnp.concatenate(shifted, -1) @ weight.reshape(-1, self.features) + bias
 
     def _largest_singular_value(self, weight):
+        """Return the largest singular value, estimated by power iteration."""
         matrix = weight.reshape(-1, self.features)  # [kernel * C, features]
 
         def unit(vector):

@@ -1,6 +1,6 @@
 """The plain diffusion transformer, and its parts: time embedding, adaLN blocks, final layer.
 
-A block's `modulator` is [B, 1, C], the same for all tokens, or [B, N, C]. See conditions for what an image has to show.
+A block's `modulator` is [B, 1, C], the same for all tokens, or [B, N, C]. `condition`: see conditions.Condition.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,11 @@ class TimeEmbedding(nn.Module):
     """Times [B] -> [B, width]: fixed random Fourier features, then an MLP, all in full float32."""
 
     width: int
-    linear: Callable  # how the biases start
+    linear: Callable  # layers.torch_linear or layers.xavier_linear: the initial biases
 
     @nn.compact
     def __call__(self, t):
-        # A stored constant: it lives with the parameters, and no gradient ever reaches it.
+        # A constant that is stored with the parameters and gets no gradient.
         frequencies = self.param("frequencies", nn.initializers.normal(1.0), (NUM_FREQUENCIES,))
         angles = 2.0 * jnp.pi * t[:, None] * jax.lax.stop_gradient(frequencies)
         x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
@@ -49,7 +49,7 @@ class TimeEmbedding(nn.Module):
 
 
 def in_dtype(params, dtype):
-    """Cast the kernels of a DiT's parameters to the dtype of their products, once for all evaluations of a trajectory."""
+    """Cast the kernels of a DiT's parameters to the dtype of their products, once for a whole trajectory."""
 
     def cast(path, leaf):
         *modules, name = (key.key for key in path)
@@ -110,12 +110,12 @@ class FinalLayer(nn.Module):
 
 
 def patch_embedding(width, *, dtype, name):
-    """Linear embedding of patches of the latent."""
+    """Return the linear embedding of the patches of latents."""
     return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
 
 
 def modulate(x, shift, scale):
-    """x (1 + scale) + shift."""
+    """Return x (1 + scale) + shift."""
     return x * (1.0 + scale) + shift
 
 
@@ -130,7 +130,7 @@ def blocks(module, *, depth, num_heads, linear, name, hidden=False):
 
 
 class DiT(nn.Module):
-    """A plain diffusion transformer: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
+    """Plain diffusion transformer: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
 
     With `layers`, numbers of blocks from 0, it also returns the tokens after these blocks, [len(layers), B, N, width].
     """

@@ -12,9 +12,9 @@ from rae_jax.models.layers import patchify, rope_2d, sincos_2d, torch_linear, un
 class DiTDH(nn.Module):
     """DiT^DH: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
 
-    The trunk turns (x_t, t, condition) into one vector s per token; the head, wide enough for the latent, turns x_t, t and
-    s into the prediction. With `layers`, numbers of the trunk's blocks from 0, the tokens after these blocks are
-    returned as well, [len(layers), B, N, width].
+    The trunk computes one vector s per token from x_t, t and condition. The head, wide enough for the latent, computes
+    the prediction from x_t, t and s. With `layers`, numbers of the trunk's blocks from 0, it also returns the tokens
+    after these blocks, [len(layers), B, N, width].
     """
 
     width: int
@@ -42,7 +42,7 @@ class DiTDH(nn.Module):
         return (y, hidden[jnp.asarray(layers)]) if layers else y
 
     def trunk(self, x, t, condition):
-        """Return s [B, N, width]. It changes slowly with t: the head may use it at other times too."""
+        """Return s [B, N, width]. It changes slowly with t: the head may also use it at other times."""
         return self._trunk(x, self.time_embed(t), condition, False)[0]
 
     def head(self, x, t, s):

@@ -1,7 +1,6 @@
-"""InceptionV3 as the Fréchet Inception Distance wants it: the TensorFlow network of 2015, which pools otherwise than
-later ones.
+"""InceptionV3 for the Fréchet Inception Distance: the TensorFlow network of 2015, with other pooling than later ones.
 
-Modules and their layers have the names that the published weights have.
+Modules and their layers have the names of the published weights.
 """
 
 import jax.numpy as jnp
@@ -9,16 +8,16 @@ from flax import linen as nn
 
 from rae_jax.models import resize
 
-SIZE = 299  # images are resized to it
-POOL, SPATIAL = 2048, 2023  # sizes of the features that FID and sFID are computed from
-_SPATIAL_CHANNELS = 7  # of the 17x17 ones that ADM's sFID takes
+SIZE = 299  # images are resized to this size
+POOL, SPATIAL = 2048, 2023  # sizes of the features of FID and of sFID
+_SPATIAL_CHANNELS = 7  # channels of the 17x17 features that ADM's sFID uses
 
 
 class Inception(nn.Module):
     """Images [B, H, W, 3] in [0, 1] -> {'pool': [B, 2048], 'spatial': [B, 2023], 'logits': [B, 1008]}, float32.
 
-    `pool` is what FID is computed from, `spatial` sFID, `logits` (without bias) the Inception Score. Images should be
-    8-bit ones, as every published number's are. Source: torch-fidelity, which follows the TensorFlow graph; `spatial`
+    FID is computed from `pool`, sFID from `spatial`, the Inception Score from `logits` (without bias). Images should
+    have 8 bits, as for all published numbers. Source: torch-fidelity, which follows the TensorFlow graph; `spatial`
     from ADM's evaluator (mixed_6/conv, here Mixed_6d.branch1x1).
     """
 
@@ -50,7 +49,7 @@ class Inception(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm by fixed statistics, ReLU."""
+    """Convolution, batch norm with fixed statistics, ReLU."""
 
     width: int
     size: tuple
@@ -65,7 +64,7 @@ class ConvNorm(nn.Module):
 
 
 class FixedNorm(nn.Module):
-    """(x - mean) / sqrt(var + 1e-3), scaled and shifted."""
+    """Batch norm with fixed statistics: (x - mean) / sqrt(var + 1e-3), scaled and shifted."""
 
     @nn.compact
     def __call__(self, x):
@@ -77,7 +76,7 @@ class FixedNorm(nn.Module):
 
 
 class BlockA(nn.Module):
-    """35x35: 1x1, 5x5, two 3x3, and average pooling."""
+    """Block at 35x35: 1x1, 5x5, two 3x3, and average pooling."""
 
     pool_width: int
 
@@ -91,7 +90,7 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """35x35 -> 17x17."""
+    """Block from 35x35 to 17x17."""
 
     @nn.compact
     def __call__(self, x):
@@ -102,7 +101,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17x17: 1x1, 7x7 and two 7x7 as rows and columns, and average pooling."""
+    """Block at 17x17: 1x1, 7x7 and two 7x7 as rows and columns, and average pooling."""
 
     inner_width: int
 
@@ -119,7 +118,7 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """17x17 -> 8x8."""
+    """Block from 17x17 to 8x8."""
 
     @nn.compact
     def __call__(self, x):
@@ -131,9 +130,9 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8: 1x1, 3x3 and two 3x3 that end as a row and a column, and pooling."""
+    """Block at 8x8: 1x1, 3x3 and two 3x3 whose last part is a row and a column, and pooling."""
 
-    pool: object  # the last block takes the maximum: an oversight of 2015 that the weights were trained with
+    pool: object  # the last block takes the maximum: an error of 2015 with which the weights were trained
 
     @nn.compact
     def __call__(self, x):
@@ -156,7 +155,7 @@ def _conv(name, x, width, size=1, *, strides=1, padding="SAME"):
 
 
 def _average(x):
-    """Over 3x3 neighbours, of which those beyond the edge do not count."""
+    """Average pooling over 3x3 neighbours; neighbours beyond the edge do not count."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 

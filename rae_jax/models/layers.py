@@ -1,6 +1,6 @@
 """Layers that the encoders, the decoder and the diffusion transformers share.
 
-A `linear` argument says how a block's linear layers start: `torch_linear`, `xavier_linear` or `lecun_linear`.
+The argument `linear` is the initialisation of a block's linear layers: `torch_linear`, `xavier_linear`, `lecun_linear`.
 Parameters are float32; matrix products run in `dtype`; norms, softmax and angles in float32.
 """
 
@@ -18,14 +18,14 @@ from rae_jax.models.mesh_matmul import gathered
 
 
 def gathered_convolution(x, kernel, *arguments, **options):
-    """jax.lax.conv_general_dilated for nn.Conv, whose kernel is gathered first; see Dense."""
+    """Return jax.lax.conv_general_dilated with the kernel gathered first, for nn.Conv; see mesh_matmul.gathered."""
     return jax.lax.conv_general_dilated(x, gathered(kernel, "kernel"), *arguments, **options)
 
 
 def torch_linear(features, fan_in, *, kernel_init=None, **options):
-    """Dense layer that starts as torch's Linear does: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    """Return a Dense layer with torch's initialisation: weight and bias from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
 
-    `kernel_init` is for a weight that starts otherwise.
+    `kernel_init` is another initialiser of the weight.
     """
     bound = fan_in**-0.5
 
@@ -36,19 +36,19 @@ def torch_linear(features, fan_in, *, kernel_init=None, **options):
 
 
 def xavier_linear(features, fan_in, *, kernel_init=nn.initializers.xavier_uniform(), **options):  # noqa: B008
-    """Dense layer whose weight starts Xavier-uniform (or by `kernel_init`) and whose bias starts at zero."""
+    """Return a Dense layer with a Xavier-uniform initial weight (or by `kernel_init`) and a bias of zero."""
     return Dense(features, kernel_init=kernel_init, **options)
 
 
 def lecun_linear(features, fan_in, **options):
-    """Dense layer that starts as flax's own does: a normal weight of variance 1 / fan_in, no bias."""
+    """Return a Dense layer with flax's initialisation: a normal weight of variance 1 / fan_in, a bias of zero."""
     return Dense(features, **options)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, N, D] with one fused qkv product.
 
-    `rope`: angles [N, K] by which queries and keys are turned, see `rotate`. `attend`: one of `attention`'s functions.
+    `rope`: angles [N, K] by which queries and keys are rotated, see `rotate`. `attend`: a function of module attention.
     """
 
     num_heads: int
@@ -69,7 +69,7 @@ class Attention(nn.Module):
             q, k = (rotate(a, rope, halves=self.rotate_halves) for a in (q, k))
         q, k, v = (a.astype(self.dtype) for a in (q, k, v))
         x = self.attend(q, k, v).reshape(x.shape)
-        # Attention's own result is kept: this is the cheapest of a block's products to make again from it.
+        # The result of `attend` is kept: from it, this product is the cheapest product of a block to compute again.
         return self.linear(width, width, dtype=self.dtype, kept=False, name="proj")(x)
 
 
@@ -102,15 +102,15 @@ class SwiGlu(nn.Module):
 
 
 def rms_norm(name):
-    """x / rms(x) with a learned scale, in float32."""
+    """Return the norm x / rms(x) with a learned scale, in float32."""
     return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
 def rope_2d(height, width, head_dim):
-    """Angles [height * width, head_dim] of 2-D rotary embedding at integer positions, row by row.
+    """Return angles [height * width, head_dim] of 2-D rotary embedding at integer positions, row by row.
 
-    The first half of a head turns with the row, the second with the column; each frequency turns one
-    interleaved pair of channels.
+    The first half of a head rotates with the row, the second with the column; each frequency rotates one interleaved
+    pair of channels.
     """
     half = head_dim // 2
     frequencies = np.repeat(10000.0 ** -(np.arange(0, half, 2) / half), 2)  # [head_dim / 2]
@@ -120,10 +120,10 @@ def rope_2d(height, width, head_dim):
 
 
 def rope_centred(height, width, head_dim):
-    """Angles [height * width, head_dim] of DINOv3's rotary embedding, row by row.
+    """Return angles [height * width, head_dim] of DINOv3's rotary embedding, row by row.
 
-    A patch stands where its centre is, the image reaching from -1 to 1 both ways, whatever its size. A quarter of
-    a head turns with the row, the next with the column; the second half of the head pairs with the first.
+    The position of a patch is its centre; an image of any size reaches from -1 to 1 along both axes. The first quarter
+    of a head rotates with the row, the second with the column; the second half of the head pairs with the first.
     """
     half = head_dim // 2
     frequencies = 2 * np.pi * 100.0 ** -(np.arange(0, half, 2) / half)  # [head_dim / 4]
@@ -134,35 +134,35 @@ def rope_centred(height, width, head_dim):
 
 
 def rotate(x, angles, *, halves=False):
-    """Turn channel pairs (a, b) of x [B, N, H, K] by angles [N, K], in float32.
+    """Rotate channel pairs (a, b) of x [B, N, H, K] by angles [N, K], in float32.
 
-    A pair is two neighbours, or with `halves` the same channel of either half of the head.
+    A pair is two neighbours, or with `halves` the same channel of both halves of the head.
     """
     turned = jax.lax.platform_dependent(
         x,
-        tpu=functools.partial(_turned_by_product, halves=halves),
-        default=functools.partial(_turned, halves=halves),
+        tpu=functools.partial(_quarter_turn_by_product, halves=halves),
+        default=functools.partial(_quarter_turn, halves=halves),
     )
     return x.astype(jnp.float32) * jnp.cos(angles)[:, None] + turned * jnp.sin(angles)[:, None]
 
 
-def _turned(x, *, halves):
-    """(-b, a) for each pair (a, b) of channels, in float32."""
+def _quarter_turn(x, *, halves):
+    """Return (-b, a) for each pair (a, b) of channels, in float32."""
     shape, axis = ((2, -1), -2) if halves else ((-1, 2), -1)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], *shape)
     signs = np.array([[-1.0], [1.0]] if halves else [-1.0, 1.0], np.float32)
     return (jnp.flip(pairs, axis) * signs).reshape(x.shape)
 
 
-def _turned_by_product(x, *, halves):
-    """The same by a matrix of 0, 1 and -1, exactly: channels lie across a TPU's lanes, where moving them costs more."""
-    turn = _turned(jnp.eye(x.shape[-1]), halves=halves).astype(x.dtype)
+def _quarter_turn_by_product(x, *, halves):
+    """Return _quarter_turn, exactly, by a matrix of 0, 1 and -1: to move channels between a TPU's lanes costs more."""
+    turn = _quarter_turn(jnp.eye(x.shape[-1]), halves=halves).astype(x.dtype)
     options = {"precision": "highest", "preferred_element_type": jnp.float32}
     return jnp.einsum("bnhk,kj->bnhj", x, turn, **options)
 
 
 def sincos_2d(height, width, dim):
-    """Fixed sin-cos position embedding [height * width, dim]: columns in the first half, rows in the second."""
+    """Return a fixed sin-cos position embedding [height * width, dim]: first half columns, second half rows."""
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     parts = []
@@ -172,21 +172,21 @@ def sincos_2d(height, width, dim):
     return jnp.asarray(np.concatenate(parts, -1), jnp.float32)
 
 
-# Policies of rematerialisation. KEEP_PRODUCTS keeps the output of attention and of the products with kernels, except the
-# product after attention, which is cheap to compute again; so nothing of the size of the attention weights is kept.
+# Policies of rematerialisation. KEEP_PRODUCTS keeps the outputs of attention and of products with kernels, except the
+# product after attention, which is cheap to compute again. It keeps no array of the size of the attention weights.
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 KEEP_NOTHING = jax.checkpoint_policies.nothing_saveable
 
 
 def scan_blocks(block, *, depth, unroll, remat, broadcast):
-    """Repeat a block `depth` times under one scan; its parameters gain a leading axis of that size.
+    """Return a block repeated `depth` times by one scan; its parameters get a leading axis of size `depth`.
 
-    `block` maps (x, *args) to (x, output); `broadcast` counts the args, which are the same for every repetition. The
-    outputs come back stacked. `remat`: None, or a policy of what a backward pass finds and does not compute again.
-    The parameters do not depend on `unroll` or `remat`.
+    `block` maps (x, *args) to (x, output); `broadcast` is the number of args, which are the same for every repetition.
+    The outputs are returned stacked. `remat`: None, or a policy that names the values which are kept for a backward
+    pass. The parameters do not depend on `unroll` or `remat`.
     """
     if remat is not None:
-        # A loop keeps XLA from undoing it; without a loop, a barrier has to.
+        # XLA could merge the second computation with the first: a loop prevents this, or without a loop a barrier.
         block = nn.remat(block, policy=remat, prevent_cse=unroll)
     return nn.scan(
         block,
@@ -199,7 +199,7 @@ def scan_blocks(block, *, depth, unroll, remat, broadcast):
 
 
 def patchify(images, patch_size):
-    """[B, H, W, C] -> [B, N, p * p * C], tokens row by row."""
+    """Cut images [B, H, W, C] into tokens [B, N, p * p * C], row by row."""
     b, height, width, c = images.shape
     p = patch_size
     x = images.reshape(b, height // p, p, width // p, p, c)
@@ -207,7 +207,7 @@ def patchify(images, patch_size):
 
 
 def unpatchify(tokens, height, width, patch_size):
-    """[B, height * width, p * p * C] -> [B, height * p, width * p, C]: patchify undone."""
+    """Join tokens [B, height * width, p * p * C] to images [B, height * p, width * p, C]: the inverse of patchify."""
     b, p = tokens.shape[0], patch_size
     x = tokens.reshape(b, height, width, p, p, -1)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height * p, width * p, -1)

@@ -1,11 +1,11 @@
-"""LPIPS: the distance of two images in the features of VGG16, weighted as people judge (Zhang et al. 2018)."""
+"""LPIPS: the distance of two images in features of VGG16, weighted by human judgements (Zhang et al. 2018)."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from rae_jax.models.layers import gathered_convolution
 
-_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' own, of images in [-1, 1]
+_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS, for images in [-1, 1]
 _EPS = 1e-10
 
 
@@ -43,7 +43,7 @@ class Lpips(nn.Module):
         self.linear = Weights()
 
     def __call__(self, a, b):
-        # One after the other, not as one batch: where b is a constant, nothing is differentiated through its features.
+        # Two calls, not one batch: if b is a constant, its features are not differentiated.
         return self.linear(*(self.vgg(((2.0 * x - 1.0) - jnp.asarray(_MEAN)) / jnp.asarray(_STD)) for x in (a, b)))
 
 
@@ -60,7 +60,7 @@ class Weights(nn.Module):
 
 
 class Weight(nn.Module):
-    """[..., C] -> [...]: the sum over channels, each times its weight."""
+    """Weighted sum over channels, [..., C] -> [...]."""
 
     @nn.compact
     def __call__(self, x):
@@ -68,8 +68,8 @@ class Weight(nn.Module):
 
 
 def _unit(x):
-    """Each position's vector over its length + 1e-10; zeros stay zeros, and have no gradient instead of NaN."""
+    """Divide the vector at each position by its length + 1e-10; zeros stay zeros, with a gradient of 0 and not NaN."""
     x = x.astype(jnp.float32)
     squares = jnp.square(x).sum(-1, keepdims=True)
-    some = squares > 0
-    return x / (jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0) + _EPS)
+    positive = squares > 0
+    return x / (jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0) + _EPS)

@@ -21,7 +21,7 @@ ALIGNED = 8  # numbers; 16 bytes of bfloat16, to which NVIDIA GPUs align the row
 def product(x, kernel, name, parts=1):
     """Multiply x [B, ..., D] by kernel [D, F] -> ([B, ..., F], pieces); `name` is the end of the kernel's path.
 
-    Inside sharding.jit, where the mesh divides B: every device gathers the kernel, in the kernel's dtype, multiplies
+    Inside sharding.jit, if the mesh divides B: every device gathers the kernel, in the kernel's dtype, multiplies
     its part of the batch and drops the kernel. The kernel's gradient is summed straight into the parts that the devices
     hold. Where the tensor axis splits F, the result has that number of pieces; each has a piece of all `parts`.
     """
@@ -36,7 +36,7 @@ def product(x, kernel, name, parts=1):
 
 
 def split_parts(y, pieces, parts):
-    """The `parts` of a product [B, ..., F] that has `pieces`."""
+    """Return the `parts` of a product [B, ..., F] that has `pieces`."""
     if pieces == 1 or parts == 1:
         return tuple(jnp.split(y, parts, -1))
     y = y.reshape(*y.shape[:-1], pieces, parts, -1)
@@ -44,9 +44,9 @@ def split_parts(y, pieces, parts):
 
 
 def gathered(kernel, name):
-    """The kernel inside sharding.jit, gathered over all axes but tensor; its gradient is summed straight into parts.
+    """Return a kernel gathered over all axes but tensor, inside sharding.jit; its gradient is summed into parts.
 
-    `name` is the end of the kernel's path. Cast the kernel first: what travels has its dtype.
+    `name` is the end of the kernel's path. Cast the kernel first: it is sent in its dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -63,7 +63,7 @@ def gathered(kernel, name):
 
 
 class _Plan(NamedTuple):
-    """How the mesh splits a kernel while the kernel is used, and what the product reads and makes."""
+    """The split of a kernel over the mesh, and of the input and the output of its product."""
 
     fsdp: int | None  # the axis that is gathered
     tensor: str | None  # 'column', 'row'
@@ -73,15 +73,15 @@ class _Plan(NamedTuple):
 
 
 def _plan(fsdp, tensor, columns):
-    first = [axis for axis, there in (("tensor", tensor == "row"), ("fsdp", fsdp == -2)) if there]
-    last = [axis for axis, there in (("tensor", tensor == "column"), ("fsdp", fsdp == -1)) if there]
+    first = [axis for axis, split in (("tensor", tensor == "row"), ("fsdp", fsdp == -2)) if split]
+    last = [axis for axis, split in (("tensor", tensor == "column"), ("fsdp", fsdp == -1)) if split]
     kernel = P(tuple(first) or None, *(None,) * (len(columns) - 1), tuple(last) or None)
     ends = tuple("tensor" if tensor == kind else None for kind in ("row", "column"))
     return _Plan({None: None, -2: 0, -1: len(columns)}[fsdp], tensor, kernel, columns, ends)
 
 
 def _activations(ndim, plan):
-    """How x and the product, of `ndim` axes, are split."""
+    """Return the specs of x and of the product, with `ndim` axes."""
     return [P(*sharding.BATCH, *(None,) * (ndim - 2), end) for end in plan.ends]
 
 

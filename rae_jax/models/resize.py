@@ -1,7 +1,7 @@
-"""Resizing as torch does it: bicubic to its last bits, for what the encoders saw in training and how their positions
-stretch; bilinear for tokens. And bilinear as TensorFlow once did it, for Inception.
+"""Resize as torch does: bicubic, to the last bits, for images and position embeddings of encoders; bilinear for tokens.
 
-The bicubic of jax.image.resize is another function: its kernel has a = -0.5.
+`bilinear_tf1` resizes as TensorFlow 1, for Inception. jax.image.resize is no substitute for torch's bicubic: its kernel
+has a = -0.5.
 """
 
 import functools
@@ -14,7 +14,7 @@ _SHARP, _SMOOTH = -0.75, -0.5  # torch's `a` of the cubic kernel, without and wi
 
 
 def bicubic(x, height, width, *, antialias=False):
-    """[..., H, W, C] -> [..., height, width, C], float32; as torch's interpolate with align_corners=False."""
+    """Resize [..., H, W, C] to [..., height, width, C], float32, as torch's interpolate with align_corners=False."""
     rows, columns = (
         jnp.asarray(bicubic_weights(old, new, antialias), jnp.float32)
         for old, new in ((x.shape[-3], height), (x.shape[-2], width))
@@ -24,20 +24,21 @@ def bicubic(x, height, width, *, antialias=False):
 
 
 def bilinear(x, height, width):
-    """[B, H, W, C] -> [B, height, width, C]; as torch's interpolate with align_corners=False, without antialiasing."""
+    """Resize [B, H, W, C] to [B, height, width, C] as torch's interpolate, align_corners=False, no antialiasing."""
     return jax.image.resize(x, (x.shape[0], height, width, x.shape[-1]), "bilinear", antialias=False)
 
 
 def bilinear_tf1(x, height, width):
-    """[B, H, W, C] -> [B, height, width, C], float32; as TensorFlow 1's resize_bilinear, whose corners are its centres.
+    """Resize [B, H, W, C] to [B, height, width, C], float32, as TensorFlow 1's resize_bilinear.
 
-    Pixel i is read at i * old / new, without the half pixel that everyone else shifts by, and without antialiasing.
+    Pixel i is read at i * old / new, without the usual shift of half a pixel, and without antialiasing.
     """
-    x = _between(x.astype(jnp.float32), 1, height)
-    return _between(x, 2, width)
+    x = _interpolate(x.astype(jnp.float32), 1, height)
+    return _interpolate(x, 2, width)
 
 
-def _between(x, axis, new):
+def _interpolate(x, axis, new):
+    """Resize one axis to `new` points by linear interpolation, as TensorFlow 1."""
     old = x.shape[axis]
     positions = np.arange(new, dtype=np.float32) * np.float32(old / new)
     low = positions.astype(int)
@@ -48,7 +49,7 @@ def _between(x, axis, new):
 
 @functools.cache
 def bicubic_weights(old, new, antialias):
-    """Matrix [new, old] that resizes one axis.
+    """Return the matrix [new, old] that resizes one axis.
 
     Source: the definition of torch.nn.functional.interpolate. Its scale and positions are float32, with one rounding
     after a fused multiply-add; at 320 -> 224 px, rounding twice (or never) moves pixels by 1e-5.
@@ -61,13 +62,13 @@ def bicubic_weights(old, new, antialias):
     fraction = (centres - first).astype(np.float64)
     weights = np.zeros((new, old))
     for tap in range(-1, 3):
-        column = np.clip(first.astype(int) + tap, 0, old - 1)  # beyond the edge, the edge's pixel again
+        column = np.clip(first.astype(int) + tap, 0, old - 1)  # pixels beyond the edge are the pixel at the edge
         np.add.at(weights, (np.arange(new), column), _cubic(fraction - tap, _SHARP))
     return weights
 
 
 def _antialiased(old, new, scale):
-    """The kernel widened by the scale where it shrinks, cut off at the edges and normalised again."""
+    """Return the matrix of a kernel that is widened by the scale when it shrinks, cut at the edges and normalised."""
     widening = max(scale, 1.0)
     weights = np.zeros((new, old))
     for i in range(new):
@@ -79,7 +80,7 @@ def _antialiased(old, new, scale):
 
 
 def _cubic(x, a):
-    """The cubic convolution kernel (Keys 1981)."""
+    """Return the cubic convolution kernel (Keys 1981) at x."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

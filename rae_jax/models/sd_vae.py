@@ -1,7 +1,7 @@
 """The convolutional autoencoder of Stable Diffusion (AutoencoderKL in diffusers), encoder and decoder.
 
-Residual blocks at several levels of resolution, each half that of the one before; at the coarsest, self-attention over
-all positions.
+Residual blocks at several levels; each level has half the resolution of the level before. The coarsest level has
+self-attention over all positions.
 """
 
 import jax.numpy as jnp
@@ -44,11 +44,11 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Images [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, [B, h, w, 2 * latent_width], float32.
 
-    H and W are multiples of 2^(levels - 1), and h and w that much less.
+    H and W are multiples of 2^(levels - 1); h and w are smaller by this factor.
     """
 
-    widths: tuple  # of the levels, the finest first
-    depth: int  # residual blocks of a level
+    widths: tuple  # of the levels, the finest level first
+    depth: int  # residual blocks in each level
     latent_width: int
     dtype: jnp.dtype = jnp.float32
 
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, h, w, D] -> images [B, H, W, 3] around [-1, 1], float32; one block a level more than the encoder."""
+    """Latents [B, h, w, D] -> images [B, H, W, 3] around [-1, 1], float32; depth + 1 blocks in each level."""
 
     widths: tuple  # as the encoder's
     depth: int
@@ -87,10 +87,10 @@ class Decoder(nn.Module):
 
 
 def _conv(module, features, name, *, size=3, **options):
-    # 'SAME': a strided convolution of an even size is padded at the far edges alone, as this network wants it.
+    # 'SAME': a strided convolution of an even size is padded only at the bottom and right edges, as in this network.
     return nn.Conv(features, (size, size), padding="SAME", dtype=module.dtype, name=name, **options)
 
 
 def _norm(module, name):
-    # Variance from differences: this network's channels may be far from zero, where squares minus square cancels.
+    # Variance from differences: channels of this network may be far from zero, and E[x^2] - E[x]^2 would cancel.
     return nn.GroupNorm(_GROUPS, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)

@@ -9,8 +9,8 @@ from rae_jax.models import attention, resize
 from rae_jax.models.dense import Dense
 from rae_jax.models.layers import Attention, patchify, rope_centred, scan_blocks
 
-# Branches start small, so that a patch's pixels reach its token from the first step: in the small pre-training,
-# reconstructions after 200 steps were 3 dB better than with branches that start at 1.
+# Small initial branches let the pixels of a patch reach its token from the first step: in the small pre-training,
+# reconstructions after 200 steps were 3 dB better than with branches of scale 1.
 LAYER_SCALE_INIT = 0.1
 _SMALL = nn.initializers.normal(0.02)
 
@@ -45,11 +45,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images [B, H, W, 3], already normalised, H and W multiples of the patch -> patch tokens after the chosen blocks.
+    """Normalised images [B, H, W, 3], H and W multiples of the patch size -> patch tokens after the chosen blocks.
 
-    A class token and registers take part but are not returned. The final norm is left to the caller, who needs it
-    without its affine part. Positions are a table for images of `position_size`, resized (bicubic) for others; with
-    `rope` they are rotations of queries and keys instead.
+    A class token and registers are used but not returned. The final norm is left to callers, which need it without its
+    affine part. Positions are a table for images of `position_size`, resized (bicubic) for other sizes; with `rope`
+    they are rotations of queries and keys instead.
     """
 
     width: int
@@ -62,7 +62,7 @@ class ViT(nn.Module):
     cls_token: bool = True
     layer_scale: bool = True
     rope: bool = False
-    antialias: bool = False  # where the table of positions is resized
+    antialias: bool = False  # when the table of positions is resized
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
@@ -71,7 +71,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images, layers=None):
-        """`layers`: block numbers from 0, the last one by default. Returns [len(layers), B, N, D]."""
+        """Return tokens [len(layers), B, N, D]. `layers`: numbers of blocks from 0; default: the last block."""
         layers = (self.depth - 1,) if layers is None else layers
         grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
         x = patchify(images.astype(self.dtype), self.patch_size)
@@ -80,7 +80,7 @@ class ViT(nn.Module):
         rope = None
         if self.rope:
             rope = rope_centred(*grid, self.width // self.num_heads)
-            rope = jnp.pad(rope, ((num_prefix, 0), (0, 0)))  # class token and registers stay as they are
+            rope = jnp.pad(rope, ((num_prefix, 0), (0, 0)))  # class token and registers are not rotated
 
         blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=1)
         options = (self.num_heads, self.mlp, self.layer_scale, self.norm_eps, self.dtype, self.attend)
@@ -90,7 +90,7 @@ class ViT(nn.Module):
         return chosen[:, :, num_prefix:]
 
     def _with_positions(self, x, grid):
-        """Tokens with positions, class token and registers in front; and how many are in front."""
+        """Return tokens with positions, with class token and registers in front, and the number of tokens in front."""
         prefix = []
         if self.cls_token:
             prefix.append(self.param("cls_token", _SMALL, (1, 1, self.width)))

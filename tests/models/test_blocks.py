@@ -136,6 +136,8 @@ def test_pairs_of_channels_turn_alike_by_a_product_and_by_slices(halves):
     """As a TPU does it and as others do, values and gradients to the last bit; run here, by a CPU, both."""
     x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 12))
     for values in (x, x.astype(jnp.bfloat16)):
-        ways = (functools.partial(way, halves=halves) for way in (layers._turned, layers._turned_by_product))
+        ways = (
+            functools.partial(way, halves=halves) for way in (layers._quarter_turn, layers._quarter_turn_by_product)
+        )
         slices, product = ((y, *backward(weights)) for y, backward in (jax.vjp(way, values) for way in ways))
         jax.tree.map(np.testing.assert_array_equal, slices, product)
