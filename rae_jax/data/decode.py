@@ -69,10 +69,10 @@ def _sides(image, short):
 
 
 def _part_of_resized(image, sides, left, top, size):
-    """Resize an RGB or RGBX image to `sides` (bicubic) and return the pixels of a square of it."""
+    """Return the pixels of a square of an RGB or RGBX image that is resized to `sides` (bicubic)."""
     across = _window(image.width, sides[0], left, size)
     down = _window(image.height, sides[1], top, size)
-    # Enlarging by a simple ratio puts many points exactly between two pixels: there the least shift changes the
+    # Enlarging by a simple ratio puts many points exactly between two pixels, where the least shift changes the
     # rounding.
     exact = not image.info.get(_FAST) or sides[0] > image.width or max(across.error, down.error) > 1e-5
     if exact:

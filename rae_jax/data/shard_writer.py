@@ -62,9 +62,8 @@ def write(file, records, check):
     """
     unfinished, digests = file.with_suffix(".unfinished"), []
     with _writing(unfinished):
-        writer = ArrayRecordWriter(
-            str(unfinished), "group_size:1,uncompressed"
-        )  # images are compressed already, latents are noise
+        # Images are compressed already; latents are noise.
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
     try:
         for data in records:
             with _writing(unfinished):
