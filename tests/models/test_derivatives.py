@@ -108,41 +108,36 @@ def _plain(name):
         return _run(name, _made(name, _config()))
 
 
-@pytest.mark.parametrize("name", ["decoder", "dit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder", "dit_dh"))])
-def test_derivatives_of_transformers_are_those_of_plain_products(name):
-    """Of inputs (a DiT's times as well), and the gradient of the derivative for the parameters."""
-    _assert_close(_run(name, _made(name, _config())), _plain(name), 1e-5)
-
-
 CHOICES = {
+    "none": {},
     "dots": {"remat": "dots"},
     "full": {"remat": "full"},
     "unrolled": {"unroll": True, "remat": "dots"},
     "flash": {"attend": interpreted},
     "flash, dots": {"attend": interpreted, "remat": "dots"},
 }
+slow_transformers = [pytest.param(name, choice, marks=pytest.mark.slow) for name in TRANSFORMERS for choice in CHOICES]
 
 
-@pytest.mark.parametrize(
-    "name, choice",
-    [
-        ("decoder", "dots"),
-        *(pytest.param(name, choice, marks=pytest.mark.slow) for name in TRANSFORMERS for choice in CHOICES),
-    ],
-)
-def test_derivatives_do_not_depend_on_attention_and_rematerialisation(name, choice):
-    changes = dict(CHOICES[choice])
+def _chosen(name, choice, **changes):
+    changes |= CHOICES[choice]
     attend = changes.pop("attend", None)
-    _assert_close(_run(name, _made(name, _config(**changes), attend)), _plain(name), 1e-5)
+    return _made(name, _config(**changes), attend)
 
 
-@pytest.mark.parametrize("name", ["convnet", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize("name, choice", [("dit", "dots"), *slow_transformers])
+def test_derivatives_of_transformers_are_those_of_plain_products(name, choice):
+    """Derivatives along the inputs, which include the times of DiTs, and the gradients of these derivatives."""
+    _assert_close(_run(name, _chosen(name, choice)), _plain(name), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS + OTHERS)
 def test_forward_and_backward_derivatives_are_transposes(name):
     """<jvp(v), w> = <v, vjp(w)>, and the derivative has gradients."""
     function, params, inputs, tangents = made = _made(name, _config())
     found = _run(name, made)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found["gradient"]["params"]))
     weights = random_like(found["du"], seed=3, scale=1.0)
     pulled = jax.jit(lambda: jax.vjp(functools.partial(function, params), *inputs)[1](weights))()
 
@@ -150,27 +145,115 @@ def test_forward_and_backward_derivatives_are_transposes(name):
         return sum(float(np.vdot(x, y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
     size = np.sqrt(inner(tangents, tangents) * inner(pulled, pulled))
-    assert abs(inner(found["du"], weights) - inner(tangents, list(pulled))) < 1e-4 * size
+    assert abs(inner(found["du"], weights) - inner(tangents, pulled)) < 1e-5 * size
 
 
 @pytest.mark.parametrize(
     "name, choice",
     [
         ("dit", "dots"),
-        *(pytest.param(name, choice, marks=pytest.mark.slow) for name in TRANSFORMERS for choice in CHOICES),
-        *(pytest.param(name, "full", marks=pytest.mark.slow) for name in OTHERS if name != "inception"),
+        *slow_transformers,
+        *(pytest.param(name, "none", marks=pytest.mark.slow) for name in OTHERS if name != "inception"),
     ],
 )
 def test_derivatives_are_the_same_on_a_mesh(name, choice):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    changes = dict(CHOICES[choice])
-    attend = changes.pop("attend", None)
     # Unrolled: on CPU, collectives behind a loop may meet those inside it (tests/stress/collectives.py).
-    function, params, inputs, tangents = _made(name, _config(**changes, unroll=True), attend)
+    function, params, *rest = _chosen(name, choice, unroll=True)
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    rows = (inputs, tangents) if name != "discriminator" else ([], [])
-    batch = jax.device_put(rows, sharding.batch_sharding(mesh))
-    inputs, tangents = batch if name != "discriminator" else (inputs, tangents)
+    place = sharding.replicated(mesh) if name == "discriminator" else sharding.batch_sharding(mesh)
     with uncached():
-        found = sharding.jit(functools.partial(_outcome, function), mesh)(params, inputs, tangents)
+        found = sharding.jit(functools.partial(_outcome, function), mesh)(params, *jax.device_put(rest, place))
     _assert_close(found, _plain(name), 2e-5)
+
+
+def _orders(function, x, v):
+    """Derivatives of a function of x: up to the third order, forward and backward in every order, and of a batch."""
+
+    def size(x):
+        return jnp.square(function(x)).sum()
+
+    def moved(x):
+        u, du = jax.jvp(function, (x,), (v,))
+        return jnp.square(u + du).sum()
+
+    def curved(x):
+        return jax.tree.reduce(jnp.add, jax.tree.map(lambda a: jnp.sin(a).sum(), jax.grad(size)(x)))
+
+    batch = jax.tree.map(lambda *pair: jnp.stack(pair, 1), x, v)
+    return {
+        "forward": jax.jvp(function, (x,), (v,)),
+        "backward": jax.grad(size)(x),
+        "backward of forward": jax.grad(moved)(x),
+        "forward of backward": jax.jvp(jax.grad(size), (x,), (v,))[1],
+        "backward of backward": jax.grad(curved)(x),
+        "backward of backward of forward": jax.jvp(jax.grad(moved), (x,), (v,))[1],
+        "batch": jax.vmap(jax.grad(moved), 1)(batch),
+        "batch of cotangents": jax.vmap(jax.vjp(function, x)[1])(jnp.stack([function(x), function(v)])),
+    }
+
+
+def test_all_derivatives_of_a_linear_layer_are_those_of_its_equation():
+    def ours(x):
+        return jnp.sin(Dense(4).apply({"params": {"kernel": x["kernel"], "bias": x["bias"]}}, jnp.tanh(x["x"])))
+
+    def plain(x):
+        return jnp.sin(jnp.tanh(x["x"]) @ x["kernel"] + x["bias"])
+
+    shapes = {"x": (2, 5, 7), "kernel": (7, 4), "bias": (4,)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    x, v = (random_like(shapes, seed=seed, scale=1.0) for seed in (0, 1))
+    found, expected = (jax.jit(_orders, static_argnums=0)(function, x, v) for function in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attend", [attention.recomputed, interpreted], ids=["recomputed", "flash"])
+def test_all_derivatives_of_attention_are_those_of_plain_attention(attend):
+    x, v = jax.random.normal(jax.random.key(0), (2, 3, 2, 9, 2, 8))
+    found, expected = (
+        jax.jit(_orders, static_argnums=0)(lambda x, attend=attend: jnp.sin(attend(*x)), x, v)
+        for attend in (attend, attention.xla)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_cudnn_has_forward_derivatives(monkeypatch):
+    """The rule around cuDNN's kernel, with XLA's function in the kernel's place."""
+    monkeypatch.setattr(attention, "_by_cudnn", functools.partial(jax.nn.dot_product_attention, implementation="xla"))
+    x, v = (tuple(inputs) for inputs in jax.random.normal(jax.random.key(0), (2, 3, 2, 9, 2, 8)))
+    found, expected = (jax.jit(jax.jvp, static_argnums=0)(attend, x, v) for attend in (attention.cudnn, attention.xla))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_a_batch_of_models_is_each_of_them():
+    """jax.vmap over parameters and inputs."""
+    function, params, inputs, _ = _made("decoder", _config())
+    params, inputs = jax.tree.map(lambda x: np.stack([x, 0.5 * x]), (params, inputs))
+    found = jax.jit(jax.vmap(function))(params, *inputs)
+    for i in range(2):
+        expected = function(*jax.tree.map(lambda x: x[i], (params, *inputs)))  # noqa: B023
+        np.testing.assert_allclose(found[i], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_no_product_is_computed_for_what_does_not_move():
+    """One product forward; for a derivative one more per moved argument, for gradients one per differentiated one."""
+    x, kernel = jax.ShapeDtypeStruct((3, 5), jnp.float32), jax.ShapeDtypeStruct((5, 7), jnp.float32)
+
+    def product(x, kernel):
+        return mesh_matmul.product(x, kernel, "kernel")[0]
+
+    def size(x, kernel):
+        return jnp.square(product(x, kernel)).sum()
+
+    def moved(kernel, x):
+        u, du = jax.jvp(lambda x: product(x, kernel), (x,), (x,))
+        return (u * du).sum()
+
+    def count(function, *arguments):
+        return jaxpr_flops.count(function, *arguments) / (2 * 3 * 5 * 7)
+
+    assert count(lambda x, kernel: jax.jvp(lambda x: product(x, kernel), (x,), (x,)), x, kernel) == 2
+    assert count(lambda x, kernel: jax.jvp(product, (x, kernel), (x, kernel)), x, kernel) == 3
+    assert [count(jax.grad(size, argnums=n), x, kernel) for n in (0, 1, (0, 1))] == [2, 2, 3]
+    assert count(jax.grad(moved), kernel, x) == 4
