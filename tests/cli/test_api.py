@@ -235,7 +235,7 @@ def test_mistakes_are_one_line(folder, tmp_path):
         (lambda: rae_jax.encode(auto, np.zeros((1, 30, 32, 3))), "multiples of 4"),
         (lambda: rae_jax.decode(auto, np.zeros((1, 8, 8, 3))), "B, h, w, 16"),
         (lambda: rae_jax.load_rae(tmp_path), "UNet"),
-        (lambda: rae_jax.load_rae(half), "cut off"),
+        (lambda: rae_jax.load_rae(half), "truncated or not JSON"),
         (lambda: rae_jax.load_rae(tmp_path / "nothing.py"), "cannot load the config"),
         (lambda: rae_jax.load_rae("no such folder"), "neither a folder here nor a hub id"),
         (lambda: rae_jax.load_dit(folder, dtype="float8"), "config.dtype"),
