@@ -135,7 +135,7 @@ def test_the_library_and_the_report_read_a_run(run):
         jax.tree.map(np.testing.assert_array_equal, params, part_weights.load(tiny(), part, run, mesh))
     convert.export(run, run / "converted", parts=["statistics", "dit"])  # what it trained besides is missed there
     jax.tree.map(np.testing.assert_array_equal, rae_jax.load_dit(run / "converted").params["dit"], found["dit"])
-    with pytest.raises(UserError, match="config.encoder.weights is empty"):
+    with pytest.raises(UserError, match="config.encoder.weights='' names no weights"):
         rae_jax.load_rae(run / "converted")
     assert "8 x" in (run / "report.html").read_text() and (run / "environment.jsonl").exists()
 
