@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rae_jax", "configs", "launch")
-EXTRAS = {"gradio", "torch"}  # what some modules need that an install may lack
+EXTRAS = {"gradio", "setuptools", "torch"}  # what some modules need that an install may lack
 
 
 def _files():
