@@ -15,7 +15,7 @@ import pytest
 import step_oracles
 from conftest import tiny, uncached
 
-from launch import compile_table
+from launch.bench import compile_table
 from rae_jax.profiling import chips, compile_ahead, hlo_costs
 from rae_jax.runtime import sharding
 
