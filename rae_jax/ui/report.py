@@ -16,8 +16,8 @@ import statistics
 from absl import app, flags
 from etils import epath
 
-from rae_jax.config.keys import flatten
 from rae_jax.config.glossary import RESULTS
+from rae_jax.config.keys import flatten
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line
 from rae_jax.ui import report_figures, workdir_reader
