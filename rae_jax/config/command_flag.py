@@ -25,8 +25,8 @@ def parser(config_flag, values=flags.FLAGS):
         except UserError as error:
             command_line.fail(str(error))
         except (AttributeError, KeyError) as error:
-            command_line.fail(f"unknown config key {command_line.one_line(error)}")
+            command_line.fail(f"unknown config key {command_line.words_of(error)}")
         except (TypeError, ValueError) as error:
-            command_line.fail(f"a flag --config cannot be used: {command_line.one_line(error)}")
+            command_line.fail(f"a flag --config cannot be used: {command_line.words_of(error)}")
 
     return parse

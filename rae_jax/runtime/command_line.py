@@ -19,7 +19,7 @@ def plain_parser(argv, values=flags.FLAGS):
     try:
         return _without_words(values(argv))
     except flags.Error as error:
-        fail(one_line(error))
+        fail(words_of(error))
 
 
 def _without_words(arguments):
@@ -65,7 +65,7 @@ def fail(message):
     raise Failed(message)
 
 
-def one_line(error):
+def words_of(error):
     """Return the message of an error of absl or ml_collections as one line, without the quotes of a repr."""
     text = str(error.args[0] if error.args else error).replace("\\n", "\n")
     text = re.sub(r"(?<!\w)'|'(?!\w)|\\", "", text)  # quotes of a repr, which may be unpaired
