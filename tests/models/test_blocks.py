@@ -1,4 +1,4 @@
-"""Models: compute types, the choices of scanned, unrolled and rematerialised blocks, and layers."""
+"""Compute dtypes; scanned, unrolled and rematerialised blocks; layers."""
 
 import functools
 import re
@@ -27,7 +27,7 @@ def _models(**changes):
 
 
 def _random_params(model, arguments):
-    """Random everywhere: zero-initialised layers would hide errors."""
+    """Random weights in every layer: layers that start at zero would hide errors."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), *arguments)
     leaves, structure = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -59,7 +59,7 @@ _CHOICES = (
     ],
 )
 def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
-    """Outputs, and gradients of every parameter."""
+    """Compare the outputs and the gradients of every parameter."""
     arguments = _arguments(name)
     params = _random_params(_models()[name], arguments)
 
@@ -79,7 +79,7 @@ def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
 
 @pytest.mark.slow
 def test_rematerialised_blocks_keep_less():
-    """What a backward pass keeps of the forward pass: hardly anything inside the blocks."""
+    """Count the numbers that a backward pass keeps of the forward pass."""
 
     def kept(remat):
         model, arguments = _models(remat=remat)["dit"], _arguments("dit")
@@ -111,7 +111,7 @@ def test_dense_is_flax_s_and_so_are_its_gradients():
 
 
 def test_a_cpu_transposes_for_a_kernel_s_gradient_what_already_lies_in_memory():
-    """A loop that computes and transposes at once takes five to ten times as long as one that only transposes."""
+    """A loop that computes and transposes takes five to ten times as long as a loop that only transposes."""
 
     def loss(kernel, x, scale, shift):
         params = {"kernel": kernel, "bias": jnp.zeros(48)}
@@ -133,7 +133,7 @@ def test_magnified_detail_keeps_each_patch_s_mean_colour():
 
 @pytest.mark.parametrize("halves", [False, True])
 def test_pairs_of_channels_turn_alike_by_a_product_and_by_slices(halves):
-    """As a TPU does it and as others do, values and gradients to the last bit; run here, by a CPU, both."""
+    """Both run on CPU: the product, which a TPU takes, and slices; values and gradients are equal to the last bit."""
     x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 12))
     for values in (x, x.astype(jnp.bfloat16)):
         ways = (
