@@ -1,4 +1,4 @@
-"""Attention by XLA and by kernels: equal where they can be run, compiled where not, refused where they cannot work."""
+"""Attention by XLA and by kernels: equal results on platforms that run them; compiled or refused on other platforms."""
 
 import functools
 import importlib.util
@@ -35,7 +35,7 @@ def _assert_equal(ours, theirs, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_attention_on_cpu_is_attention(dtype, tolerance):
-    """The branch for CPU against the library's, which other devices take; values and gradients."""
+    """Compare values and gradients of the CPU's branch with jax.nn's attention, which other platforms take."""
     ours, theirs = (
         _value_and_pullback(attend, (2, 9, 3, 8), dtype) for attend in (attention.xla, jax.nn.dot_product_attention)
     )
@@ -49,7 +49,7 @@ def test_recomputed_weights_make_the_same_gradients(dtype, tolerance):
 
 
 def test_the_backward_pass_makes_the_weights_once_more_and_no_more():
-    """Two products forward, four of gradients, and one for the weights; the result is found where it was kept."""
+    """Two products forward, four of gradients, one for the weights; the result is kept and not computed again."""
     kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     inputs = jax.ShapeDtypeStruct((3, 2, 16, 4, 8), "float32")
 
@@ -64,7 +64,7 @@ def test_the_backward_pass_makes_the_weights_once_more_and_no_more():
 
 @pytest.mark.parametrize("length", [8, 9])
 def test_an_odd_token_more_is_masked_out(length, monkeypatch):
-    """What is done around cuDNN's kernel for gradients, with XLA's function of the same arguments in its place."""
+    """Gradients by the code around cuDNN's kernel, with XLA's function of the same arguments in the kernel's place."""
     monkeypatch.setattr(attention, "_by_cudnn", functools.partial(jax.nn.dot_product_attention, implementation="xla"))
     ours, theirs = (_value_and_pullback(attend, (2, length, 3, 8)) for attend in (attention.cudnn, attention.xla))
     _assert_equal(ours, theirs, 1e-6)
@@ -72,7 +72,7 @@ def test_an_odd_token_more_is_masked_out(length, monkeypatch):
 
 @pytest.mark.parametrize("length", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 257))])
 def test_the_flash_kernel_is_attention(length):
-    """Interpreted: values and gradients, also where the last block is filled up."""
+    """Compare values and gradients of the interpreted kernel, also for a last block that is filled up."""
     flash = jax.jit(functools.partial(attention.flash, interpret=True))
     _assert_equal(
         _value_and_pullback(flash, (2, length, 2, 8)), _value_and_pullback(attention.xla, (2, length, 2, 8)), 3e-6
@@ -117,7 +117,7 @@ def test_what_the_platform_lacks_is_refused_in_one_line(name, fix):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the extra tpu)")
 def test_the_flash_kernel_compiles_for_tpu():
-    """Forward and backward are one kernel each, every device has its own part: nothing is gathered."""
+    """Forward and backward are one kernel each, and every device has its own part: no array is gathered."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
