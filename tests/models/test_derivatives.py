@@ -56,6 +56,17 @@ def _model(name, config):
             return Inception(), [(2, 299, 299, 3)], ()
 
 
+def _of_usual_size(path, x):
+    """Scale standard normal numbers to what keeps activations near 1 in all layers of a deep network."""
+    match path[-1].key:
+        case "kernel":
+            return x * np.float32((2 / np.prod(x.shape[:-1])) ** 0.5)
+        case "scale" | "var":
+            return np.exp(0.3 * x)
+        case _:
+            return 0.3 * x
+
+
 def _made(name, config, attend=None):
     """(function of params and inputs, params, inputs, tangents): weights and tangents are random, and none is zero."""
     module, shapes, rest = _model(name, config)
@@ -66,8 +77,7 @@ def _made(name, config, attend=None):
     if name in ("dit", "dit_dh"):
         inputs[1] = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs, *rest)
-    params = random_like(variables, seed=2, scale=0.1)
-    params = jax.tree_util.tree_map_with_path(lambda path, x: x**2 if "var" in str(path[-1]) else x, params)
+    params = jax.tree_util.tree_map_with_path(_of_usual_size, random_like(variables, seed=2, scale=1.0))
 
     def function(params, *inputs):
         return module.apply(params, *inputs, *rest)
