@@ -163,7 +163,7 @@ def _encoder():
 def _discriminator():
     return {
         "backbone": {**_VIT, "family": "encoder", "weights": ""},
-        "layers": (1, 3),  # blocks of the backbone, from 0, whose tokens are judged, each by a head of its own
+        "layers": (1, 3),  # blocks of the backbone, from 0, each with a discriminator head for its tokens
         "loss": "hinge",  # loss of the discriminator. One of 'hinge', 'vanilla'.
         "augment": {
             "prob": 1.0,  # probability of each kind of augmentation

@@ -86,11 +86,11 @@ def _reconstruction(config, workdir, mesh, job):
     found = list(batched.outputs(batched.compiled(view, mesh), parts, batched.batches(source, mesh, **reading)))
     found = {key: np.concatenate([out[key] for out in found]) for key in found[0]}
     yield from ((0, name, float(found[name].mean())) for name in ("psnr", "ssim"))
-    judged = _judged(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
-    yield 0, "rfd", judged["fd"]
+    measured = _metrics_of(job, mesh, workdir / "samples" / "reconstructions.npz", found["decoded"], found["label"])
+    yield 0, "rfd", measured["fd"]
 
 
-def _judged(job, mesh, path, images, labels):
+def _metrics_of(job, mesh, path, images, labels):
     """Write images [N, H, W, 3] to `path`; return {metric: number} of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
@@ -134,7 +134,7 @@ def _generation(config, workdir, mesh, job):
         parts = _generator(config, workdir, mesh, step)
         batches = [images for _, images in generate.batches(sample, parts, labels, mesh, **how)]
         path = workdir / "samples" / f"{step or 'last'}.npz"
-        for name, value in _judged(job, mesh, path, np.concatenate(batches), labels).items():
+        for name, value in _metrics_of(job, mesh, path, np.concatenate(batches), labels).items():
             if step is not None:
                 yield step, name, value
             if step == last:
