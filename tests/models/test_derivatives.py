@@ -1,6 +1,7 @@
 """Forward-mode derivatives of every model, and gradients of them, against the same models without rules of our own."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,11 @@ CHOICES = {
     "flash": {"attend": interpreted},
     "flash, dots": {"attend": interpreted, "remat": "dots"},
 }
-slow_transformers = [pytest.param(name, choice, marks=pytest.mark.slow) for name in TRANSFORMERS for choice in CHOICES]
+IN_CI = {("encoder", "none"), ("decoder", "full"), ("dit", "unrolled"), ("dit_dh", "dots"), ("dit_dh", "flash, dots")}
+slow_transformers = [  # a choice of each kind in .ci/run; the others take many minutes
+    pytest.param(*case, marks=[pytest.mark.slow, *(() if case in IN_CI else (pytest.mark.by_hand,))])
+    for case in itertools.product(TRANSFORMERS, CHOICES)
+]
 
 
 def _chosen(name, choice, **changes):
