@@ -61,7 +61,7 @@ def test_files_and_the_held_out_images_have_the_same_metrics(paths, folder, tmp_
     config = _shipped(**paths)
     found = _reconstruct(config, folder, tmp_path)
     assert found.keys() == {*METRICS, "num_images"} and found["num_images"] == 10
-    assert "rfid: 10 images leave" in capsys.readouterr().err
+    assert "rfid: the covariance of 2048 features from 10 images" in capsys.readouterr().err
 
     config.evaluate.batch_size, config.sampler.num_steps = 4, 1
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
