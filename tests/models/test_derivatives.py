@@ -100,8 +100,8 @@ def _outcome(function, params, inputs, tangents):
 def _assert_close(found, expected, tolerance):
     """Each array to `tolerance` of its largest number, or of a tenth of the largest of all.
 
-    Rounding of a gradient grows with the largest gradient that it is summed from: some leaves, such as the singular vectors
-    before a norm, have none but rounding.
+    Rounding of a gradient grows with the largest gradient that it is summed from. Gradients of singular vectors before
+    a norm are rounding alone.
     """
     least = 0.1 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
