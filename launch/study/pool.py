@@ -1,4 +1,4 @@
-"""Run jobs in processes, several at the same time, each on cores of its own and after the jobs that it needs."""
+"""Run jobs in processes, several at the same time: each on its own cores, and after the jobs that it needs."""
 
 import graphlib
 import multiprocessing
@@ -23,10 +23,9 @@ class _Running(NamedTuple):
 
 
 def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=True)):
-    """Run all jobs that have no results yet.
+    """Run all jobs that have no results yet; return {name: reason} of jobs that failed or need a failed job.
 
-    Returns {name: reason} of the jobs that failed, or that need one that failed. Raises KeyboardInterrupt after a
-    signal, when the running jobs have saved their state.
+    Raises KeyboardInterrupt after a signal, when the running jobs have saved their state.
     """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["launch.study.measure", "launch.study.vae", "configs.small"])
@@ -37,8 +36,8 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
     began, num_before = time.monotonic(), len(finished)
     waiting, running, free_cores, failed = [], [], _core_sets(num_at_once), {}
     # A process that nohup started ignores SIGHUP, and must do so here.
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, _interrupt) for number in heeded}
+    handled = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _interrupt) for number in handled}
 
     def progress():
         num_done, num_left = len(finished) - num_before, len(jobs) - len(finished) - len(failed)
@@ -47,15 +46,16 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
 
     try:
         while graph.is_active():
-            for name in graph.get_ready():
-                if name in finished:
-                    graph.done(name)
-                elif lost := [need for need in by_name[name].needs if need in failed]:
-                    failed[name] = f"left out, because {lost[0]} failed"
-                    say(f"error: {name} is {failed[name]}")
-                    graph.done(name)
-                else:
-                    waiting.append(name)
+            while ready := graph.get_ready():  # again, because a finished job may release others
+                for name in ready:
+                    if name in finished:
+                        graph.done(name)
+                    elif lost := [need for need in by_name[name].needs if need in failed]:
+                        failed[name] = f"left out, because {lost[0]} failed"
+                        say(f"error: {name} is {failed[name]}")
+                        graph.done(name)
+                    else:
+                        waiting.append(name)
             waiting.sort(key=list(by_name).index)
             while free_cores and waiting:
                 job = by_name[waiting.pop(0)]
@@ -82,7 +82,7 @@ def run(jobs, num_at_once, say=lambda line: print(line, file=sys.stderr, flush=T
 
 
 def _core_sets(count):
-    """Return a set of cores for each job that may run at the same time; None where the system does not list them."""
+    """Return a set of cores for each job that may run at the same time; None if the system does not list cores."""
     if not hasattr(os, "sched_getaffinity"):
         return [None] * count
     cores = sorted(os.sched_getaffinity(0))
@@ -97,7 +97,7 @@ def _start(processes, job, cores):
 
 
 def _wait(running):
-    """Wait until processes end, and return them."""
+    """Wait until at least one process ends; return all that have ended."""
     ended = connection.wait([one.process.sentinel for one in running]) if running else []
     found = [one for one in running if one.process.sentinel in ended]
     for one in found:

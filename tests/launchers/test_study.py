@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,23 @@ def test_results_on_other_foundations_are_neither_used_nor_overwritten(tmp_path,
     assert work.results(second) is None
     with pytest.raises(UserError, match="seed_0 holds a run with other settings or foundations: remove that folder"):
         work.claim(second)
+
+
+def test_a_dependent_of_a_finished_job_starts_while_another_job_runs(tmp_path, monkeypatch):
+    running_at_once = []
+
+    def wait(running):
+        running_at_once.append([one.job.name for one in running])
+        return running[:]
+
+    process = types.SimpleNamespace(exitcode=0)
+    monkeypatch.setattr(work, "results", lambda job: [] if job.name == "finished" else None)
+    monkeypatch.setattr(pool, "_start", lambda _, job, cores: pool._Running(job, process, cores, time.monotonic()))
+    monkeypatch.setattr(pool, "_wait", wait)
+    jobs = [plan.Job(name, tmp_path / name, {}) for name in ("finished", "long")]
+    jobs.append(plan.Job("dependent", tmp_path / "dependent", {}, needs=("finished",)))
+    assert pool.run(jobs, 2, lambda line: None) == {}
+    assert running_at_once == [["long", "dependent"]]
 
 
 @pytest.mark.slow
