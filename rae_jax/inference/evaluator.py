@@ -45,8 +45,9 @@ class Evaluator:
     def weights(self, parts, *, probe=False):
         """Return ({metric: number}, {name: uint8 picture}) of the weights `parts`, {name: params}.
 
-        Reconstruction of held-out images: psnr, ssim; lpips and rfid if their networks are among the parts;
-        judge_accuracy if a judge is; linear probes of the encoder with `probe`. Generation, with a DiT: see `images`.
+        Metrics of the reconstructed held-out images: psnr, ssim; lpips and rfid if their networks are among the parts;
+        judge_accuracy if a judge is among the parts; with `probe`, linear probes of the encoder. If a DiT is among the
+        parts, also the metrics of `images` for generated images.
         """
         config = self._config
         is_reference = "dit" in parts and not config.evaluate.reference
@@ -57,13 +58,12 @@ class Evaluator:
         for out in batched.outputs(self._reconstructions, parts, self._batches(self._held_out, "reconstruct")):
             collector.add(out)
             _add_pairs(pairs, out)
-        held_out = collector.arrays()
-        results = {name: float(held_out[name].mean()) for name in reconstruct.SCORES if name in held_out}
-        results.update(reconstruct.rfid(collector))
+        labels = collector.array("label")
+        results = {**reconstruct.mean_scores(collector), **reconstruct.rfid(collector)}
         if "judge" in parts:
-            results["judge_accuracy"] = float((held_out["predicted"] == held_out["label"]).mean())
+            results["judge_accuracy"] = float((collector.array("predicted") == labels).mean())
         if probe:
-            results.update(linear_probes.probes(config, parts, held_out["image"], held_out["label"], self._mesh))
+            results.update(linear_probes.probes(config, parts, collector.array("image"), labels, self._mesh))
         pictures = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
             reference = collector if is_reference else self._reference(parts)
@@ -75,8 +75,8 @@ class Evaluator:
         """Return {metric: number} of the images at `path` (npz or folder), compared with config.evaluate.reference.
 
         fd of the encoder's features; fid, sfid, inception_score, precision and recall if Inception is among the parts;
-        agreement if a judge is and the npz has labels. Without config.evaluate.reference the held-out images are the
-        reference: fd is the distance to one half of the held-out images, fd_real the distance between both halves.
+        agreement if a judge is among the parts and the npz has labels. Without config.evaluate.reference the held-out
+        images are the reference: fd is the distance to one half of them, fd_real the distance between both halves.
         Images of another size are resized for encoder and judge. Raises UserError for images that cannot be used.
         """
         with prefixed(f"--samples={path}"):
@@ -163,12 +163,13 @@ class Evaluator:
         collector = Collector(arrays=names, moments=perceptual_metrics.MOMENTS_OF)
         for out in batched.outputs(self._features, parts, batches):
             collector.add(out)
-        found, features = collector.arrays(), reference.arrays().get("features")
-        results = {} if features is None else self._fd(found["features"], features)
+        features = reference.array("features")
+        results = {} if features is None else self._fd(collector.array("features"), features)
         if "inception" in parts:
             results.update(perceptual_metrics.compare_sets(collector, reference))
-        if "predicted" in found and "label" in found:
-            results["agreement"] = float((found["predicted"] == found["label"]).mean())
+        predicted, labels = collector.array("predicted"), collector.array("label")
+        if predicted is not None and labels is not None:
+            results["agreement"] = float((predicted == labels).mean())
         return results
 
     def _fd(self, found, reference):

@@ -38,9 +38,8 @@ def compare_sets(found, reference):
     for name, kind in names.items():
         if kind in reference.moments:
             results.update(frechet(name, found.moments[kind], reference.moments[kind]))
-    ours, theirs = found.arrays(), reference.arrays()
-    results["inception_score"] = metrics.inception_score(ours["logits"])
-    pools = ours["pool"], theirs.get("pool")
+    results["inception_score"] = metrics.inception_score(found.array("logits"))
+    pools = found.array("pool"), reference.array("pool")
     if any(pool is None or len(pool) <= metrics.NEIGHBOURS for pool in pools):
         logs.say(f"no precision and recall: they need more than {metrics.NEIGHBOURS} images in both sets")
         return results

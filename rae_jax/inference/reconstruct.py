@@ -43,8 +43,14 @@ def make(config):
     return encode_and_decode
 
 
+def mean_scores(collector):
+    """Return {name: mean over all pairs} of the SCORES that the Collector holds."""
+    scores = {name: collector.array(name) for name in SCORES}
+    return {name: float(values.mean()) for name, values in scores.items() if values is not None}
+
+
 def rfid(collector):
-    """Return {'rfid': Fréchet distance of reconstructions to images} from the moments of MOMENTS; {} without these."""
+    """Return {'rfid': Fréchet distance of reconstructions to images}, or {} without the moments of MOMENTS."""
     if not set(MOMENTS) <= collector.moments.keys():
         return {}
     return perceptual_metrics.frechet("rfid", *(collector.moments[name] for name in MOMENTS))
@@ -72,10 +78,9 @@ def reconstruct(config, parts, path, mesh, folder):
         collector.add(out)
         _write(folder, [files[i].relative_to(root) for i in out["index"]], out)
         pairs += list(zip(out["image"], out["decoded"], strict=True))[: SHOWN - len(pairs)]
-    scores = collector.arrays()
-    results = {**{name: float(values.mean()) for name, values in scores.items()}, **rfid(collector)}
+    num_images = len(collector.array("psnr"))
+    results = {**mean_scores(collector), **rfid(collector), "num_images": num_images}
     picture = image_grid.grid(np.concatenate([np.stack(images) for images in zip(*pairs, strict=True)]), len(pairs))
-    results["num_images"] = len(scores["psnr"])
     return results, image_grid.with_captions(picture, ("given", "decoded"), scale=3)
 
 
