@@ -12,6 +12,8 @@ class BuildWithConfigs(build_py):
     """Copy configs/*.py into the package; an editable install uses the checkout's own."""
 
     def run(self):
+        if not any(CONFIGS.glob("*.py")):  # a source distribution that lost them
+            raise FileNotFoundError(f"{CONFIGS} holds no configs")
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib, "rae_jax", "configs")

@@ -13,7 +13,7 @@ __all__ = ["RAE", "DiT", "UserError", "decode", "encode", "load_dit", "load_rae"
 if TYPE_CHECKING:
     from rae_jax.api import RAE, DiT, decode, encode, load_dit, load_rae, sample
     from rae_jax.errors import UserError
-else:  # hidden from type checkers, for which it would make every name right
+else:  # hidden from type checkers, which would accept every name
 
     def __getattr__(name):
         if name not in __all__:

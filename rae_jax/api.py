@@ -195,7 +195,7 @@ def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[Conf
         config.stages = ()
     # Settings of the run's machine and of its evaluation are not used here.
     config.wandb, config.evaluate.reference, config.checkpoint.best = "", "", ""
-    if {"cudnn": "gpu", "flash": "tpu"}.get(config.attention) != jax.default_backend():
+    if config_keys.ATTENTION_PLATFORMS.get(config.attention) != jax.default_backend():
         config.attention = "xla"
     checks.check(config, _mesh(None))
     return config, workdir

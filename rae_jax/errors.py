@@ -1,4 +1,4 @@
-"""The error that a user can fix, and errors as one line."""
+"""The error that a user can fix, and the words of errors."""
 
 import contextlib
 

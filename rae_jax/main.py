@@ -35,8 +35,7 @@ INTERRUPTED = 130  # after Ctrl-C and the last save; after SIGTERM the status is
 def main():
     """Define the flags and run the command."""
     config = _define_flags()
-    for flag in flags.FLAGS.get_flags_for_module(__name__):  # `rae-jax --help` lists the flags of the script alone
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    command_line.show_in_help(__name__)
     app.run(_run, flags_parser=command_flag.parser(config))
 
 
@@ -51,12 +50,12 @@ def _define_flags():
     flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
     flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "Task to run.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error, and the log messages of libraries.")
-    flags.mark_flag_as_required("config")
+    flags.register_validator("config", lambda value: value is not None, "name a config, such as small, or its file")
     without_workdir = ("compile", "benchmark")
     flags.register_multi_flags_validator(
         ["workdir", "mode"],
         lambda given: given["workdir"] is not None or given["mode"] in without_workdir,
-        message="flag --workdir=None: this mode needs the folder of a run",
+        message="this mode needs the folder of a run: set --workdir=DIR",
     )
     _define_flags_of_modes()
     return config
@@ -78,9 +77,9 @@ def _define_flags_of_modes():
     )
     flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: programs to time; all by default.")
     flags.DEFINE_integer("timed_steps", 10, "benchmark: timed steps of each program.", lower_bound=1)
-    flags.DEFINE_integer("warmup_steps", 2, "benchmark: steps before the timed ones.", lower_bound=0)
+    flags.DEFINE_integer("warmup_steps", 2, "benchmark: steps that run before the timed steps.", lower_bound=0)
     flags.DEFINE_string("profile", None, "benchmark: folder for traces of some further steps.")
-    flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0; found by itself on a cluster.")
+    flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0; detected on a cluster.")
     flags.DEFINE_integer("num_processes", None, "Several processes: number of processes.")
     flags.DEFINE_integer("process_id", None, "Several processes: index of this process, from 0.")
     flags.DEFINE_string("host", "127.0.0.1", "demo: address to listen on; 0.0.0.0 accepts other machines.")
@@ -166,8 +165,9 @@ def _keep_compiled(folder):
         return
     if folder == "none" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(folder or home / "rae_jax" / "compiled"))
+    folder = folder or str(epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rae_jax/compiled")
+    if not folder.startswith("~"):  # a user without a home directory: nothing is kept
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 if __name__ == "__main__":

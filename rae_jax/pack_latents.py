@@ -124,7 +124,11 @@ def _define_flags():
     flags.DEFINE_enum("dtype", "bfloat16", packed_latents.DTYPES, "Type of the stored latents.")
     flags.DEFINE_bool("mirrored", True, "Also store latents of mirrored images, for config.dit.train.flip.")
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
-    return config_flags.DEFINE_config_file("config", None, "Config, by file or by name; --config.KEY=VALUE overrides.")
+    config = config_flags.DEFINE_config_file(
+        "config", None, "Config, by file or by name; --config.KEY=VALUE overrides."
+    )
+    flags.register_validator("config", lambda value: value is not None, "name a config, such as dit_b, or its file")
+    return config
 
 
 def _run(argv):

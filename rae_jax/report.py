@@ -1,4 +1,7 @@
-"""Door of the command `python -m rae_jax.report`: see rae_jax.ui.report."""
+"""The command that writes the page of a run, or of several runs: see rae_jax.ui.report.
+
+python -m rae_jax.report --workdir=DIR [--workdir=DIR ...] [--output=FILE.html]
+"""
 
 from rae_jax.ui.report import main
 

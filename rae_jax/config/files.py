@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -44,11 +45,13 @@ def nearest(name):
 def load(source, *arguments):
     """Return the config that get_config(*arguments) of a file returns. `source`: see find."""
     path = find(source)
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(spec)
+    if path.suffix == ".json":
+        raise UserError(f"cannot load the config {source}: name a Python file with get_config(), or a config")
+    loader = importlib.machinery.SourceFileLoader("config_file", str(path))  # of any suffix
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_file", loader))
     with _importable(path):
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
             config = module.get_config(*arguments) if hasattr(module, "get_config") else None
         except OSError as error:
             raise UserError(f"cannot load the config {source}: {error}") from error
@@ -61,13 +64,15 @@ def load(source, *arguments):
 
 @contextlib.contextmanager
 def _importable(path):
-    """Let a config file import files of its folder, and the configs that ship with rae_jax, as `configs`.
+    """Let a config file import the configs that ship with rae_jax, and the files next to it, as `configs`.
 
-    A package `configs` of another project is hidden meanwhile, and restored afterwards.
+    The files next to it come first if their folder is called configs. A package `configs` of another project comes
+    last: it is hidden meanwhile, and restored afterwards.
     """
     configs = types.ModuleType("configs")
-    places = [path.resolve().parent.parent, *sys.path]
-    configs.__path__ = [*(str(Path(place, "configs")) for place in places), str(FOLDER)]
+    folder = path.resolve().parent
+    own = [folder] if folder.name == "configs" else []
+    configs.__path__ = [str(place) for place in (*own, FOLDER, *(Path(place, "configs") for place in sys.path))]
     others = _take_out("configs")
     sys.modules["configs"] = configs
     try:

@@ -8,6 +8,7 @@ from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, processes
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
+ATTENTION_PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # kinds of attention that one platform has
 TRAINED = ("encoder", "judge", "decoder", "dit")
 
 # A run may be resumed with other values of these keys: no trained weights depend on them.
@@ -33,7 +34,7 @@ def check_workdir(config, workdir):
     try:
         theirs = flatten(json.loads(path.read_text()))
     except ValueError as error:
-        raise UserError(f"{path} is cut off or no JSON ({error}): use another --workdir, or restore it") from error
+        raise UserError(f"{path} is truncated or not JSON ({error}): restore it, or use another --workdir") from error
     ours = flatten(json.loads(config.to_json()))
     only_measured = () if "decoder" in config.stages else ("lpips",)
     for key in sorted(theirs):

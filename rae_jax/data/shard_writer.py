@@ -30,7 +30,9 @@ def claim(output, request):
             raise UserError(f"--output={output} is not empty: choose another folder")
         atomic_files.write_text(path, json.dumps(request))
     except OSError as error:
-        raise UserError(f"cannot write to --output={output} ({error.strerror}): choose another folder") from error
+        raise UserError(
+            f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder that you can write to"
+        ) from error
 
 
 def _read(path):
@@ -106,7 +108,7 @@ def _verify(file, digests, check):
             check(data)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{file} cannot be read back ({error}): check that the disk is neither full nor failing"
+            f"{file} cannot be read back ({one_line(error)}): check that the disk is neither full nor failing"
         ) from error
     if not same:
         raise UserError(

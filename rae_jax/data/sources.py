@@ -131,7 +131,7 @@ def _classes_in(folder):
 def _open_list(path, key, num_classes):
     files = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{key}={str(path)!r} is neither a folder, a .zip archive nor a text file: name one of these"

@@ -7,11 +7,16 @@ import sys
 
 from absl import flags
 
-from rae_jax import errors
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import processes, shutdown
 
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
+
+
+def show_in_help(module):
+    """Let --help list the flags that `module` defines; absl lists only the flags of the script sys.argv[0]."""
+    for flag in flags.FLAGS.get_flags_for_module(module):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def plain_parser(argv, values=flags.FLAGS):
@@ -31,7 +36,7 @@ def _without_words(arguments):
 
 @contextlib.contextmanager
 def peers():
-    """If another process of the run is lost: report it, and end at once with status RESTART.
+    """Report the loss of another process of the run, and end at once with status RESTART.
 
     The usual end of a program would wait for all processes.
     """
@@ -41,7 +46,7 @@ def peers():
         if isinstance(error, UserError) or not processes.lost_another(error):
             raise
         shutdown.end_if_another_has()
-        reason = errors.one_line(error, longest=300)
+        reason = one_line(error, longest=300)
         print(
             f"another process of this run is lost or cannot be reached ({reason}): run the same command again on all "
             f"hosts; it resumes from the last checkpoint",

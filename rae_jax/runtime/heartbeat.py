@@ -108,10 +108,15 @@ class Heartbeat:
 def _place(thread):
     """Return a thread's position: its last calls in this package, the innermost last, and the innermost call of all."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
-    package = str(Path(__file__).parents[1])
-    ours = [frame for frame in frames if frame.filename.startswith(package)]
+    package = Path(__file__).parents[1]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
     shown = ours[-3:] + ([] if ours and frames[-1] is ours[-1] else frames[-1:])
-    return " > ".join(f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in shown)
+
+    def name(frame):  # a file's name alone is not unique in the package
+        path = Path(frame.filename)
+        return path.relative_to(package) if path.is_relative_to(package) else path.name
+
+    return " > ".join(f"{frame.name} ({name(frame)}:{frame.lineno})" for frame in shown)
 
 
 def _memory():

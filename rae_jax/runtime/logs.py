@@ -75,13 +75,13 @@ class WandB:
     Raises UserError if the run cannot start.
     """
 
-    def __init__(self, project, workdir, keys):
+    def __init__(self, project, workdir, values):
         import wandb
 
         workdir = epath.Path(workdir)
         settings = {"project": project, "name": workdir.name, "id": _run_id(workdir), "resume": "allow"}
         try:
-            self._run = wandb.init(**settings, config=keys, dir=_local_folder(workdir))
+            self._run = wandb.init(**settings, config=values, dir=_local_folder(workdir))
         except wandb.Error as error:
             raise UserError(
                 f"config.wandb={project!r}: {one_line(error)}; WANDB_MODE=offline needs no account"
@@ -103,11 +103,11 @@ class WandB:
         self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in values.items()}})
 
 
-def tracker(project, workdir, keys):
+def tracker(project, workdir, values):
     """Return a WandB, a context manager, in the first process if a project is set; otherwise a context of None."""
     if not project or jax.process_index() != 0:
         return contextlib.nullcontext()
-    return WandB(project, workdir, keys)
+    return WandB(project, workdir, values)
 
 
 def _run_id(workdir):

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 
 SETTINGS = {  # flag: environment variable
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -56,7 +56,9 @@ def start(coordinator=None, num_processes=None, process_id=None):
         jax.distributed.initialize(**settings, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         flags = ", ".join(f"--{flag}" for flag in SETTINGS)
-        raise UserError(f"the processes of this run cannot connect ({error}): set {flags}") from error
+        raise UserError(
+            f"the processes of this run cannot connect ({one_line(error, longest=300)}): set {flags}"
+        ) from error
     if jax.default_backend() == "cpu":
         # If one process loads a program from the cache and another compiles it, the order of its collectives may
         # differ, and Gloo confuses their messages.

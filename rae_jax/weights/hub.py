@@ -36,7 +36,10 @@ def open_checkpoint(source):
     The hub's library caches the files that it fetches. Raises UserError if no checkpoint exists, if a file is damaged,
     or if two files hold the same tensor.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # a user without a home directory
+        raise UserError(f"{source}: the home directory is unknown; write the whole path") from error
     repo, _, file = source.partition(":")
     names = (file,) if file else (WHOLE, INDEX, PICKLED, DIFFUSERS)
     if path.is_file():

@@ -1,5 +1,6 @@
 """Configs by name and by path, on the command line and in Python: the file that is loaded, and what is refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,8 @@ def test_each_config_of_the_checkout_has_a_name(elsewhere):
 def test_a_file_is_found_by_its_path(elsewhere):
     by_path = config_files.load(ROOT / "configs" / "dit_xl.py")
     assert by_path.to_dict() == dit_xl.get_config().to_dict()
-    (elsewhere / "dit_xl").write_text("def get_config(): ...\n")  # a file wins over a config of its name
-    assert config_files.find("dit_xl") == Path("dit_xl")
+    (elsewhere / "dit_xl").write_text(OWN)  # a file of any suffix, which wins over a config of its name
+    assert config_files.load("dit_xl").name == "mine"
 
 
 def test_a_config_of_a_user_imports_the_shipped_ones(elsewhere):
@@ -64,8 +65,11 @@ def test_neighbours_are_imported_before_the_shipped_ones(elsewhere):
 
 def test_a_package_configs_of_another_project_is_neither_used_nor_lost(elsewhere, monkeypatch):
     (elsewhere / "configs").mkdir()
-    (elsewhere / "configs" / "__init__.py").write_text("raise ValueError('not ours')")
+    for name in ("__init__", "dit_b"):
+        (elsewhere / "configs" / f"{name}.py").write_text("raise ValueError('not ours')")
     monkeypatch.syspath_prepend(elsewhere)
+    (elsewhere / "mine.py").write_text("from configs import dit_xl\nget_config = dit_xl.get_config\n")
+    assert config_files.load("mine.py").name == "dit_xl"
     loaded, path = sys.modules["configs.small"], list(sys.path)
     assert config_files.load("dit_xl").name == "dit_xl"
     assert sys.modules["configs.small"] is loaded and sys.path == path
@@ -79,12 +83,14 @@ def test_a_package_configs_of_another_project_is_neither_used_nor_lost(elsewhere
         ("zzz", f"choose from {', '.join(NAMES)}"),
         ("encoders", "neither a file nor the name of a config"),
         ("none.py", "get_config() must return a ConfigDict"),
-        ("missing.py", "No such file or directory: 'values.json'"),
+        ("values.json", "name a Python file with get_config()"),
+        ("missing.py", "No such file or directory: 'nothing.txt'"),
     ],
 )
 def test_a_source_that_is_no_config_is_refused(elsewhere, source, message):
     (elsewhere / "none.py").write_text("x = 1\n")
-    (elsewhere / "missing.py").write_text("open('values.json')\n")
+    (elsewhere / "values.json").write_text("{}")
+    (elsewhere / "missing.py").write_text("open('nothing.txt')\n")
     with pytest.raises(rae_jax.UserError) as error:
         config_files.load(source)
     assert str(error.value).startswith(f"cannot load the config {source}: ")
@@ -126,3 +132,21 @@ def test_the_console_script(elsewhere, arguments, status, words):
     said = done.stdout if status == 1 else done.stderr
     assert words in said and (status == 1 or said.count("\n") == 1), said
     assert not (elsewhere / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command, status, words",
+    [
+        (["rae_jax.main", "--workdir=run"], 2, "error: flag --config=None: name a config, such as small, or its file"),
+        (["rae_jax.main", "--config=small"], 2, "this mode needs the folder of a run: set --workdir=DIR"),
+        (["rae_jax.pack_latents", "--output=run"], 2, "error: flag --config=None: name a config, such as dit_b"),
+        (["rae_jax.report", "--help"], 1, "--workdir: Folder of a run"),
+    ],
+)
+def test_doors_name_the_flag_that_is_missing_and_list_theirs(elsewhere, command, status, words):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *command]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere, env=environment, timeout=120)
+    assert done.returncode == status and not (elsewhere / "run").exists(), done.stderr
+    assert words in (done.stdout if status == 1 else done.stderr)
+    assert status == 1 or done.stderr.count("\n") == 1, done.stderr

@@ -272,7 +272,7 @@ def test_a_run_goes_on_with_keys_that_a_later_version_brought(tiny_config, tmp_p
     with pytest.raises(UserError, match="config.data.image_size=32, not 64"):
         config_keys.check_workdir(tiny_config, tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff{")
-    with pytest.raises(UserError, match="config.json is cut off or no JSON"):
+    with pytest.raises(UserError, match="config.json is truncated or not JSON"):
         config_keys.check_workdir(tiny_config, tmp_path)
 
 
