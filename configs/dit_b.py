@@ -3,9 +3,9 @@
     python -m rae_jax.main --config=configs/dit_b.py --workdir=runs/dit_b --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val
 
-It trains the DiT^DH alone, with the released decoder and statistics: 800 epochs at batch 1024. The paper reports gFID
-3.38 after 80 epochs, unguided, against ADM's images (--config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz). This
-config has not been run here yet.
+It trains only the DiT^DH, with the released decoder and statistics: 800 epochs at batch 1024. The paper reports gFID
+3.38 after 80 epochs, without guidance, against ADM's images
+(--config.evaluate.reference=VIRTUAL_imagenet256_labeled.npz).
 """
 
 from configs import encoders, small
@@ -17,13 +17,13 @@ IMAGENET = 1_281_167  # training images
 
 
 def get_config():
-    """The whole recipe; the other full-size configs change its sizes and stages."""
+    """Return the whole recipe; the other full-size configs change its sizes and stages."""
     c = small.get_config()
     c.name = "dit_b"
     c.stages = ("dit",)
     c.log_every = 100
     c.unroll, c.remat = False, "dots"
-    c.mesh.fsdp = -1  # at most 16 devices, the rest are on the axis data
+    c.mesh.fsdp = -1  # at most 16 devices; the others are on the axis data
     c.checkpoint.every = 10 * epoch(1024)
     c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "num_threads": 16})
     c.encoder.update(encoders.dinov2("base"))
@@ -56,7 +56,7 @@ DITS = {
 
 
 def epoch(batch_size):
-    """Number of steps of one epoch of ImageNet."""
+    """Return the number of steps of one epoch of ImageNet."""
     return IMAGENET // batch_size
 
 

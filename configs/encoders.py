@@ -1,9 +1,9 @@
-"""The published encoders as values for config.encoder; this file is not a config by itself.
+"""The published encoders as values of config.encoder; this file is not a config.
 
     c.encoder.update(encoders.dinov2("base"))
 
-The weights come from the hub, or from a folder with the same files that c.encoder.weights names. DINOv3's are on the
-hub once its terms were accepted there.
+The weights come from the hub. c.encoder.weights may also name a folder that has the same files. The hub gives DINOv3's
+weights only to users who have accepted its terms there.
 """
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -17,7 +17,10 @@ _MLP = {"mlp": "gelu", "mlp_ratio": 4.0}
 
 
 def dinov2(size, *, registers=True, input_size=224):
-    """DINOv2 'small', 'base', 'large' or 'giant'; the paper's encoder is base with registers, 448 for 512 px images."""
+    """Return DINOv2 'small', 'base', 'large' or 'giant'.
+
+    The paper's encoder is 'base' with registers; for images of 512 px its input_size is 448.
+    """
     return {
         "family": "dinov2",
         "weights": f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
@@ -32,7 +35,7 @@ def dinov2(size, *, registers=True, input_size=224):
 
 
 def siglip2(size):
-    """SigLIP2's image tower: 'base' (patch 16 at 256 px) or 'so400m' (patch 14 at 224 px)."""
+    """Return SigLIP2's image tower: 'base' (patch 16 at 256 px) or 'so400m' (patch 14 at 224 px)."""
     patch_size, input_size = {"base": (16, 256), "so400m": (14, 224)}[size]
     so400m = {"width": 1152, "depth": 27, "num_heads": 16, "mlp_ratio": 4304 / 1152}
     return {
@@ -50,9 +53,9 @@ def siglip2(size):
 
 
 def dino():
-    """DINO ViT-S/8, the backbone of the paper's discriminator, at 224 px.
+    """Return DINO ViT-S/8 at 224 px, the backbone of the paper's discriminator.
 
-    That discriminator uses the tanh approximation of the GELU. The weights are the file that was released with the
+    The discriminator uses the tanh approximation of the GELU. The weights are the file that was released with the
     method; facebook/dino-vits8 on the hub is the same model.
     """
     return {
@@ -70,7 +73,7 @@ def dino():
 
 
 def mae(size):
-    """The encoder of a masked autoencoder, 'base' or 'large', at 256 px: its 224 px positions are resized."""
+    """Return the encoder of a masked autoencoder, 'base' or 'large', at 256 px; its 224 px positions are resized."""
     return {
         "family": "mae",
         "weights": f"facebook/vit-mae-{size}",
@@ -85,7 +88,7 @@ def mae(size):
 
 
 def dinov3(size):
-    """DINOv3 'small', 'base' or 'large' at 256 px.
+    """Return DINOv3 'small', 'base' or 'large' at 256 px.
 
     The published multi-layer latent takes 'large' with `layers` 11, 13, ..., 23.
     """
@@ -96,14 +99,16 @@ def dinov3(size):
         **_MLP,
         "patch_size": 16,
         "input_size": 256,
-        "position_size": 0,  # it has rotary positions, not a table
+        "position_size": 0,  # positions are rotary, without a table
         "num_registers": 4,
         **_IMAGENET,
     }
 
 
 def sd_vae():
-    """Stable Diffusion's VAE. The same file holds its decoder, and its latents are not normalised: a config also needs
+    """Return Stable Diffusion's VAE.
+
+    The same file holds its decoder, and its latents are not normalised: a config also needs
 
     c.decoder.update({"weights": c.encoder.weights, "patch_size": 8})
     c.statistics.weights = "none"

@@ -1,9 +1,9 @@
-"""The whole job at small scale, from nothing: encoder, judge, decoder, statistics, DiT^DH on 32x32 shapes.
+"""The whole job at small scale, from scratch: encoder, judge, decoder, statistics, DiT^DH on 32x32 shapes.
 
     python -m rae_jax.main --config=configs/small.py --workdir=runs/small
 
-The weights that ship with the package were made by this config. Every other config starts from this one.
-The comment of a key stands above it or behind it. docs/config.md is made from these comments: after a change, run
+This config made the weights that ship with the package. Every other config starts from this config.
+The comment of a key stands above the key or behind it. docs/config.md is made from these comments: after a change, run
 `python -m launch.config_page`.
 """
 
@@ -11,32 +11,33 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Every key there is, with the values of the small job."""
+    """Return every key with its value in the small job."""
     c = ConfigDict()
     c.name = "small"  # name of the config; results are written to `eval/NAME.json`
     c.seed = 0  # seed of the initial weights, of all noise and of the order of the data
     # Type of matrix products; parameters, moments and losses are float32 in either case. One of 'float32', 'bfloat16'.
     c.dtype = "float32"
-    # Stages that the run trains, in this order; a part whose stage is missing takes its `weights`. Any of 'encoder',
-    # 'judge', 'decoder', 'statistics', 'dit'.
+    # Stages that the run trains, in this order; a part whose stage is not in the list has its weights from the key
+    # `weights`. Any of 'encoder', 'judge', 'decoder', 'statistics', 'dit'.
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20  # steps between two rows of metrics
-    c.wandb = ""  # project of Weights & Biases that the metrics are sent to as well; '': none
+    c.wandb = ""  # project of Weights & Biases to which the metrics are also sent; '': none
     c.unroll = True  # unroll the blocks over depth instead of scanning them: faster steps, slower compilation
-    # Activations that the backward pass computes again to save memory: nothing; all but the products with kernels and
-    # the result of attention, except the product after attention; or everything, a third more work. One of 'none',
-    # 'dots', 'full'.
+    # Rematerialisation: activations that the backward pass computes again to save memory. none: no activation. dots:
+    # all except the result of attention and the products with kernels; the product after attention is computed again
+    # too. full: all, with a third more work. One of 'none', 'dots', 'full'.
     c.remat = "none"
     # Kernel of the attention. One of 'xla', 'cudnn' (NVIDIA Hopper and newer, bfloat16), 'flash' (TPU, for a thousand
     # tokens and more).
     c.attention = "xla"
-    # Folder of compiled programs for the next start, which hosts may share; '': in ~/.cache; 'none': none is kept.
+    # Folder that keeps compiled programs for the next start, and that hosts may share; '': a folder in ~/.cache;
+    # 'none': no program is kept.
     c.compilation_cache = ""
     c.mesh = {
         # Devices along the axis that splits the batch. -1: all devices that the other axes leave.
         "data": -1,
-        # Devices along the axis that splits the batch and every kernel, optimiser moment and average. -1: all that
-        # are left; if `data` is -1 too, at most 16, and `data` takes the rest.
+        # Devices along the axis that splits the batch and every kernel, optimiser moment and average. -1: all devices
+        # that the other axes leave; if `data` is -1 too, at most 16 devices, and `data` takes the others.
         "fsdp": 1,
         "tensor": 1,  # devices along the axis that splits heads and hidden channels of the blocks
     }
@@ -50,13 +51,14 @@ def get_config():
         # LPIPS' VGG16, for the decoder's loss and as a metric: a file, a folder, a hub id, or one file of a hub id,
         # 'ID:FILE'; '': no LPIPS.
         "vgg": "",
-        "linear": "",  # LPIPS' weights of VGG16's features, named in the same ways
+        "linear": "",  # LPIPS' weights of VGG16's features, named as `vgg` is
     }
     c.discriminator = _discriminator()
     c.statistics = {
-        # Statistics if the stage is not run: 'small', a folder, a published file, a hub id; 'none': no normalisation.
+        # Statistics if this run does not compute them: 'small', a folder, a published file or a hub id; 'none': no
+        # normalisation.
         "weights": "small",
-        "batch_size": 256,  # images at a time, of all devices
+        "batch_size": 256,  # images at a time, on all devices
     }
     c.dit = _dit()
     c.sampler = _sampler()
@@ -69,9 +71,9 @@ def _checkpoint():
     return {
         "every": 500,  # steps between two checkpoints
         "keep": 2,  # number of the newest checkpoints that are kept
-        "keep_every": 0,  # steps; checkpoints at multiples of it are kept for good. 0: none
-        "best": "",  # metric of config.evaluate.every by which the best checkpoint is kept, such as 'fd'; '': none
-        "best_is": "lowest",  # value of that metric that is the best. One of 'lowest', 'highest'.
+        "keep_every": 0,  # checkpoints at multiples of this number of steps are never deleted; 0: none
+        "best": "",  # metric of evaluations in training, such as 'fd', by which the best checkpoint is kept; '': none
+        "best_is": "lowest",  # best value of the metric `best`. One of 'lowest', 'highest'.
         # Reaction to a checkpoint that cannot be written: report it and retry after a pause, or stop. One of
         # 'continue', 'stop'.
         "on_error": "continue",
@@ -80,10 +82,10 @@ def _checkpoint():
 
 def _health():
     return {
-        # Updates in a row that may be skipped because they are not finite, at the memory of a second state; 0: none.
+        # Updates in a row that may be skipped because they are not finite, with the memory of a second state; 0: none.
         "skip": 0,
-        "spike": 10.0,  # a loss this number of interquartile ranges above the recent ones is reported; 0: never
-        # A step that takes this many times as long as usual, and at least half a minute, is reported; 0: never.
+        "spike": 10.0,  # a loss this number of interquartile ranges above recent losses is reported; 0: never
+        # A step that takes this number of times as long as usual, and at least half a minute, is reported; 0: never.
         "stalled": 20.0,
         "heartbeat": 10.0,  # seconds between two updates of heartbeat.json; 0: none, and no report of slow steps
     }
@@ -93,10 +95,10 @@ def _evaluate():
     return {
         "every": 0,  # steps of the decoder's and the DiT's training between two evaluations; 0: only at the end
         "num_images": 1000,  # number of images that an evaluation generates
-        "batch_size": 256,  # images at a time, of all devices
+        "batch_size": 256,  # images at a time, on all devices
         "probe": True,  # train linear probes on the encoder's features at the end
         "shipped": False,  # evaluate the shipped weights as well
-        # FID's InceptionV3, named as LPIPS' weights are; '': no FID, sFID, Inception Score, precision and recall.
+        # FID's InceptionV3, named as lpips.vgg is; '': no FID, sFID, Inception Score, precision and recall.
         "inception": "",
         # Images that generated images are compared with: a folder of images or an .npz in ADM's format (`arr_0`:
         # images; `mu`, `sigma`, `mu_s`, `sigma_s`: moments for FID and sFID, if present); '': the held-out images.
@@ -113,30 +115,33 @@ def _data():
         # file with a line `IMAGE LABEL` for each image. array_record: the packed folder. tfds: its data_dir, ''
         # for the default of TFDS.
         "path": "",
-        "heldout_path": "",  # image_folder: the same for evaluation; '': every 20th image of `path`
+        # image_folder: folder, archive or list of the images for evaluation; '': every 20th image of `path`.
+        "heldout_path": "",
         "tfds": {
             "name": "",  # name of the data set, such as 'imagenet2012'
             "split": "train",  # split for training
             "heldout_split": "validation",  # split for evaluation
         },
-        "latents": "",  # folder of rae_jax.pack_latents, for the training of the DiT; '': encode images in its step
+        "latents": "",  # folder of rae_jax.pack_latents, for training the DiT; '': the training step encodes images
         # Reaction to an image that cannot be read: stop and name it, or report it and use another image. One of
         # 'stop', 'skip'.
         "on_error": "stop",
         "image_size": 32,  # height and width in pixels
-        "num_classes": 10,  # number of classes; another number than that of the data set is refused
+        "num_classes": 10,  # number of classes; it must equal the data set's
         "num_train": 50_000,  # shapes: number of training images
         "num_heldout": 2_000,  # shapes: number of held-out images
-        "num_threads": 2,  # threads that read images, in this process or in each worker; 0: only the main thread
-        "num_workers": 0,  # processes that read images; 0: only this one
+        "num_threads": 2,  # threads that read images, in this process or in each worker; 0: the main thread reads
+        "num_workers": 0,  # processes that read images; 0: this process reads
     }
 
 
 _VIT = {
-    # Architecture, see configs/encoders.py. One of 'small', 'dino', 'dinov2', 'siglip2', 'mae', 'dinov3', 'sd_vae'
-    # (encoder only), 'encoder' (discriminator only: the encoder itself, and the other keys do not matter).
+    # Architecture, see configs/encoders.py. One of 'small' (encoder only), 'dino', 'dinov2', 'siglip2', 'mae',
+    # 'dinov3', 'sd_vae' (encoder only), 'encoder' (discriminator only: the encoder itself; the other keys have no
+    # effect).
     "family": "small",
-    "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file or a hub id; '': none
+    # Weights if this run does not train them: 'small' (encoder only), a folder, a published file or a hub id; '': none.
+    "weights": "small",
     "width": 64,  # channels of a token
     "depth": 6,  # number of blocks
     "num_heads": 2,  # number of attention heads
@@ -154,8 +159,8 @@ _VIT = {
 def _encoder():
     return {
         **_VIT,
-        "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; (): the last block alone
-        "widths": (),  # sd_vae: channels of its levels, the finest first
+        "layers": (),  # blocks, from 0, whose tokens are averaged into the latent; (): the last block
+        "widths": (),  # sd_vae: channels of the levels, the finest level first
         "train": _encoder_train(),
     }
 
@@ -182,8 +187,9 @@ def _encoder_train():
 
 def _judge():
     return {
-        "weights": "small",  # weights if the stage is not run: 'small' or a folder; '': no judge and no agreement
-        "widths": (32, 64, 128),  # channels of its levels
+        # Weights if this run does not train them: 'small' or a folder; '': no judge and no agreement.
+        "weights": "small",
+        "widths": (32, 64, 128),  # channels of the levels
         "train": _train(num_steps=2_000, batch_size=64, learning_rate=2e-3),
     }
 
@@ -194,14 +200,15 @@ def _decoder():
     train.lpips_weight = 0.0  # weight of the LPIPS loss; 0: no LPIPS in the loss
     train.discriminator_start = 2_800  # first step of the discriminator's updates
     train.adversarial_start = 3_000  # first step of the adversarial loss
-    train.adversarial_weight = 0.75  # weight of the adversarial loss; 0: no discriminator, and no backbone is loaded
+    train.adversarial_weight = 0.75  # weight of the adversarial loss; 0: neither discriminator nor backbone
     return {
-        "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file, a hub id; '': none
+        # Weights if this run does not train them: 'small', a folder, a published file or a hub id; '': none.
+        "weights": "small",
         "width": 96,  # channels of a token
         "depth": 4,  # number of blocks
         "num_heads": 3,  # number of attention heads
         "hidden": 384,  # hidden channels of the MLP
-        "patch_size": 4,  # height and width in pixels of what a token draws
+        "patch_size": 4,  # height and width in pixels of the patch that one token becomes
         "grid_size": 0,  # tokens along a side, to which latents of another size are resized; 0: not resized
         "train": train,
     }
@@ -218,7 +225,8 @@ def _dit():
     train.microbatches = 1  # number of parts of a batch whose gradients are computed in turn and summed: less memory
     return {
         **_dit_sizes(),
-        # Averaged parameters that are used. 0: those of ema_decay; n: those of the n-th of more_ema_decays.
+        # Average of the parameters that is used. 0: the average by ema_decay; n: the average by the n-th of
+        # more_ema_decays.
         "average": 0,
         "path": "linear",  # path between data and noise. One of 'linear', 'cosine', 'vp'.
         "prediction": "velocity",  # output of the model. One of 'velocity', 'noise', 'data'.
@@ -231,7 +239,8 @@ def _dit():
 
 def _dit_sizes():
     return {
-        "weights": "small",  # weights if the stage is not run: 'small', a folder, a published file, a hub id; '': none
+        # Weights if this run does not train them: 'small', a folder, a published file or a hub id; '': none.
+        "weights": "small",
         "width": 96,  # channels of a token in the trunk
         "depth": 4,  # number of blocks of the trunk
         "num_heads": 3,  # number of attention heads of the trunk
@@ -249,10 +258,10 @@ def _sampler():
         # Solver. One of 'euler', 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama).
         "method": "euler",
         "num_steps": 50,  # number of steps
-        # Times of the steps. One of 'plain', 'published' (num_steps points, one step less, that end just before data).
+        # Times of the steps. One of 'plain', 'published' (num_steps points, so one step less; the last is near data).
         "grid": "plain",
-        "reuse": 1,  # number of euler steps of a DiT^DH that one output of the trunk serves
-        "refresh": (),  # instead of every `reuse`-th: the steps, from 0, that compute the trunk's output again
+        "reuse": 1,  # euler, DiT^DH: number of steps that use one output of the trunk
+        "refresh": (),  # steps, from 0, that compute the trunk's output again, instead of every `reuse`-th step
         "rtol": 1e-3,  # adaptive: relative tolerance
         "atol": 1e-6,  # adaptive: absolute tolerance
         # sde: diffusion coefficient. One of 'constant', 'score_based', 'sigma', 'linear', 'decreasing',
@@ -280,14 +289,14 @@ def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.9
             # Unit of num_steps, warmup_steps and all keys that end in _start. One of 'step', 'epoch' (of the data set).
             "unit": "step",
             "num_steps": num_steps,  # length of the training
-            "batch_size": batch_size,  # images of a step, of all devices
+            "batch_size": batch_size,  # images of a step, on all devices
             "learning_rate": learning_rate,  # learning rate after the warm-up
             "final_learning_rate": learning_rate / 100,  # learning rate at the last step
             "warmup_steps": 200,  # length of the linear warm-up; 0: none
             # Optimiser. One of 'adamw', 'muon' (Muon for the kernels of the blocks, AdamW for the rest).
             "optimizer": optimizer,
-            "decay_start": 0,  # start of the decay; the learning rate is constant between the warm-up and then
-            "decay": "cosine",  # shape of the decay, down to the last step. One of 'cosine', 'linear'.
+            "decay_start": 0,  # start of the decay; between the warm-up and this start the learning rate is constant
+            "decay": "cosine",  # shape of the decay, which ends at the last step. One of 'cosine', 'linear'.
             "b1": 0.9,  # decay of the first moment
             "b2": 0.95,  # decay of the second moment
             "weight_decay": 0.0,  # weight decay
