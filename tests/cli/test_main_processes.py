@@ -13,6 +13,7 @@ import pairs
 import pytest
 from conftest import tiny
 from PIL import Image
+from stress import harness
 
 from configs import small
 from rae_jax import main
@@ -48,8 +49,8 @@ def _results(workdir):
 
 def _assert_rows_close(one, two):
     for stage in STAGES:
-        rows = [logs.read(workdir / "metrics" / f"{stage}.jsonl") for workdir in (one, two)]
-        rows = [[{k: v for k, v in r.items() if not k.startswith("perf/")} for r in found] for found in rows]
+        files = [workdir / "metrics" / f"{stage}.jsonl" for workdir in (one, two)]
+        rows = [harness.without_perf(logs.read(file)) for file in files]
         assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] and rows[0]
         for a, b in zip(*rows, strict=True):
             assert a.keys() == b.keys()

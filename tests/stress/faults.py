@@ -125,13 +125,13 @@ class Faults:
     def nan(self):
         """NaN in a batch: stop"""
         status, output = self._finish(self._fresh("nan"), before=_nan_images)
-        return f"status {status}: {_last_line(output)}", status == 1 and "step 9" in _last_line(output)
+        return f"status {status}: {_last_line(output)}", status == 1 and "stopped at step 9," in _last_line(output)
 
     def nan_skipped(self):
         """NaN in a batch: config.health.skip=1"""
         workdir = self._fresh("skip")
         status, output = self._finish(workdir, "--config.health.skip=1", before=_nan_images)
-        line = next((line for line in output.splitlines() if "step 9" in line), "")
+        line = next((line for line in output.splitlines() if "the update of step 9 is skipped" in line), "")
         return f"status {status}: {line[:160]}", status == 0 and bool(line)
 
     def clock(self):
@@ -182,7 +182,7 @@ class Faults:
         return self._compare(workdir, status, output, "is damaged")
 
     def _compare(self, workdir, status, output, word):
-        """Return (line of the output with `word`, whether there is one and the run ended like the reference)."""
+        """Return (line of the output with `word`, whether the line exists and the run ended like the reference)."""
         line = next((line for line in output.splitlines() if word and word in line), "")
         same = status == 0 and not harness.differences(workdir, self._reference, [STAGE])
         outcome = f"{line.replace(str(self._folder), '')[:150]} {_sameness(same)}".strip()
@@ -242,7 +242,7 @@ def _nan_images():
 
 
 def _jumping_clock():
-    """Add a random error of days to the clock, another one every three seconds."""
+    """Add a random error of days to the clock; the error changes every three seconds."""
     now = time.time
     time.time = lambda: now() + random.Random(int(time.monotonic() / 3)).uniform(-1e6, 1e6)
 

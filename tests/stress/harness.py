@@ -66,18 +66,18 @@ def without_evaluation():
 
 
 def output(process):
-    """Standard output and standard error of a run, so far."""
+    """Return the standard output and standard error of a run so far."""
     return process.log.read_text(errors="replace") if process.log.exists() else ""
 
 
 def num_rows(workdir, stage):
-    """Number of lines in the metrics of a stage."""
+    """Return the number of lines in the metrics of a stage."""
     path = Path(workdir) / "metrics" / f"{stage}.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def wait_for(condition, process, limit=3000):
-    """Poll `condition` until it is true (returns True) or the process ends (returns False)."""
+    """Poll `condition`; return True when it is true, False when the process ends before."""
     began = time.monotonic()
     while not condition():
         if not process.is_alive():
@@ -89,7 +89,7 @@ def wait_for(condition, process, limit=3000):
 
 
 def differences(ours, theirs, stages):
-    """[description] of each array and metric that differs between two finished workdirs, without perf/ metrics."""
+    """Return [description] of each array and metric that differs between two finished workdirs, without perf/."""
     from rae_jax.runtime import checkpoint_reader, logs
 
     found = []
@@ -104,10 +104,14 @@ def differences(ours, theirs, stages):
         left, right = states
         found += [f"{stage}: {key} differs" for key in left if left[key].tobytes() != right[key].tobytes()]
         rows = [logs.read(Path(workdir) / "metrics" / f"{stage}.jsonl") for workdir in (ours, theirs)]
-        plain = [[{k: v for k, v in row.items() if not k.startswith("perf/")} for row in part] for part in rows]
-        if plain[0] != plain[1]:
+        if without_perf(rows[0]) != without_perf(rows[1]):
             found.append(f"{stage}: metrics differ")
     return found
+
+
+def without_perf(rows):
+    """Return rows of metrics without the perf/ numbers, which depend on the machine."""
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
 
 
 def read_state(path):
@@ -117,8 +121,8 @@ def read_state(path):
 
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path / "state").item_metadata
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
-        tree = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(restore_args=how))
+        numpy_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree)
+        tree = checkpointer.restore(path / "state", args=ocp.args.PyTreeRestore(restore_args=numpy_arrays))
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}
 
@@ -143,8 +147,8 @@ def _run_toy(workdir, stages, num_steps, log):
     try:
         with workdir_lock.hold(workdir):
             for name in stages:
-                how = {"health_settings": health.Settings(heartbeat=0.05), "on_error": "continue"}
-                toy_stage.run(epath.Path(workdir), num_steps, name=name, keep=2, **how)
+                options = {"health_settings": health.Settings(heartbeat=0.05), "on_error": "continue"}
+                toy_stage.run(epath.Path(workdir), num_steps, name=name, keep=2, **options)
     except InterruptedRun:
         sys.exit(command_line.RESTART)
 

@@ -10,6 +10,8 @@ from rae_jax.runtime import logs, sharding
 from rae_jax.training import optim
 from rae_jax.training.loop import Stage, fit
 
+from . import harness
+
 OPTIMISER = optax.adam(0.1)
 
 
@@ -71,6 +73,5 @@ def run(workdir, num_steps, *, name="toy", on=None, source=None, kind=None, **se
 
 
 def rows(workdir):
-    """Return the lines of the metrics without perf/ numbers, which depend on the machine."""
-    found = logs.read(workdir / "metrics" / "toy.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in found]
+    """Return the lines of the metrics without perf/ numbers."""
+    return harness.without_perf(logs.read(workdir / "metrics" / "toy.jsonl"))

@@ -13,6 +13,7 @@ import pytest
 from conftest import random_like, tiny, uncached
 from etils import epath
 from PIL import Image
+from stress import harness
 
 import rae_jax
 from rae_jax import convert
@@ -38,9 +39,7 @@ def _train(config, workdir):
 
 
 def _rows(workdir, stage):
-    """Metrics without what depends on the machine."""
-    rows = logs.read(workdir / "metrics" / f"{stage}.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+    return harness.without_perf(logs.read(workdir / "metrics" / f"{stage}.jsonl"))
 
 
 @pytest.fixture(scope="module")
