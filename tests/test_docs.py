@@ -1,5 +1,6 @@
 """README and docs: every command is checked as written, and the commands that need nothing special run, in small."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from rae_jax.config import keys as config_keys
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md"]  # texts whose commands are not checked: old commands, or hours
 INDEX = "docs/README.md"
 # Pages whose commands take too long or need other machines, and the test that runs them in small instead.
 ELSEWHERE = {
@@ -120,14 +122,26 @@ def test_a_wrong_command_is_detected():
 
 
 def test_links_lead_somewhere_and_the_index_has_every_page():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+    for page in [*PAGES, *OTHERS]:
+        for target in _linked((ROOT / page).read_text()):
             assert ((ROOT / page).parent / target).exists(), (page, target)
+    assert _linked("[a](b.md) [c](d.md#e) [f](https://g) [h](#i)") == ["b.md", "d.md"]
     index = (ROOT / INDEX).read_text()
     others = [Path(page).name for page in PAGES if page.startswith("docs/") and page != INDEX]
     assert [name for name in others if f"]({name})" not in index] == []
     assert INDEX in (ROOT / "README.md").read_text()
     assert all((ROOT / "tests" / test).exists() for test in ELSEWHERE.values())
+
+
+def _linked(text):
+    """Return the files that the links of a page lead to, without anchors."""
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])  # not the old commands of CHANGELOG.md
+def test_modules_that_a_page_runs_exist(page):
+    named = set(re.findall(r"python -m ((?:rae_jax|launch|tests)\b[\w.]*\w)", (ROOT / page).read_text()))
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/from_pytorch.md"])  # which names their files
