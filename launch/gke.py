@@ -5,10 +5,10 @@
         --config.data.source=array_record --config.data.path=/data/PACKED [--config.KEY=VALUE ...]
     python -m launch.gke --name=b1 --image=IMAGE --accelerator=nvidia-h100-80gb --gpus=8 --hosts=2 -- ...
 
---dry_run only prints the manifest. The cluster is that of kubectl's current context, or of --context. Values of --env
-are read from the environment of this command and go to a Secret of the cluster by standard input; the manifest and the
-output do not contain them. launch/Dockerfile builds an image; the data must be in the image, or in a volume that you
-add to the template. When a node is taken away or a process of the run ends (exit statuses 75, 134 and those of
+--dry_run only prints the manifest. --context names a context of kubectl; by default its current context is used. Values
+of --env are read from the environment of this command and go to a Secret of the cluster by standard input; the manifest
+and the output do not contain them. launch/Dockerfile builds an image; the data must be in the image, or in a volume
+that you add to the template. When a node is taken away or a process of the run ends (exit statuses 75, 134 and those of
 signals), the pods restart and resume, up to --max_restarts times. The JobSet ends with status 0, and with statuses
 that need a person, 1 and 2: docs/robustness.md.
 """
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 TEMPLATE = Path(__file__).parent / "jobset.yaml"
-FINAL_STATUSES = [1, 2, 130]  # a restart would not help
+FINAL_STATUSES = [1, 2, 130]  # after these a restart does not help
 PORT = 1234  # the first process of a run on GPUs listens here
 
 
@@ -165,7 +165,7 @@ def _mistakes(given):
             yield f"--topology={given.topology} cannot work: use sizes such as 4x4 or 2x2x4"
         elif (chips := math.prod(_topology(given))) % _chips_per_host(given):
             reason = f"--topology={given.topology} has {chips} chips, choose a divisor"
-            yield f"--chips_per_host={given.chips_per_host} cannot work: {reason}"
+            yield f"--chips_per_host={_chips_per_host(given)} cannot work: {reason}"
     for name in ("config", "workdir"):
         if not any(flag.startswith(f"--{name}=") for flag in given.flags):
             yield f"--{name}=... is missing: set it after --"

@@ -71,7 +71,7 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
     """Load the diffusion transformer of `source` (see load_rae), with the statistics of its latents."""
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
-    weaker = "guide" in part_weights.of_sampling(config)
+    weaker = "guide" in part_weights.parts_of_sampling(config)
     guide = part_weights.load(config, "guide", "", _mesh(mesh)) if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
 
@@ -123,7 +123,7 @@ def sample(
     theirs, ours = (config_keys.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
         raise UserError(f"the RAE's latents are {theirs}, the DiT's are {ours}: load both from one source")
-    least = sampler.fewest_steps(dit.config)
+    least = config_keys.fewest_steps(dit.config)
     if num_steps is not None and num_steps < least:
         raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
     if guide is not None:
@@ -207,7 +207,7 @@ def _find(source: Source, parts: Sequence[str]) -> tuple[ConfigDict, epath.Path 
         return ConfigDict(source.to_dict()), ""
     name = str(source)
     if name == "small":
-        return saved_config.read(part_weights.SHIPPED), ""
+        return saved_config.read(saved_config.SHIPPED), ""
     if epath.Path(source).is_dir():
         return saved_config.read(source), epath.Path(source)
     if name.endswith(".py") or name in config_files.names():

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax.build import models, part_weights, published_weights, saved_config
+from rae_jax.build import part_weights, published_weights, saved_config
 from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -109,7 +109,7 @@ def _run(argv):
 
 def _parts(config, named, form):
     """Return the parts named by --parts, or the parts that the format always has, or the stages of the config."""
-    parts_of_diffusers = ("encoder", "decoder") if models.is_vae(config) else ("encoder", "decoder", "statistics")
+    parts_of_diffusers = ("encoder", "decoder") if config_keys.is_vae(config) else ("encoder", "decoder", "statistics")
     if form == "diffusers" and named:
         raise UserError(f"--format=diffusers always has the parts {', '.join(parts_of_diffusers)}: leave out --parts")
     parts = parts_of_diffusers if form == "diffusers" else named or config.stages

@@ -143,7 +143,7 @@ def _generation(config, workdir, mesh, job):
 
 def _generator(config, workdir, mesh, step=None):
     last = {"step": step} if config.stages and config.stages[-1] == "dit" else {}
-    return part_weights.load_all(config, part_weights.of_sampling(config), workdir, mesh, **last)
+    return part_weights.load_all(config, part_weights.parts_of_sampling(config), workdir, mesh, **last)
 
 
 def _flops(config, workdir, mesh, job):

@@ -42,11 +42,6 @@ def autoencoder(config):
     )
 
 
-def is_vae(config):
-    """Return whether the autoencoder is Stable Diffusion's VAE, whose decoder is not trained here."""
-    return config.encoder.family == "sd_vae"
-
-
 def encoder(config, e):
     """Return the module of an encoder, or of a backbone, from its config section `e`."""
     match e.family:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from etils import epath
 
 from rae_jax.build import models, objectives, perceptual_networks, published_weights
+from rae_jax.build.saved_config import SHIPPED
 from rae_jax.config.keys import input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import statistics
 from rae_jax.weights import safetensors_tree
 
-SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"
 FROZEN = {  # the parts of earlier stages that the step of each stage takes
     "encoder": (),
     "judge": (),
@@ -37,27 +37,27 @@ def frozen(config, stage, get):
     return found
 
 
-def of_sampling(config):
+def parts_of_sampling(config):
     """Return the names of the parts that sampling takes."""
     return ("decoder", "statistics", "dit", *_guide(config))
 
 
-def of_evaluation(config):
+def parts_of_evaluation(config):
     """Return the names of the parts that an evaluation takes."""
     return (*_trained_for_evaluation(config), *perceptual_networks.named(config), *_guide(config))
 
 
 def _trained_for_evaluation(config):
     """Return the stages whose weights an evaluation takes. The judge and the DiT are optional."""
-    optional = ("judge", "dit") if exists(config, "dit") else ("judge", "dit", "statistics")
-    return [name for name in FROZEN if name not in optional or exists(config, name)]
+    optional = ("judge", "dit") if has_part(config, "dit") else ("judge", "dit", "statistics")
+    return [name for name in FROZEN if name not in optional or has_part(config, name)]
 
 
 def _guide(config):
     return ("guide",) if config.guidance.method == "autoguidance" else ()
 
 
-def exists(config, part):
+def has_part(config, part):
     """Return whether the run has this part, or will have it after its stages."""
     if part in perceptual_networks.PARTS:
         return part in perceptual_networks.named(config)
@@ -70,7 +70,7 @@ def load_all(config, parts, workdir, mesh, step=None):
 
 
 def load(config, part, workdir, mesh, step=None):
-    """Return the weights of one part, on the devices.
+    """Return the weights of one part, on the devices; None for statistics with config.statistics.weights='none'.
 
     If the part's stage belongs to the run, its weights come from `workdir`. Otherwise the config names them: 'small', a
     folder with PART.safetensors, or published weights (see published_weights.load). `step` selects a checkpoint of the
@@ -81,19 +81,25 @@ def load(config, part, workdir, mesh, step=None):
     if part == "guide":
         return load(_guide_config(config), "dit", "", mesh)
     folder = epath.Path(workdir) / "checkpoints" / part
-    if part in config.stages and _has_checkpoints(config, workdir):
+    if part in config.stages and has_checkpoints(config, workdir):
         found = checkpoint_reader.latest_step(folder) if step is None or part != config.stages[-1] else step
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {part!r} yet: train it first (--mode=train)")
         return _from_checkpoint(config, part, folder, found, mesh)
-    if is_left_out(config, part):
-        return None
     weights = section(config, part).weights
+    if part == "statistics" and weights == "none":
+        return None
     if not weights:
         raise UserError(
-            f"config.{part}.weights='' names no weights: train this part first, or set the key to its weights"
+            f"{weights_key(part)}='' names no weights: train this part first, or set the key to its weights"
         )
     return _from_files(config, part, weights, mesh)
+
+
+def weights_key(part):
+    """Return the key of a config that names the weights of a part."""
+    section = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
+    return f"config.{section}.weights"
 
 
 def is_left_out(config, part):
@@ -126,11 +132,17 @@ def _without_key_bias(params):
 
 def _guide_config(config):
     """Return a config whose DiT is the weaker model of config.guidance.dit, which another run trained."""
-    with config.unlocked():  # so that the copy is unlocked
-        weak = config.copy_and_resolve_references()
-        weak.dit.update(config.guidance.dit)
-        weak.stages = ()
+    weak = _untrained(config)
+    weak.dit.update(config.guidance.dit)
     return weak
+
+
+def _untrained(config):
+    """Return an unlocked copy of a config, without stages."""
+    with config.unlocked():  # so that the copy is unlocked
+        copy = config.copy_and_resolve_references()
+    copy.stages = ()
+    return copy
 
 
 def shapes(config, part):
@@ -187,7 +199,8 @@ def _refuse_unfinished_statistics(folder, step):
         )
 
 
-def _has_checkpoints(config, workdir):
+def has_checkpoints(config, workdir):
+    """Return whether the workdir holds a checkpoint of any stage of the config."""
     return any(
         checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages
     )
@@ -203,23 +216,21 @@ def check_available(config, mesh):
         return
     for part in _trained_for_evaluation(config):
         if part not in config.stages:
-            _check_loads(config, part, f"config.{part}.weights", config[part].weights, mesh)
+            _check_loads(config, part, config[part].weights, mesh)
     for part in _guide(config):
-        _check_loads(config, part, "config.guidance.dit.weights", config.guidance.dit.weights, mesh)
+        _check_loads(config, part, config.guidance.dit.weights, mesh)
 
 
-def _check_loads(config, part, key, weights, mesh):
+def _check_loads(config, part, weights, mesh):
     try:
         load(config, part, "", mesh)
     except UserError as error:
         if str(error).startswith("config."):  # the message names its key already
             raise
-        raise UserError(f"{key}={weights!r}: {error}") from error
+        raise UserError(f"{weights_key(part)}={weights!r}: {error}") from error
 
 
 def load_shipped(config, mesh):
     """Return {part: weights} of an evaluation by the config's keys alone, without the run's own checkpoints."""
-    with config.unlocked():
-        untrained = config.copy_and_resolve_references()
-    untrained.stages = ()
-    return load_all(untrained, of_evaluation(untrained), "", mesh)
+    untrained = _untrained(config)
+    return load_all(untrained, parts_of_evaluation(untrained), "", mesh)

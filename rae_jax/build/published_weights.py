@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from rae_jax.config.keys import encoder_input_size, latent_shape, section
+from rae_jax.config.keys import encoder_input_size, is_vae, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
 from rae_jax.weights import engine, hub, safetensors_tree, sd_vae_tables, tables
@@ -14,7 +14,7 @@ from rae_jax.weights import engine, hub, safetensors_tree, sd_vae_tables, tables
 def tables_of(config, part):
     """Return the tables of a part's file formats, first the one that is written; () if the part is never published."""
     match part:
-        case "encoder" | "decoder" if config.encoder.family == "sd_vae":
+        case "encoder" | "decoder" if is_vae(config):
             return sd_vae_tables.tables(part, levels=len(config.encoder.widths), depth=config.encoder.depth)
         case "encoder" | "backbone":
             return _encoder_tables(section(config, part))
@@ -70,7 +70,7 @@ def write_diffusers(config, parts, folder):
     The family sd_vae is written for AutoencoderKL. The decoder of AutoencoderRAE gives the same results on 16x16 tokens
     only: on other grids it stretches its 16x16 positions. Raises UserError for an encoder that it does not support.
     """
-    if config.encoder.family == "sd_vae":
+    if is_vae(config):
         tensors = tensors_of(config, "encoder", parts["encoder"]) | tensors_of(config, "decoder", parts["decoder"])
         return _write_folder(folder, tensors, _autoencoder_kl(config))
     e = config.encoder

@@ -52,8 +52,7 @@ def shift_factor(config):
 
 def time_fn(config):
     """Return the function (key, batch_size) -> training times before the shift, in the published range [0, 0.999]."""
-    train, p = config.dit.train, prediction(config)
-    low, high = (0.0, 0.999) if (p.first, p.last) == (1.0, 0.0) else (0.001, 0.999)
+    train, low, high = config.dit.train, prediction(config).last, 0.999
     match train.time:
         case "logit_normal":
             return functools.partial(
@@ -66,27 +65,30 @@ def time_fn(config):
 
 
 def sampler(config):
-    """Return the `ode.Sampler` of config.sampler. Its times are concrete numbers, also inside jit."""
-    with jax.ensure_compile_time_eval():
-        times = _times(config)
+    """Return the `ode.Sampler` of config.sampler."""
+    times = _times(config)
     return ode.Sampler(times, functools.partial(_solve, config, times))
 
 
 def _times(config):
-    """Return the shifted times, without an end at which the velocity or the diffusion is not defined."""
+    """Return the shifted times, without an end at which the velocity or the diffusion is not defined.
+
+    They are concrete numbers, also inside jit.
+    """
     c, p, factor = config.sampler, prediction(config), shift_factor(config)
     first, last = p.first, p.last
     if c.method == "sde":
         if c.diffusion == "score_based":
             first = min(first, 0.999)  # the diffusion is infinite at 1
         last = last if c.last_step == "none" else c.last_step_size
-    match c.grid:
-        case "plain":
-            return ode.time_grid(c.num_steps, factor, first=first, last=last)
-        case "published":
-            return ode.published_grid(c.num_steps, factor)
-        case other:
-            raise ValueError(f"unknown grid {other!r}")
+    with jax.ensure_compile_time_eval():
+        match c.grid:
+            case "plain":
+                return ode.time_grid(c.num_steps, factor, first=first, last=last)
+            case "published":
+                return ode.published_grid(c.num_steps, factor)
+            case other:
+                raise ValueError(f"unknown grid {other!r}")
 
 
 def _solve(config, times, velocity, x, noise_fn):
@@ -112,8 +114,7 @@ def refreshed(config):
     The first step inside the guidance interval always computes it.
     """
     c = config.sampler
-    with jax.ensure_compile_time_eval():
-        starts = np.asarray(_times(config))[:-1]
+    starts = np.asarray(_times(config))[:-1]
     inside = (starts >= config.guidance.t_min) & (starts <= config.guidance.t_max)
     enters = inside & ~np.concatenate([[False], inside[:-1]])
     steps = np.arange(len(starts))
@@ -159,11 +160,6 @@ def _diffusion(name):
 def is_guided(config):
     """Return whether the config's sampler uses guidance."""
     return config.guidance.method != "none"
-
-
-def fewest_steps(config):
-    """Return the smallest config.sampler.num_steps: the published grid counts points, two of which make one step."""
-    return 2 if config.sampler.grid == "published" else 1
 
 
 def has_fixed_steps(config):

@@ -9,8 +9,7 @@ from rae_jax.build import published_weights
 from rae_jax.errors import UserError
 
 FILE = "config.json"
-# It holds every key; a test compares it with configs/small.py.
-_SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small" / FILE
+SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"  # its config.json holds every key of configs/small.py
 _OF_A_MODEL = ("name", "dtype", "unroll", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
 
 
@@ -35,7 +34,7 @@ def read(folder):
 
 def complete(found):
     """Return a config with every key from a nested dict that may lack keys."""
-    return ConfigDict(_merged(json.loads(_SHIPPED.read_text()), found))
+    return ConfigDict(_merged(json.loads((SHIPPED / FILE).read_text()), found))
 
 
 def write(config, folder, parts):

@@ -99,9 +99,10 @@ def _load_frozen(config, part, workdir, mesh):
             try:
                 return part_weights.load(config, "backbone", workdir, mesh)
             except UserError as error:
+                key = f"{part_weights.weights_key(part)}={backbone.weights!r}"
+                message = str(error) if str(error).startswith("config.") else f"{key}: {error}"
                 raise UserError(
-                    f"config.discriminator.backbone.weights={backbone.weights!r}: {error}; or train without a "
-                    f"discriminator: --config.decoder.train.adversarial_weight=0"
+                    f"{message}; or train without a discriminator: --config.decoder.train.adversarial_weight=0"
                 ) from error
         case _:
             return part_weights.load(config, part, workdir, mesh)

@@ -15,12 +15,13 @@ def run(config, workdir, mesh, flags):
     from rae_jax.ui import demo_page  # only this mode needs gradio, whose import takes seconds
 
     demo_page.refuse_more_processes()
-    sampled = part_weights.exists(config, "dit")
-    names = ("encoder", "decoder", *(part_weights.of_sampling(config)[1:] if sampled else ()))
+    sampled = part_weights.has_part(config, "dit")
+    names = ("encoder", *(part_weights.parts_of_sampling(config) if sampled else ("decoder",)))
+    trained = part_weights.has_checkpoints(config, workdir)
     page = demo_page.build_page(
         demo_model.DemoModel(config, part_weights.load_all(config, names, workdir, mesh)),
         title=f"rae_jax: {config.name}",
-        weights=f"weights of {workdir}" if results.is_trained(config, workdir) else "weights that the config names",
+        weights=f"weights of {workdir}" if trained else "weights that the config names",
         class_names=results.class_names(config) if sampled else (),
         held_out=results.held_out(config),
         image_size=config.data.image_size,

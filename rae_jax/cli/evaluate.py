@@ -13,12 +13,12 @@ def run(config, workdir, mesh, flags):
         raise UserError(f"--step={flags.step} picks a checkpoint, and --samples names images: leave one out")
     evaluator = Evaluator(config, mesh)
     if flags.samples is not None:
-        names = ("encoder", *(name for name in ("judge", "inception") if part_weights.exists(config, name)))
+        names = ("encoder", *(name for name in ("judge", "inception") if part_weights.has_part(config, name)))
         parts = part_weights.load_all(config, names, workdir, mesh)
         results.write(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
     linear_probes.check_available(config)
-    parts = part_weights.load_all(config, part_weights.of_evaluation(config), workdir, mesh, step=flags.step)
+    parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh, step=flags.step)
     if flags.step is None:
         results.measure_trained(evaluator, config, parts, workdir, results.of_shipped(config, workdir))
     else:

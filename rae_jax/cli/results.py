@@ -4,10 +4,10 @@ import json
 import time
 
 from rae_jax.build import data as build_data
+from rae_jax.build import part_weights
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid
 from rae_jax.runtime import atomic_files, processes
-from rae_jax.runtime.checkpoint_reader import latest_step
 
 
 def measure(evaluator, config, parts, workdir, name):
@@ -21,7 +21,7 @@ def measure(evaluator, config, parts, workdir, name):
 
 def measure_trained(evaluator, config, parts, workdir, shipped):
     """Evaluate the run's weights and write the numbers, next to the numbers of the shipped weights if these exist."""
-    prefix = "trained" if config.evaluate.shipped and is_trained(config, workdir) else ""
+    prefix = "trained" if config.evaluate.shipped and part_weights.has_checkpoints(config, workdir) else ""
     found = measure(evaluator, config, parts, workdir, prefix)
     found = {f"{prefix}_{name}" if prefix else name: value for name, value in found.items()}
     write(workdir, f"{config.name}.json", {**shipped, **found})
@@ -45,11 +45,6 @@ def write(workdir, name, results):
     width = max(map(len, results))
     for key, value in results.items():
         print(f"{key:{width}}  {value:.4f}")
-
-
-def is_trained(config, workdir):
-    """Return whether the workdir holds a checkpoint of any stage of the config."""
-    return any(latest_step(workdir / "checkpoints" / stage) is not None for stage in config.stages)
 
 
 def held_out(config):

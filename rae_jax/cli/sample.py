@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = (
 def run(config, workdir, mesh, flags):
     """Write samples/{sampled.png, images/, samples.npz}. An interrupted request resumes if it is repeated."""
     labels = _labels(config, flags)
-    parts = part_weights.load_all(config, part_weights.of_sampling(config), workdir, mesh, step=flags.step)
+    parts = part_weights.load_all(config, part_weights.parts_of_sampling(config), workdir, mesh, step=flags.step)
     flat = keys.flatten(json.loads(config.to_json()))
     request = {
         "config": {key: value for key, value in flat.items() if key.split(".")[0] not in _WITHOUT_EFFECT},

@@ -62,7 +62,7 @@ def _train_and_evaluate(config, workdir, mesh, evaluator):
         shipped = results.measure(evaluator, config, part_weights.load_shipped(config, mesh), workdir, "shipped")
         results.write(workdir, f"{config.name}.json", shipped)
     run_stages(config, workdir, mesh, evaluator)
-    parts = part_weights.load_all(config, part_weights.of_evaluation(config), workdir, mesh)
+    parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh)
     results.measure_trained(evaluator, config, parts, workdir, shipped)
     if processes.is_first():
         print(f"pictures: {workdir / 'samples'}")
@@ -108,9 +108,9 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     @functools.cache
     def other_parts():
-        names = [name for name in _EVALUATED[stage.name] if part_weights.exists(config, name)]
+        names = [name for name in _EVALUATED[stage.name] if part_weights.has_part(config, name)]
         names += perceptual_networks.named(config)
-        if stage.name == "dit" and "guide" in part_weights.of_sampling(config):
+        if stage.name == "dit" and "guide" in part_weights.parts_of_sampling(config):
             names.append("guide")
         return {name: stage.frozen.get(name) or part_weights.load(config, name, workdir, mesh) for name in names}
 

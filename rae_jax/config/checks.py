@@ -9,7 +9,7 @@ import math
 from etils import epath
 
 from rae_jax.config.glossary import RESULTS
-from rae_jax.config.keys import STAGES, TRAINED, input_size
+from rae_jax.config.keys import STAGES, TRAINED, fewest_steps, input_size, is_vae
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -144,7 +144,7 @@ def _check_latents(config):
 
 
 def _check_shapes(config):
-    if config.encoder.family == "sd_vae":
+    if is_vae(config):
         _check_sd_vae(config)
     size, patch = config.data.image_size, config.encoder.patch_size
     if "encoder" in config.stages:
@@ -225,7 +225,7 @@ def _check_attention(config, device):
 
 def _attending(config):
     """Yield (section, prefix of its keys) of all models whose attention config.attention computes."""
-    if config.encoder.family != "sd_vae":
+    if not is_vae(config):
         yield from (("encoder", ""), ("decoder", ""))
     if config.discriminator.backbone.family != "encoder" and "decoder" in config.stages:
         yield "discriminator.backbone", ""
@@ -252,7 +252,7 @@ def _check_sampling(config):
     share = "only euler steps of a DiT^DH can share the trunk's output: set it to"
     _require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
     _require(reusable or not sampler.refresh, config, "sampler.refresh", f"{share} ()")
-    last = sampler.num_steps - (2 if sampler.grid == "published" else 1)  # num_steps counts points with 'published'
+    last = sampler.num_steps - fewest_steps(config)
     _require(last >= 0, config, "sampler.num_steps", "it counts points of the grid 'published': set it to 2 or more")
     inside = all(isinstance(step, int) and 0 <= step <= last for step in sampler.refresh)
     _require(inside, config, "sampler.refresh", f"it must hold numbers of steps, from 0 to {last}")

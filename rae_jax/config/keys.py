@@ -75,6 +75,16 @@ def input_size(config, section):
     return section.input_size or config.data.image_size
 
 
+def is_vae(config):
+    """Return whether the autoencoder is Stable Diffusion's VAE, whose decoder is not trained here."""
+    return config.encoder.family == "sd_vae"
+
+
+def fewest_steps(config):
+    """Return the smallest config.sampler.num_steps: the published grid counts points, two of which make one step."""
+    return 2 if config.sampler.grid == "published" else 1
+
+
 def encoder_input_size(config):
     """Return the size in pixels of the images that the encoder gets."""
     return input_size(config, config.encoder)

@@ -22,7 +22,7 @@ def make_sampler(config, mesh):
 def sampler(config):
     """Return the pure function (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
 
-    All random numbers of image i are a function of (key, i) alone. `parts`: see part_weights.of_sampling.
+    All random numbers of image i are a function of (key, i) alone. `parts`: see part_weights.parts_of_sampling.
     """
     autoencoder = models.autoencoder(config)
 

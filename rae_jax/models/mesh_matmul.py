@@ -66,10 +66,9 @@ class _Plan(NamedTuple):
     """The split of a kernel over the mesh, and of the input and the output of its product."""
 
     fsdp: int | None  # the axis that is gathered
-    tensor: str | None  # 'column', 'row'
     kernel: P
     columns: tuple  # the shape of one row of the kernel on a device: (parts, F) or (F,), with -1 for F
-    ends: tuple  # the mesh's axis of the last axis of x, and of the product
+    ends: tuple  # the mesh's axes that split the last axis of x, and of the product; or None
 
 
 def _plan(fsdp, tensor, columns):
@@ -77,12 +76,12 @@ def _plan(fsdp, tensor, columns):
     last = [axis for axis, split in (("tensor", tensor == "column"), ("fsdp", fsdp == -1)) if split]
     kernel = P(tuple(first) or None, *(None,) * (len(columns) - 1), tuple(last) or None)
     ends = tuple("tensor" if tensor == kind else None for kind in ("row", "column"))
-    return _Plan({None: None, -2: 0, -1: len(columns)}[fsdp], tensor, kernel, columns, ends)
+    return _Plan({None: None, -2: 0, -1: len(columns)}[fsdp], kernel, columns, ends)
 
 
-def _activations(ndim, plan):
-    """Return the specs of x and of the product, with `ndim` axes."""
-    return [P(*sharding.BATCH, *(None,) * (ndim - 2), end) for end in plan.ends]
+def _activations(ndim, end):
+    """Return the spec of x or of the product, with `ndim` axes, of which the last is split over the axis `end`."""
+    return P(*sharding.BATCH, *(None,) * (ndim - 2), end)
 
 
 # The product and its two transposes: each is linear in both arguments, and a transpose of the other two. Without a
@@ -92,31 +91,29 @@ def _activations(ndim, plan):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x, kernel, plan):
     """x [B, ..., D], kernel [D, (parts,) F] -> [B, ..., F]."""
-    if plan is None:
-        return _times(x, kernel)
-
-    def on_device(x, kernel):
-        whole = _gather(kernel, plan)
-        y = _times(x, whole.reshape(whole.shape[0], -1))
-        return jax.lax.psum(y, "tensor") if plan.tensor == "row" else y
-
-    left, right = _activations(x.ndim, plan)
-    return jax.shard_map(on_device, in_specs=(left, plan.kernel), out_specs=right, check_vma=False)(x, kernel)
+    return _times_kernel(x, kernel, plan, transposed=False)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _to_input(dy, kernel, plan):
     """dy [B, ..., F], kernel [D, (parts,) F] -> [B, ..., D]."""
+    return _times_kernel(dy, kernel, plan, transposed=True)
+
+
+def _times_kernel(x, kernel, plan, *, transposed):
+    """x times the kernel, or times its transpose."""
+    turned = jnp.transpose if transposed else lambda kernel: kernel
     if plan is None:
-        return _times(dy, kernel.T)
+        return _times(x, turned(kernel))
+    first, last = reversed(plan.ends) if transposed else plan.ends
 
-    def on_device(dy, kernel):
+    def on_device(x, kernel):
         whole = _gather(kernel, plan)
-        dx = _times(dy, whole.reshape(whole.shape[0], -1).T)
-        return jax.lax.psum(dx, "tensor") if plan.tensor == "column" else dx
+        y = _times(x, turned(whole.reshape(whole.shape[0], -1)))
+        return jax.lax.psum(y, first) if first else y
 
-    left, right = _activations(dy.ndim, plan)
-    return jax.shard_map(on_device, in_specs=(right, plan.kernel), out_specs=left, check_vma=False)(dy, kernel)
+    specs = (_activations(x.ndim, first), plan.kernel)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=_activations(x.ndim, last), check_vma=False)(x, kernel)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -132,7 +129,7 @@ def _to_kernel(x, dy, plan):
             return jax.lax.psum(dkernel, ("data", "fsdp"))
         return jax.lax.psum(collectives.scatter(dkernel, plan.fsdp), "data")
 
-    specs = tuple(_activations(x.ndim, plan))
+    specs = tuple(_activations(x.ndim, end) for end in plan.ends)
     return jax.shard_map(on_device, in_specs=specs, out_specs=plan.kernel, check_vma=False)(x, dy)
 
 

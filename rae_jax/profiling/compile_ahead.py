@@ -180,7 +180,7 @@ def _train(config, name, mesh):
 def _sample(config, mesh):
     if not build_sampler.has_fixed_steps(config):
         raise UserError("config.sampler.method='adaptive' has no fixed number of steps to count: set it to 'heun'")
-    shapes = {part: part_weights.shapes_or_none(config, part) for part in part_weights.of_sampling(config)}
+    shapes = {part: part_weights.shapes_or_none(config, part) for part in part_weights.parts_of_sampling(config)}
     batch_size = sharding.round_up(config.evaluate.batch_size, mesh)
     numbers = [_split_shape((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
     key = _replicated_shape(jax.eval_shape(lambda: jax.random.key(0)), mesh)

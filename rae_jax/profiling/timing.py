@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax.build import models, part_weights
-from rae_jax.config.keys import latent_shape
+from rae_jax.config.keys import is_vae, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
 from rae_jax.profiling import chips, compile_ahead, jaxpr_flops
@@ -225,7 +225,7 @@ def made_up(shapes):
 
 def _train(config, mesh, *, name, latents=""):
     """Return the program of a stage's train step."""
-    if name == "decoder" and models.is_vae(config):
+    if name == "decoder" and is_vae(config):
         raise UserError("the decoder of a VAE is not trained: no train step exists")
     config = config.copy_and_resolve_references()
     with config.unlocked():

@@ -66,7 +66,7 @@ def test_importing_is_light():
 
 def test_the_shipped_weights_are_described_by_small():
     """If a key was added, write config.json again: json.loads(small.get_config().to_json()) with an indent of 2."""
-    there = json.loads((part_weights.SHIPPED / "config.json").read_text())
+    there = json.loads((saved_config.SHIPPED / "config.json").read_text())
     assert there == json.loads(small.get_config().to_json())
 
 

@@ -156,6 +156,7 @@ def test_a_jobset_that_has_ended_is_made_anew(tmp_path, state, times):
         (("gke", "--name=B_1", *TPU[1:], *RUN), "--name=B_1"),
         (("gke", *TPU[:3], "--topology=4by4", *RUN), "--topology=4by4"),
         (("gke", *TPU, "--chips_per_host=3", *RUN), "--topology=4x4 has 16 chips"),
+        (("gke", *TPU[:3], "--topology=3x3", *RUN), "--chips_per_host=4 cannot work: --topology=3x3 has 9 chips"),
         (("gke", *TPU, "--", "--config=configs/small.py"), "--workdir"),
         (("xm", "--title=t", "--sweep=config.seed=0,1", "--", "bash", "launch/local.sh", *RUN), "--workdir"),
         (("local.sh", "--process=2", *RUN), "'--process=2'"),
