@@ -21,7 +21,8 @@ from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError, one_line
 from rae_jax.profiling import timing
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
-from rae_jax.training.loop import DivergedRun, InterruptedRun
+from rae_jax.runtime.health import DivergedRun
+from rae_jax.training.loop import InterruptedRun
 
 MODES = {
     **{"train": train.run, "evaluate": evaluate.run, "sample": sample.run, "reconstruct": reconstruct.run},

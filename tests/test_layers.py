@@ -35,11 +35,24 @@ def _arrows():
     """(file, file that it imports) of all files of the package, imports inside of functions too."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
-                for name in node.names:
-                    places = (f"{node.module}.{name.name}", node.module)
-                    files = (PACKAGE.parent.joinpath(*place.split(".")).with_suffix(".py") for place in places)
-                    yield from ((path, file) for file in files if file.exists())
+            yield from ((path, file) for places in _imported(node) if (file := _file(places)))
+
+
+def _imported(node):
+    """Yield, for each name that a statement imports, the modules that it may be."""
+    match node:
+        case ast.Import():
+            yield from ((alias.name,) for alias in node.names)
+        case ast.ImportFrom():
+            assert not node.level, "a relative import"
+            yield from ((f"{node.module}.{alias.name}", node.module) for alias in node.names)
+
+
+def _file(places):
+    """The file of the first module that is one of the package; None for other packages."""
+    paths = [PACKAGE.parent.joinpath(*place.split(".")) for place in places if place.split(".")[0] == PACKAGE.name]
+    files = (file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py"))
+    return next((file for file in files if file.exists()), None)
 
 
 def test_imports_go_down():
@@ -60,6 +73,8 @@ def _reads_of_choices(path):
         return isinstance(node, ast.Attribute) and node.attr in keys
 
     def is_name(node):
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return any(map(is_name, node.elts))
         return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
     for node in ast.walk(ast.parse(path.read_text())):

@@ -49,7 +49,8 @@ def _interrupt(number, frame):
 
 def _run(job):
     from rae_jax.runtime import host_allocator
-    from rae_jax.training.loop import DivergedRun, InterruptedRun
+    from rae_jax.runtime.health import DivergedRun
+    from rae_jax.training.loop import InterruptedRun
 
     host_allocator.keep_freed_memory()
     try:

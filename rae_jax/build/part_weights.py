@@ -78,8 +78,9 @@ def load(config, part, workdir, mesh, step=None):
     """
     if part in perceptual_networks.PARTS:
         return perceptual_networks.load(config, part, mesh)
+    key = weights_key(part)
     if part == "guide":
-        return load(_guide_config(config), "dit", "", mesh)
+        config, part = _guide_config(config), "dit"
     folder = epath.Path(workdir) / "checkpoints" / part
     if part in config.stages and has_checkpoints(config, workdir):
         found = checkpoint_reader.latest_step(folder) if step is None or part != config.stages[-1] else step
@@ -90,9 +91,7 @@ def load(config, part, workdir, mesh, step=None):
     if part == "statistics" and weights == "none":
         return None
     if not weights:
-        raise UserError(
-            f"{weights_key(part)}='' names no weights: train this part first, or set the key to its weights"
-        )
+        raise UserError(f"{key}='' names no weights: train this part first, or set the key to its weights")
     return _from_files(config, part, weights, mesh)
 
 

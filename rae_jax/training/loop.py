@@ -8,11 +8,10 @@ from collections.abc import Callable
 import jax
 
 from rae_jax.runtime import checkpoint, health, heartbeat, logs, processes, sharding
-from rae_jax.runtime.health import DivergedRun  # noqa: F401  an exception of `fit`, for its callers
 from rae_jax.training.clock import Clock
 
-# Seconds of retries of a checkpoint that cannot be written: after the last step; and after a signal, if the machine may
-# be taken away soon.
+# Seconds in which a checkpoint that cannot be written is tried again: after the last step; and after a signal, as the
+# machine may be taken away soon.
 LAST_PATIENCE, STOPPING_PATIENCE = 600.0, 20.0
 
 

@@ -1,5 +1,7 @@
 """The random streams and images of the stages, and weights that are changed when they are loaded."""
 
+import re
+
 import encoder_cases
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from published_cases import DINO, dino_shapes, write
 
 from rae_jax.build import models, part_weights, stages
+from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
 STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
@@ -83,6 +86,31 @@ def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
     released = encoder_cases.weights(dino_shapes())["blocks.1.attn.qkv.bias"]
     assert released.all() and not bias[:, 16:32].any()
     np.testing.assert_array_equal(bias[1], np.where(np.arange(48) // 16 == 1, 0, released))
+
+
+@pytest.mark.parametrize("stages", [(), ("statistics",)])
+def test_statistics_may_be_left_out(tiny_config, tmp_path, stages):
+    """Also those of a stage that has not run."""
+    tiny_config.stages, tiny_config.statistics.weights = stages, "none"
+    assert part_weights.load(tiny_config, "statistics", tmp_path, sharding.make_mesh(tiny_config.mesh)) is None
+
+
+@pytest.mark.parametrize(
+    "part, key",
+    [
+        ("decoder", "config.decoder.weights"),
+        ("backbone", "config.discriminator.backbone.weights"),
+        ("guide", "config.guidance.dit.weights"),
+    ],
+)
+def test_a_part_without_weights_names_their_key(tiny_config, part, key):
+    tiny_config.guidance.method = "autoguidance"
+    section = tiny_config
+    for name in key.split(".")[1:-1]:
+        section = section[name]
+    section.weights = ""
+    with pytest.raises(UserError, match=f"^{re.escape(key)}='' names no weights"):
+        part_weights.load(tiny_config, part, "", sharding.make_mesh(tiny_config.mesh))
 
 
 def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):

@@ -31,7 +31,7 @@ def _command(workdir, mode, count, **changes):
     config.decoder.train.update({"num_steps": 4, "discriminator_start": 1, "adversarial_start": 2})
     config.dit.train.num_steps = 4
     config.mesh.update({"data": 1, "fsdp": count})
-    config.unroll = True  # as in test_scale
+    config.unroll = True  # see tests/stress/collectives.py
     config.update(changes)
     wanted, plain = (config_keys.flatten(c.to_dict()) for c in (config, plain))
     options = [f"--config.{key}={value}" for key, value in wanted.items() if plain[key] != value]

@@ -77,6 +77,24 @@ def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
             assert jnp.abs(a - b).max() <= 1e-6 * jnp.abs(a).max(), (choice, jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("name, blocks", [("plain_dit", "blocks"), ("dit", "trunk")])
+def test_a_diffusion_transformer_hands_out_the_tokens_after_blocks(name, blocks):
+    """In the order asked for, next to the same prediction. The first block's are those of a model of depth 1."""
+    model, arguments = _models()[name], _arguments(name)
+    params = _random_params(model, arguments)
+    shallow = {"params": {**params["params"], blocks: jax.tree.map(lambda x: x[:1], params["params"][blocks])}}
+    y, tokens = jax.jit(functools.partial(model.apply, layers=(1, 0)))(params, *arguments)
+    _, (first,) = jax.jit(functools.partial(model.clone(depth=1).apply, layers=(0,)))(shallow, *arguments)
+    expected = jax.jit(model.apply)(params, *arguments)
+    np.testing.assert_allclose(y, expected, atol=1e-6 * np.abs(expected).max())
+    assert tokens.shape == (2, 2, 64, 16)
+    np.testing.assert_allclose(tokens[1], first, atol=1e-6 * np.abs(first).max())
+    assert np.abs(tokens[0] - tokens[1]).max() > 0.1 * np.abs(first).max()
+    if name == "dit":  # the head takes the last block's
+        s = jax.jit(functools.partial(model.apply, method="trunk"))(params, *arguments)
+        np.testing.assert_allclose(tokens[0], s, atol=1e-6 * np.abs(s).max())
+
+
 @pytest.mark.slow
 def test_rematerialised_blocks_keep_less():
     """Count the numbers that a backward pass keeps of the forward pass."""

@@ -98,15 +98,17 @@ def _outcome(function, params, inputs, tangents):
 
 
 def _assert_close(found, expected, tolerance):
-    """Each array to `tolerance` of its largest number, or of a tenth of the largest of all.
+    """Each array of u, du and the gradient to `tolerance` of its largest number, or of a tenth of its tree's largest.
 
     Rounding of a gradient grows with the largest gradient that it is summed from. Gradients of singular vectors before
     a norm are rounding alone.
     """
-    least = 0.1 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        largest = max(float(np.abs(b).max()), least)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest, err_msg=jax.tree_util.keystr(path))
+    for name, tree in expected.items():
+        least = 0.1 * max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+        for (path, a), b in zip(jax.tree.leaves_with_path(found[name]), jax.tree.leaves(tree), strict=True):
+            largest = max(float(np.abs(b).max()), least)
+            where = f"{name} {jax.tree_util.keystr(path)}"
+            np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest, err_msg=where)
 
 
 def _run(name, made):
@@ -131,10 +133,12 @@ CHOICES = {
     "flash": {"attend": interpreted},
     "flash, dots": {"attend": interpreted, "remat": "dots"},
 }
+QUICK = ("dit", "dots")  # not slow
 IN_CI = {("encoder", "none"), ("decoder", "full"), ("dit", "unrolled"), ("dit_dh", "dots"), ("dit_dh", "flash, dots")}
 slow_transformers = [  # a choice of each kind in .ci/run; the others take many minutes
     pytest.param(*case, marks=[pytest.mark.slow, *(() if case in IN_CI else (pytest.mark.by_hand,))])
     for case in itertools.product(TRANSFORMERS, CHOICES)
+    if case != QUICK
 ]
 
 
@@ -144,7 +148,7 @@ def _chosen(name, choice, **changes):
     return _made(name, _config(**changes), attend)
 
 
-@pytest.mark.parametrize("name, choice", [("dit", "dots"), *slow_transformers])
+@pytest.mark.parametrize("name, choice", [QUICK, *slow_transformers])
 def test_derivatives_of_transformers_are_those_of_plain_products(name, choice):
     """Derivatives along the inputs, which include the times of DiTs, and the gradients of these derivatives."""
     _assert_close(_run(name, _chosen(name, choice)), _plain(name), 1e-4)
@@ -170,8 +174,8 @@ def test_forward_and_backward_derivatives_are_transposes(name):
 @pytest.mark.parametrize(
     "name, choice",
     [
-        ("dit", "dots"),
-        *slow_transformers,
+        QUICK,
+        *(case for case in slow_transformers if case.values[1] != "unrolled"),  # as all are here
         *(pytest.param(name, "none", marks=pytest.mark.slow) for name in OTHERS[:4]),  # convnet: see _run
     ],
 )

@@ -18,8 +18,9 @@ from stress import harness, toy_stage
 
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint, checkpoint_reader, health, heartbeat, logs
+from rae_jax.runtime.health import DivergedRun
 from rae_jax.training import loop
-from rae_jax.training.loop import DivergedRun, InterruptedRun
+from rae_jax.training.loop import InterruptedRun
 
 PLACES = toy_stage.stage(1).batches.places_of_step
 BAD, FIRST = PLACES(3)[1][3], 3  # an image of the third batch, which every epoch shows once

@@ -25,7 +25,8 @@ from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, logs, sharding
-from rae_jax.training.loop import DivergedRun, InterruptedRun, fit
+from rae_jax.runtime.health import DivergedRun
+from rae_jax.training.loop import InterruptedRun, fit
 from rae_jax.weights import safetensors_tree
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -185,21 +186,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["decoder", "dit"])
 def test_meshes_agree(run, tmp_path, stage):
+    # The run's encoder has hardly been trained, all its tokens are nearly equal: the norms of the discriminator's heads
+    # would divide rounding by their small spread. With it, trajectories were 1e-4 to 8e-3 apart after two updates.
+    weights = tmp_path / "weights"
+    convert.export(run, weights, parts=("statistics",))
+    encoder = random_like(part_weights.shapes(tiny(), "encoder"), seed=0, scale=0.3)
+    safetensors_tree.write(weights / "encoder.safetensors", encoder)
     losses = {}
     for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
         config = tiny()
         config.stages = (stage,)
         config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
-        # The discriminator sees 8-bit images, and its LeakyReLU has a kink: a difference of 1e-7 may move a pixel by a
-        # whole level. After two updates of it the trajectories are up to 8e-3 apart (2e-3 without the 8 bits); until
-        # then they were within 5e-6 of each other with each of 12 keys.
-        config.decoder.train.num_steps = 4
-        config.unroll = True  # as in test_scale
+        config.unroll = True  # see tests/stress/collectives.py
         config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
         for part in ("encoder", "statistics"):
-            config[part].weights = str(tmp_path / "weights")
-        if name == "one":
-            convert.export(run, tmp_path / "weights")
+            config[part].weights = str(weights)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
         workdir = epath.Path(tmp_path) / name
         with uncached():
@@ -215,7 +216,7 @@ def test_meshes_agree(run, tmp_path, stage):
         losses[name] = _rows(workdir, stage)
     for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
         for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (theirs["step"], key)
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (theirs["step"], key)
 
 
 def test_an_average_is_picked(run):

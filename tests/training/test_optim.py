@@ -45,6 +45,21 @@ def test_muon_turns_the_blocks_kernels_by_the_gradients_singular_vectors():
         np.testing.assert_allclose(np.diag(values) / (RATE * 0.2 * np.sqrt(12)), 1.0, atol=0.35)
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_microbatches_are_the_whole_batch(microbatches):
+    """Of |x w|^2: the loss, its gradient, and a further metric, which is a mean over the examples too."""
+    x, w = np.random.default_rng(0).normal(size=(8, 3)), np.random.default_rng(1).normal(size=3)
+
+    def loss(w, x):
+        y = x @ w
+        return jnp.square(y).mean(), {"absolute": jnp.abs(y).mean()}
+
+    (found, metrics), gradient = optim.value_and_grad(loss, jnp.float32(w), jnp.float32(x), microbatches)
+    np.testing.assert_allclose(found, np.square(x @ w).mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["absolute"], np.abs(x @ w).mean(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, 2 * (x @ w) @ x / 8, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_adamw_is_its_equations_also_for_what_muon_leaves(name):
     """After three gradients, so that both betas count. Beside Muon it has Nesterov's momentum."""
