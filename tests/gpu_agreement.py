@@ -30,7 +30,7 @@ def say(name, value):
 
 
 def cudnn_attention(shape):
-    """Of values and gradients in bfloat16, to XLA's in float32."""
+    """Return the difference of values and gradients in bfloat16 from XLA's in float32."""
 
     def values(attend, dtype):
         q, k, v, cotangent = (a.astype(dtype) for a in jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16))
@@ -41,7 +41,7 @@ def cudnn_attention(shape):
 
 
 def odd_products():
-    """Of a product and its gradients with 13 and 21 channels, to numpy's."""
+    """Return the difference of a product with 13 and 21 channels, and of its gradients, from numpy's."""
     x, kernel, dy = (
         np.random.default_rng(0).standard_normal(s, np.float32) for s in ((2, 5, 13), (13, 21), (2, 5, 21))
     )
@@ -52,7 +52,7 @@ def odd_products():
 
 
 def program(name):
-    """Of one run on the GPU to one on the CPU, the same numbers in and random draws inside."""
+    """Return the difference of a run on the GPU from one on the CPU, with the same inputs and random numbers."""
     config = tiny()
     config.decoder.train.lpips_weight = 0.0
 

@@ -44,7 +44,7 @@ def start(command, count=2, *, devices=1, places=None):
 
 
 def run(command, count=2, *, devices=1, status=0):
-    """What each of them said, once all have ended, with that status."""
+    """Run a pair; return the output of each process. All must end with `status`."""
     started = start(command, count, devices=devices)
     said = [process.communicate(timeout=3000)[0] for process in started]
     assert [process.returncode for process in started] == [status] * count, "\n".join(said)

@@ -85,7 +85,7 @@ def write(path, arrays):
 
 
 def read(path):
-    """What `write` wrote."""
+    """Return the tensors that `write` wrote."""
     if path.suffix == ".safetensors":
         return load_file(path)
     torch = pytest.importorskip("torch")

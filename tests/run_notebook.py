@@ -1,4 +1,4 @@
-"""Runs a notebook's code cells in order, in one namespace; figures go to files beside each other.
+"""Runs a notebook's code cells in order, in one namespace; figures go to files in one folder.
 
 python tests/run_notebook.py NOTEBOOK FOLDER
 """

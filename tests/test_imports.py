@@ -44,7 +44,7 @@ def _imported_by(path):
 
 
 def _state():
-    """What an import could change by the way."""
+    """Return the state of the process that an import could change."""
     import jax
     import numpy as np
     from absl import flags

@@ -1,4 +1,4 @@
-"""What the stages get from the config: the losses of the decoder, and the discriminator."""
+"""Objects that the stages get from the config: the losses of the decoder, and the discriminator."""
 
 import jax
 import jax.numpy as jnp

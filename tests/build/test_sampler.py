@@ -80,7 +80,7 @@ MEAN, STD = 0.6, 0.5  # of Gaussian data
 
 
 def _expected(path, x_t, t, xp=np):
-    """What the best model predicts at x_t, an expectation; and the score."""
+    """Return the predictions of the best model at x_t, which are expectations; and the score."""
     alpha, sigma, d_alpha, d_sigma = _coefficients(path, t, xp)
     score = -(x_t - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
     x, noise = MEAN - alpha * STD**2 * score, -sigma * score
@@ -90,7 +90,7 @@ def _expected(path, x_t, t, xp=np):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("path", PATHS)
 def test_the_config_s_flow_ends_in_the_data(path, prediction, tiny_config):
-    """Of Gaussian data: the flow keeps the distance from the mean in units of the standard deviation."""
+    """For Gaussian data the flow keeps the distance from the mean in units of the standard deviation."""
     tiny_config.dit.update({"path": path, "prediction": prediction})
     tiny_config.dit.time_shift = 1.0
     tiny_config.sampler.update({"method": "heun", "num_steps": 200})
@@ -132,7 +132,7 @@ SDES = (
 
 @pytest.mark.parametrize("path, diffusion, last_step", SDES)
 def test_the_config_s_sde_is_its_equations(path, diffusion, last_step, tiny_config):
-    """Of Gaussian data, whose score is known: SiT's equations (arXiv 2401.08740), where data are at the time 0."""
+    """For Gaussian data, whose score is known: SiT's equations (arXiv 2401.08740), in which data have the time 0."""
     tiny_config.dit.update({"path": path, "time_shift": 0.5})
     tiny_config.sampler.update({"method": "sde", "num_steps": 6, "last_step_size": 0.1})
     tiny_config.sampler.update({"diffusion": diffusion, "last_step": last_step})

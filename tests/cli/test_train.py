@@ -37,7 +37,7 @@ def _evaluate(config, stage, evaluator):
 
 @pytest.mark.parametrize("stage, average, expected", [("decoder", 0, 2), ("dit", 0, 2), ("dit", 1, 3), ("dit", 2, 4)])
 def test_in_training_averaged_weights_are_evaluated(tiny_config, stage, average, expected):
-    """Those that config.dit.average names, besides the weights of the stages before."""
+    """config.dit.average names them; the other parts are the weights of earlier stages."""
     tiny_config.dit.average, evaluator = average, _Evaluator()
     state = {"params": _part(1), "ema_params": _part(2), "more_ema_params": (_part(3), _part(4))}
     assert _evaluate(tiny_config, stage, evaluator)(state, 6) == {"fd": 9.0, "psnr": 20.0}

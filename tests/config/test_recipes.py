@@ -97,7 +97,7 @@ RELEASED = {  # of DiTs
 
 @pytest.mark.parametrize("name", [name for name in FULL_SIZE if name not in ("dit_xl_512", "sdvae_dit_xl")])
 def test_the_released_files_are_named(name):
-    """Those of ../shared/REFERENCE.md, section 8; none for parts of other sizes, which are yet to be trained."""
+    """The files of ../shared/REFERENCE.md, section 8; no file for parts of other sizes, which nobody has released."""
     config = importlib.import_module(f"configs.{name}").get_config()
     files = {
         "decoder": "decoders/dinov2/wReg_base/ViTXL_n08/model.pt" if FULL_SIZE[name][0] == "xl" else "",

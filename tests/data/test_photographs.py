@@ -1,4 +1,4 @@
-"""Crops of real photographs, beside the definitions written out in Pillow."""
+"""Crops of real photographs, compared with their definitions, written out in Pillow."""
 
 from pathlib import Path
 

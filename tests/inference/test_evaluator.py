@@ -219,7 +219,7 @@ def test_every_encoder_sees_the_reference_itself(parts, drawn, held_out, view, t
 
 
 def test_batches_and_devices_make_no_difference(evaluated, parts, drawn, tmp_path):
-    """Of thirty images and forty held-out ones: batches of 7 on one device against batches of 16 on eight."""
+    """Batches of 7 on one device against batches of 16 on eight: thirty images and forty held-out images."""
     path = _npz(tmp_path, arr_0=drawn[0], arr_1=drawn[1])
     found = _evaluator(_config(batch_size=7), devices=1).images(jax.device_get(parts), path)
     assert len(found) == 8

@@ -231,7 +231,7 @@ def test_training_times_stay_where_the_published_ones_are(tiny_config, time):
 
 
 def test_noise_is_normal_and_new_in_every_step_of_every_image(tiny_config, monkeypatch):
-    """Where the velocity is zero, a step of the SDE with w = 1 from t to 0 leaves sqrt(2 t) times its noise alone."""
+    """With velocity 0, a step of the SDE with w = 1 from t to 0 leaves sqrt(2 t) times its noise and nothing else."""
     tiny_config.guidance.method = "none"
     tiny_config.sampler.update({"method": "sde", "diffusion": "constant", "last_step": "none"})
     monkeypatch.setattr(sampler, "velocity", lambda *_: flow.undivided(lambda x, t: jnp.zeros_like(x)))

@@ -12,7 +12,7 @@ IMAGES = np.zeros((2, 32, 32, 3), np.float32)
 
 
 def _precisions(jaxpr):
-    """Of all products and convolutions of a program, also of those in programs that it calls."""
+    """Yield the precision of each product and convolution of a program and of the programs that it calls."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             yield equation.params["precision"]

@@ -68,7 +68,7 @@ def test_a_jobset_on_gpus():
 
 
 def test_which_exit_statuses_end_a_jobset():
-    """Those for which docs/robustness.md has nothing to start again; all others, and a lost node first, restart."""
+    """Final: the statuses for which docs/robustness.md does not say 'run the same command again'. A lost node restarts."""
     rows = re.findall(
         r"^\| (\d+)(?: \(\w+\))? \|.*\| (.*) \|$", (ROOT / "docs" / "robustness.md").read_text(), re.MULTILINE
     )
@@ -231,7 +231,7 @@ SMALL = (
 
 
 def _is_whole(workdir, num_steps):
-    """Whether a run has ended, and its metrics are those of one run without gaps."""
+    """True if a run has ended, and its metrics have a row for each log step, once."""
     steps = [row["step"] for row in logs.read(workdir / "metrics" / "judge.jsonl")]
     return (workdir / "report.html").exists() and steps == list(range(5, num_steps + 1, 5))
 
@@ -251,7 +251,7 @@ def test_two_processes_on_this_machine_save_on_sigterm_and_go_on(tmp_path):
 
 @pytest.mark.slow
 def test_two_tasks_of_a_slurm_job(tmp_path):
-    """Where SLURM runs on this machine."""
+    """Needs a machine on which SLURM runs."""
     if not shutil.which("sinfo") or subprocess.run(["sinfo"], capture_output=True, timeout=60).returncode:
         pytest.skip("SLURM is not running here")
     options = ("--ntasks=2", "--wait", f"--output={tmp_path}/log", f"--chdir={ROOT}")
@@ -327,7 +327,7 @@ def cloud(tmp_path):
 
 
 def _take_away(cloud):
-    """What becomes of a slice that others are given."""
+    """Kill what runs on a slice, as happens when the slice is given to others."""
     for worker in cloud.glob("worker?"):
         for file, kill in (("rae_jax.pid", os.killpg), ("runs", os.kill)):
             with contextlib.suppress(OSError):

@@ -99,7 +99,7 @@ def _blocks(width, depth):
 
 
 def _ends(width, embedded):
-    """Those of the embeddings of time, label (1000 and none) and 768 channels, and of the final layer."""
+    """Parameters of the embeddings of time, label (1000 and null) and 768 channels, and of the final layer."""
     time = 256 + 513 * width + (width + 1) * width
     return time + 1001 * width + 769 * embedded + embedded + (embedded + 1) * (2 * embedded + 768)
 

@@ -114,7 +114,7 @@ def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
 
 
 def _moments(config, files, devices, batch_size):
-    """Of the files and of their reconstructions by the shipped weights."""
+    """Return the moments of the files and of their reconstructions by the shipped weights."""
     mesh = _mesh(devices)
     parts = {name: part_weights.load(config, name, "", mesh) for name in ("encoder", "decoder", "inception")}
     redraw, moments = reconstruct.make(config), Collector(moments=reconstruct.MOMENTS)

@@ -95,7 +95,7 @@ def test_bfloat16_stays_close(params):
 
 
 def test_dead_features_have_no_gradient_instead_of_nan(params):
-    """Where no ReLU fires, the length of the features is 0, whose square root has no derivative."""
+    """If no ReLU is active, the length of the features is 0, whose square root has no derivative."""
     dead = jax.tree.map(lambda x: -jnp.abs(x), params["vgg"])
     found, gradient = _with_gradient({"vgg": dead, "linear": params["linear"]}, *cases.pair())
     assert (np.asarray(found) == 0).all() and (np.asarray(gradient) == 0).all()

@@ -158,7 +158,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_nothing(tmp_path):
 
 
 def test_whatever_a_bucket_raises_training_goes_on(tmp_path, monkeypatch, capfd):
-    """What the libraries of object stores raise is no OSError; lines are kept until they can be written."""
+    """Libraries of object stores raise other errors than OSError. Lines are kept until they can be written."""
     append, tries = atomic_files.append_text, []
 
     def append_sometimes(path, text):

@@ -1,4 +1,4 @@
-"""What the allocator keeps, seen in the pages that the kernel has to map."""
+"""The memory that the allocator keeps, seen in the pages that the kernel has to map."""
 
 import ctypes
 import resource

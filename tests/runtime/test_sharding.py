@@ -121,7 +121,7 @@ def test_a_process_reads_the_rows_of_its_own_devices(sizes, owners):
     ],
 )
 def test_a_product_and_its_gradients_are_the_same_on_a_mesh(sizes, name, shape, parts, placed):
-    """Of x, and of a kernel that all of the mesh's axes divide, some of them, or none."""
+    """Gradients of x, and of a kernel that all axes of the mesh split, some axes, or none."""
     mesh, rng = _mesh(*sizes), np.random.default_rng(0)
     assert sharding.place(name, shape, mesh.shape) == placed
     x, dy = (rng.normal(size=(16, 3, features)).astype(np.float32) for features in shape)
@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_divide_is_refused():
     config.dit.train.batch_size = 12
     with pytest.raises(UserError, match="config.dit.train.batch_size=12 cannot be split over 8 devices"):
         checks.check(config, _mesh(2, 4, 1))
-    config.stages = ("encoder", "judge", "decoder", "statistics")  # whoever does not train it, may leave it as it is
+    config.stages = ("encoder", "judge", "decoder", "statistics")  # the DiT is not trained: its batch size is free
     checks.check(config, _mesh(2, 4, 1))
 
 

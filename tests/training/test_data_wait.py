@@ -39,7 +39,7 @@ def _step(num_products):
 
 
 def _waits(workdir, step, seconds, *, log_every, num_steps):
-    """What is logged where a batch takes so many seconds to read, and none is read ahead."""
+    """Return the logged waits if a batch takes `seconds` to read, and no batch is read ahead."""
     options = {"batch_size": 1, "seed": 0, "random_crop": False, "flip": False, "num_threads": 0}
     batches = pipeline.training_batches(_Slow(seconds), **options)
     stage = Stage("slow", lambda key: {"step": jnp.int32(0)}, step, {}, batches, batch_size=1, num_steps=num_steps)

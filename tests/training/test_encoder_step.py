@@ -33,7 +33,7 @@ def _targets(config, images):
 
 
 def _oracle(config, images, labels, key):
-    """Function of the parameters -> (loss, the metrics beside it); draws are the step's."""
+    """Return the function params -> (loss, further metrics), with the random numbers of the step."""
     train, targets = config.encoder.train, _targets(config, images)
     module = models.encoder(config, config.encoder)
     normalised = np.float32((images - np.asarray(config.encoder.mean)) / np.asarray(config.encoder.std))

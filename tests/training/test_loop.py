@@ -320,7 +320,7 @@ def test_other_weights_in_the_same_place_draw_other_images(run, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_keeps_what_was_found_of_other_weights(run, tmp_path):
-    """The shipped ones, and the last step's beside an earlier one's."""
+    """Numbers of the shipped weights, and of the last step next to an earlier step."""
     workdir = epath.Path(tmp_path / "run")
     shutil.copytree(run, workdir)
     config, results = tiny(), workdir / "eval" / "tiny.json"

@@ -47,7 +47,7 @@ def test_muon_turns_the_blocks_kernels_by_the_gradients_singular_vectors():
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_microbatches_are_the_whole_batch(microbatches):
-    """Of |x w|^2: the loss, its gradient, and a further metric, which is a mean over the examples too."""
+    """The loss |x w|^2, its gradient, and a further metric, which is a mean over the examples too."""
     x, w = np.random.default_rng(0).normal(size=(8, 3)), np.random.default_rng(1).normal(size=3)
 
     def loss(w, x):
@@ -62,7 +62,7 @@ def test_microbatches_are_the_whole_batch(microbatches):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_adamw_is_its_equations_also_for_what_muon_leaves(name):
-    """After three gradients, so that both betas count. Beside Muon it has Nesterov's momentum."""
+    """After three gradients, so that both betas count. As a part of Muon, AdamW has Nesterov's momentum."""
     shapes = {"embed": {"kernel": (4, 8)}, "blocks": {"bias": (3, 8)}, "norm": {"scale": (8,)}}
     shapes["head0"] = {"in_conv": {"kernel": (9, 4, 8)}}  # a discriminator's convolution
     params, grads = _normal(0, shapes), [_normal(seed, shapes) for seed in (1, 2, 3)]

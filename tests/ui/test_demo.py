@@ -152,7 +152,7 @@ _WAIT = 240.0  # seconds, on a machine that others use as well
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Of the demo of the shipped weights, in a process of its own."""
+    """The address of the demo of the shipped weights, which runs in its own process."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     pytest.importorskip("selenium", reason="selenium is not installed")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):

@@ -45,7 +45,7 @@ def _shapes(name):
 
 
 def _refused(name, source):
-    """What the user is told."""
+    """Return the message to the user."""
     part, config, _ = kind(name)
     config = config.copy_and_resolve_references()
     config[part].weights = str(source)
