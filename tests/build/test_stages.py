@@ -1,17 +1,11 @@
-"""The random streams and images of the stages, and weights that are changed when they are loaded."""
+"""The random streams, images and steps of the stages."""
 
-import re
-
-import encoder_cases
-import jax
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import tiny
 from PIL import Image
-from published_cases import DINO, dino_shapes, write
 
-from rae_jax.build import models, part_weights, stages
-from rae_jax.errors import UserError
+from rae_jax.build import stages
 from rae_jax.runtime import sharding
 
 STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
@@ -69,61 +63,8 @@ def test_a_stage_s_images_are_those_that_its_section_asks_for(tiny_config, tmp_p
     assert 0 < mirrored < 16 if flip else mirrored == 0
 
 
-def _backbone(folder):
-    """A config whose discriminator has a tiny DINO of its own, from a file as it was released."""
-    config = tiny()
-    config.discriminator.update({"backbone": DINO, "layers": (1, 0)})
-    config.discriminator.backbone.weights = str(folder / "dino.safetensors")
-    write(folder / "dino.safetensors", encoder_cases.weights(dino_shapes()))
-    return config
-
-
-def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
-    config = _backbone(tmp_path)
-    bias = np.asarray(
-        part_weights.load(config, "backbone", "", sharding.make_mesh(config.mesh))["blocks"]["attention"]["qkv"]["bias"]
-    )
-    released = encoder_cases.weights(dino_shapes())["blocks.1.attn.qkv.bias"]
-    assert released.all() and not bias[:, 16:32].any()
-    np.testing.assert_array_equal(bias[1], np.where(np.arange(48) // 16 == 1, 0, released))
-
-
-@pytest.mark.parametrize("stages", [(), ("statistics",)])
-def test_statistics_may_be_left_out(tiny_config, tmp_path, stages):
-    """Also those of a stage that has not run."""
-    tiny_config.stages, tiny_config.statistics.weights = stages, "none"
-    assert part_weights.load(tiny_config, "statistics", tmp_path, sharding.make_mesh(tiny_config.mesh)) is None
-
-
-@pytest.mark.parametrize(
-    "part, key",
-    [
-        ("decoder", "config.decoder.weights"),
-        ("backbone", "config.discriminator.backbone.weights"),
-        ("guide", "config.guidance.dit.weights"),
-    ],
-)
-def test_a_part_without_weights_names_their_key(tiny_config, part, key):
-    tiny_config.guidance.method = "autoguidance"
-    section = tiny_config
-    for name in key.split(".")[1:-1]:
-        section = section[name]
-    section.weights = ""
-    with pytest.raises(UserError, match=f"^{re.escape(key)}='' names no weights"):
-        part_weights.load(tiny_config, part, "", sharding.make_mesh(tiny_config.mesh))
-
-
-def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):
-    """Without antialiasing: from 48 pixels to 32, each one lies between two, at 1.5 i + 0.25."""
-    config = _backbone(tmp_path)
-    backbone = models.backbone(config)
-    line = np.zeros((32, 48))
-    for i in range(32):
-        left = int(np.floor(1.5 * i + 0.25))
-        line[i, left], line[i, left + 1] = 1 - (1.5 * i + 0.25 - left), 1.5 * i + 0.25 - left
-    images = np.float32(np.random.default_rng(0).uniform(-0.2, 1.2, (2, 48, 48, 3)))
-    resized = np.float32(np.einsum("ih,jw,bhwc->bijc", line, line, images))
-    params = random_like(part_weights.shapes(config, "backbone"), seed=0, scale=0.3)
-    tokens, expected = (jax.jit(backbone)(params, x) for x in (images, resized))
-    assert tokens.shape == (2, 2, 16, 16)
-    np.testing.assert_allclose(tokens, expected, atol=1e-4)
+def test_a_stage_runs_its_epochs(tiny_config, tmp_path):
+    tiny_config.stages = ("judge",)
+    tiny_config.judge.train.update({"unit": "epoch", "num_steps": 3, "warmup_steps": 1})
+    stage = stages.stage(tiny_config, "judge", tmp_path, sharding.make_mesh(tiny_config.mesh))
+    assert stage.num_steps == 3 * (96 // 16)

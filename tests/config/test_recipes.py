@@ -3,13 +3,16 @@
 import importlib
 from pathlib import Path
 
+import jax
 import pytest
 from flax import traverse_util
 
 from configs import small
-from rae_jax.build import models, part_weights
+from rae_jax.build import models, objectives, part_weights
+from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
 from rae_jax.models.dit import DiT
+from rae_jax.runtime import sharding
 
 # Width, layers, heads and MLP of the decoders, and their GFLOPs at 256 px; width, depth and heads of the DiTs
 # (../shared/REFERENCE.md, sections 3 and 5).
@@ -89,6 +92,8 @@ def test_the_models_are_the_papers(name):
 
 
 _IMAGENET256 = "DiTs/Dinov2/wReg_base/ImageNet256"
+
+
 RELEASED = {  # of DiTs
     "dit_xl": f"{_IMAGENET256}/DiTDH-XL/stage2_model.pt",
     "dit_s": f"{_IMAGENET256}/DiTDH-S_ep14/stage2_model.pt",
@@ -107,3 +112,41 @@ def test_the_released_files_are_named(name):
     }
     expected = {part: file and f"nyu-visionx/RAE-collections:{file}" for part, file in files.items()}
     assert {part: config_keys.section(config, part).weights for part in files} == expected
+
+
+CONFIGS = sorted(path.stem for path in Path(small.__file__).parent.glob("*.py") if path.stem != "encoders")
+
+
+def test_the_configs_are_right():
+    """Every one passes the checks, every key is one that the small config has, and every part has a shape."""
+    keys = set(config_keys.flatten(small.get_config().to_dict()))
+    for name in CONFIGS:
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert config.name == name and set(config_keys.flatten(config.to_dict())) == keys
+        checks.check(config, sharding.make_mesh(config.mesh))
+        trained = config.stages if config.stages != small.get_config().stages else ()
+        for part in {*trained, "encoder", "decoder", "statistics", "dit"}:
+            placed = sharding.shardings(part_weights.shapes(config, part), sharding.make_mesh(config.mesh))
+            assert jax.tree.leaves(placed), (name, part)
+
+
+def test_full_size_latents_and_images_fit():
+    latents = {"dit_b": (16, 16, 768), "dit_xl_512": (32, 32, 768)}
+    for name, latent in latents.items():
+        config = importlib.import_module(f"configs.{name}").get_config()
+        assert config_keys.latent_shape(config) == latent
+        autoencoder = models.autoencoder(config)
+        side = config.data.image_size
+        image = jax.ShapeDtypeStruct((2, side, side, 3), "float32")
+        encoded = jax.eval_shape(autoencoder.encode, part_weights.shapes(config, "encoder"), image)
+        assert jax.eval_shape(autoencoder.decode, part_weights.shapes(config, "decoder"), encoded).shape == image.shape
+
+
+def test_the_full_size_discriminator_is_the_published_one():
+    config = importlib.import_module("configs.decoder_xl").get_config()
+    discriminator = objectives.decoder_objective(config).discriminator
+    shapes = part_weights.shapes(config, "backbone")
+    image = jax.ShapeDtypeStruct((2, 256, 256, 3), "float32")
+    assert jax.eval_shape(discriminator.backbone, shapes, image).shape == (5, 2, 28 * 28, 384)
+    disc = jax.eval_shape(discriminator.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(disc["params"])) == 5 * (384 * 384 * 10 + 384 * (2 + 4 + 1) + 1)
