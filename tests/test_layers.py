@@ -107,7 +107,7 @@ def test_the_root_has_doors_alone():
 
 
 def test_files_and_functions_are_read_in_one_sitting():
-    for folder in ("rae_jax", "configs", "launch"):
+    for folder in ("rae_jax", "configs", "launch", "tests"):
         for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
             text = path.read_text()
             assert text.count("\n") <= 320, path

@@ -1,14 +1,16 @@
-"""Evaluation while a stage trains: which weights are evaluated, and which checkpoint is the best."""
+"""Evaluation in training: missing weights, the weights that are evaluated, and the best checkpoint."""
 
 import types
 
 import jax.numpy as jnp
 import pytest
+from conftest import tiny
 from etils import epath
 from stress import toy_stage
 
 from rae_jax.cli import train
-from rae_jax.runtime import checkpoint_reader
+from rae_jax.errors import UserError
+from rae_jax.runtime import checkpoint_reader, sharding
 
 FD = (9.0, 3.0, 7.0, 12.0, 8.0)  # of the first, second, ... evaluation
 
@@ -54,3 +56,16 @@ def test_the_best_checkpoint_is_kept(tiny_config, tmp_path, best_is, best):
     how = {"evaluate": lambda state, step: evaluate({"ema_params": state["ema_params"]}, step), "evaluate_every": 1}
     toy_stage.run(epath.Path(tmp_path), 5, keep=1, scored=True, checkpoint_every=100, **how)
     assert checkpoint_reader.steps(epath.Path(tmp_path) / "checkpoints" / "toy") == [best, 5]
+
+
+@pytest.mark.parametrize("missing", ["decoder.weights", "guidance.dit.weights"])
+def test_what_the_evaluation_would_miss_is_missed_before_training(tmp_path, missing):
+    config = tiny()
+    if missing == "decoder.weights":
+        config.stages = ("encoder", "judge", "statistics", "dit")
+    else:
+        config.guidance.method = "autoguidance"
+    config.update_from_flattened_dict({missing: str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match=f"config.{missing}='.*nowhere': "):
+        train.run(config, epath.Path(tmp_path), sharding.make_mesh(config.mesh), None)
+    assert not (tmp_path / "metrics").exists() and not (tmp_path / "checkpoints").exists()

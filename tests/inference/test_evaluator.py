@@ -1,14 +1,9 @@
-"""Evaluation of weights, of an npz and of a folder: one code, so one result; and what is said of files that are wrong.
-
-Small networks stand in for Inception and LPIPS, which models/test_inception.py and models/test_lpips.py have.
-"""
-
-import types
-import zipfile
+"""Evaluation of weights, of an npz file and of a folder: one code, so one result."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import perceptual_stand_ins
 import pytest
 from conftest import tiny
 from jax import monitoring
@@ -20,31 +15,11 @@ from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, metrics, perceptual_metrics
 from rae_jax.inference.evaluator import Evaluator
-from rae_jax.inference.sample_files import labels_of
 from rae_jax.runtime import sharding
 
-SIZES = {"pool": 12, "spatial": 9, "logits": 10}
 INCEPTION = ("fid", "sfid", "inception_score", "precision", "recall")
 COMPILING = "/jax/core/compile/backend_compile_duration"
 NUM_IMAGES = 30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def inception():
-    """Weights of the network that stands in for Inception."""
-
-    def features(params, images):
-        height, width = (size // 4 for size in images.shape[1:3])
-        x = images[:, : 4 * height, : 4 * width].reshape(-1, 4, height, 4, width, 3).mean((2, 4)).reshape(-1, 48)
-        return {name: jnp.tanh(x @ params[name]) for name in SIZES}
-
-    lpips = types.SimpleNamespace(apply=lambda variables, a, b: variables["params"] * jnp.abs(a - b).mean((1, 2, 3)))
-    rng = np.random.default_rng(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perceptual_metrics, "features", features)
-        patch.setattr(perceptual_metrics, "Lpips", lambda: lpips)
-        patch.setattr(perceptual_metrics, "MOMENTS_OF", {name: SIZES[name] for name in ("pool", "spatial")})
-        yield {name: jnp.asarray(rng.normal(size=(48, size)), jnp.float32) for name, size in SIZES.items()}
 
 
 def _config(**evaluate):
@@ -56,6 +31,12 @@ def _config(**evaluate):
 
 def _evaluator(config, devices=8):
     return Evaluator(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def inception():
+    with perceptual_stand_ins.in_place() as weights:
+        yield weights
 
 
 @pytest.fixture(scope="module")
@@ -323,84 +304,6 @@ def test_with_nothing_to_compare_with_it_says_so(parts, drawn, tmp_path):
     config.data.num_heldout = 3
     with pytest.raises(UserError, match="3 held-out images are too few; set config.evaluate.reference"):
         _evaluator(config).images({"encoder": parts["encoder"]}, _npz(tmp_path, arr_0=drawn[0]))
-
-
-def _cut_off(path, **arrays):
-    np.savez(path, **arrays)
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
-MU, SIGMA = np.zeros(12), np.eye(12)
-
-
-@pytest.mark.parametrize(
-    "arrays, message",
-    [
-        ({"images": IMAGES}, "it lacks arr_0"),
-        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 \(4, 32, 32, 3\), not images: it must be uint8 \[N, H, W, 3\]"),
-        ({"arr_0": IMAGES[..., 0]}, r"arr_0 is uint8 \(4, 32, 32\), not images"),
-        ({"arr_0": IMAGES[:0]}, r"arr_0 is uint8 \(0, 32, 32, 3\), not images"),
-        ({"arr_0": IMAGES[:1]}, "it holds a single image"),
-        ({"arr_0": np.array([None, 1])}, "not a whole npz file"),
-        (
-            {"arr_0": IMAGES, "arr_1": np.arange(3)},
-            r"arr_1 is int64 \(3,\), not 4 integers: it must hold one label for each image",
-        ),
-    ],
-)
-def test_samples_that_are_wrong_are_named(evaluated, parts, tmp_path, arrays, message):
-    path = _npz(tmp_path, **arrays)
-    with pytest.raises(UserError, match=f"--samples={path}: .*{message}") as refusal:
-        evaluated[0].images(parts, path)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    "arrays, message",
-    [
-        ({"images": IMAGES}, r"neither images \(arr_0\) nor moments \(mu and sigma\)"),
-        ({"mu": MU}, "it holds mu without sigma"),
-        ({"arr_0": IMAGES, "sigma_s": SIGMA}, "it holds sigma_s without mu_s"),
-        ({"mu": MU[:-1], "sigma": SIGMA}, r"mu has shape \(11,\), not \(12,\)"),
-        ({"mu": MU, "sigma": SIGMA[:-1]}, r"sigma has shape \(11, 12\), not \(12, 12\)"),
-        ({"mu": MU, "sigma": np.nan * SIGMA}, "sigma holds values that are not finite"),
-    ],
-)
-def test_references_that_are_wrong_are_named(tmp_path, arrays, message):
-    path = _npz(tmp_path, **arrays)
-    with pytest.raises(UserError, match=f"config.evaluate.reference={path}: .*{message}") as refusal:
-        _evaluator(_config(reference=path))
-    assert "\n" not in str(refusal.value)
-
-
-def test_files_that_are_none_are_named(evaluated, parts, tmp_path):
-    _cut_off(tmp_path / "cut.npz", arr_0=IMAGES)
-    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
-        archive.writestr("arr_0.npy", "something else")
-    (tmp_path / "empty").mkdir()
-    for name, message in (
-        ("cut.npz", "not a whole npz file"),
-        ("other.npz", "not a whole npz file"),
-        ("nowhere.npz", "it does not exist: name an .npz file or a folder of images"),
-        ("empty", "holds no image"),
-    ):
-        with pytest.raises(UserError, match=f"--samples={tmp_path / name}: .*{message}") as refusal:
-            evaluated[0].images(parts, str(tmp_path / name))
-        assert "\n" not in str(refusal.value)
-    moments = _npz(tmp_path, mu=MU, sigma=SIGMA)
-    with pytest.raises(UserError, match="its moments need config.evaluate.inception"):
-        _evaluator(_config(reference=moments, inception=""))
-
-
-def test_random_labels_are_of_the_seed_and_balanced_ones_are_as_many_of_each_class():
-    """The numbers of 3,000 draws in ten classes have a chi-square of nine degrees of freedom."""
-    random = {seed: labels_of("random", 3000, 10, seed) for seed in (0, 1)}
-    for labels in random.values():
-        chi_square = np.square(np.bincount(labels, minlength=10) - 300).sum() / 300
-        assert 1.15 < chi_square < 27.9  # outside on either side: a probability of 0.001
-    assert abs((random[0] == random[1]).mean() - 0.1) < 0.02  # 3.6 standard deviations
-    assert (np.bincount(labels_of("balanced", 3000, 10, 0)) == 300).all()
 
 
 def test_without_inception_there_is_the_distance_in_the_encoders_space(evaluated, parts, drawn, tmp_path):

@@ -103,3 +103,13 @@ def test_labels(tmp_path):
             sample_files.labels_of(str(file), count, 3, 0)
     with pytest.raises(UserError, match="balanced, random, or a file"):
         sample_files.labels_of(str(tmp_path / "nowhere"), 1, 3, 0)
+
+
+def test_random_labels_are_of_the_seed_and_balanced_ones_are_as_many_of_each_class():
+    """The numbers of 3,000 draws in ten classes have a chi-square of nine degrees of freedom."""
+    random = {seed: sample_files.labels_of("random", 3000, 10, seed) for seed in (0, 1)}
+    for labels in random.values():
+        chi_square = np.square(np.bincount(labels, minlength=10) - 300).sum() / 300
+        assert 1.15 < chi_square < 27.9  # outside on either side: a probability of 0.001
+    assert abs((random[0] == random[1]).mean() - 0.1) < 0.02  # 3.6 standard deviations
+    assert (np.bincount(sample_files.labels_of("balanced", 3000, 10, 0)) == 300).all()

@@ -10,7 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import random_like, tiny, uncached
+from conftest import random_like, tiny
 from etils import epath
 from PIL import Image
 from stress import harness
@@ -18,7 +18,7 @@ from stress import harness
 import rae_jax
 from rae_jax import convert
 from rae_jax.build import data as build_data
-from rae_jax.build import models, part_weights, stages
+from rae_jax.build import models, part_weights
 from rae_jax.cli import evaluate, reconstruct, sample, train
 from rae_jax.cli import results as cli_results
 from rae_jax.config import checks
@@ -26,7 +26,7 @@ from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, logs, sharding
 from rae_jax.runtime.health import DivergedRun
-from rae_jax.training.loop import InterruptedRun, fit
+from rae_jax.training.loop import InterruptedRun
 from rae_jax.weights import safetensors_tree
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
@@ -181,44 +181,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
 
-# A step on several meshes, and all that it changes, is compared in profiling/test_compile_ahead.py and
-# training/test_decoder_step.py.
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["decoder", "dit"])
-def test_meshes_agree(run, tmp_path, stage):
-    # The run's encoder has hardly been trained, all its tokens are nearly equal: the norms of the discriminator's heads
-    # would divide rounding by their small spread. With it, trajectories were 1e-4 to 8e-3 apart after two updates.
-    weights = tmp_path / "weights"
-    convert.export(run, weights, parts=("statistics",))
-    encoder = random_like(part_weights.shapes(tiny(), "encoder"), seed=0, scale=0.3)
-    safetensors_tree.write(weights / "encoder.safetensors", encoder)
-    losses = {}
-    for name, sizes in {"one": (1, 1, 1), "eight": (2, 4, 1)}.items():
-        config = tiny()
-        config.stages = (stage,)
-        config.dit.train.optimizer = "muon"  # the one that computes on whole matrices
-        config.unroll = True  # see tests/stress/collectives.py
-        config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
-        for part in ("encoder", "statistics"):
-            config[part].weights = str(weights)
-        mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
-        workdir = epath.Path(tmp_path) / name
-        with uncached():
-            fit(
-                stages.stage(config, stage, workdir, mesh),
-                workdir=workdir,
-                mesh=mesh,
-                key=jax.random.key(0),
-                log_every=1,
-                checkpoint_every=100,
-                keep=1,
-            )
-        losses[name] = _rows(workdir, stage)
-    for ours, theirs in zip(losses["eight"], losses["one"], strict=True):
-        for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), (theirs["step"], key)
-
-
 def test_an_average_is_picked(run):
     """config.dit.average names the weights that others use."""
     config = tiny()
@@ -237,19 +199,6 @@ def test_exported_weights_come_back(run, tmp_path):
     for name in part_weights.FROZEN:
         read = safetensors_tree.read(tmp_path / f"{name}.safetensors", part_weights.shapes(config, name))
         jax.tree.map(np.testing.assert_array_equal, read, part_weights.load(config, name, run, mesh))
-
-
-@pytest.mark.parametrize("missing", ["decoder.weights", "guidance.dit.weights"])
-def test_what_the_evaluation_would_miss_is_missed_before_training(tmp_path, missing):
-    config = tiny()
-    if missing == "decoder.weights":
-        config.stages = ("encoder", "judge", "statistics", "dit")
-    else:
-        config.guidance.method = "autoguidance"
-    config.update_from_flattened_dict({missing: str(tmp_path / "nowhere")})
-    with pytest.raises(UserError, match=f"config.{missing}='.*nowhere': "):
-        _train(config, epath.Path(tmp_path))
-    assert not (tmp_path / "metrics").exists() and not (tmp_path / "checkpoints").exists()
 
 
 def test_a_workdir_may_be_relative(run, monkeypatch):
