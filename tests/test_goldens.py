@@ -1,4 +1,4 @@
-"""The authors' PyTorch modules, run on random weights, are the judges of ours (../shared/data/goldens)."""
+"""The authors' PyTorch modules, run on random weights, are the reference for ours (../shared/data/goldens)."""
 
 from pathlib import Path
 

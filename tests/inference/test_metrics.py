@@ -122,7 +122,7 @@ def test_precision_and_recall_are_their_definition(offset, block):
 def test_metrics_of_features_are_torch_fidelitys():
     """Compared with its functions that take features."""
     torch = pytest.importorskip("torch")
-    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="the reference of this test")
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch-fidelity is not installed")
     from torch_fidelity import metric_isc, metric_prc
 
     rng = np.random.default_rng(0)

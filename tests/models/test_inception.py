@@ -80,7 +80,10 @@ def test_wrong_files_are_refused(tmp_path):
 @pytest.mark.slow
 def test_metrics_of_sets_are_torch_fidelitys(config, tmp_path):
     """From images of two files to the numbers; by the shipped encoder, which the distance in its space takes."""
-    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="the judge of this test")
+    inception = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="torch-fidelity is not installed",
+    )
     from torch_fidelity import metric_fid, metric_isc, metric_prc
 
     torch = pytest.importorskip("torch")
@@ -130,7 +133,10 @@ def _moments(config, files, devices, batch_size):
 @pytest.mark.slow
 def test_rfid_is_torch_fidelitys_whatever_the_batch(config, tmp_path):
     """500 real images and what the shipped small RAE makes of them."""
-    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="the judge of this test")
+    inception = pytest.importorskip(
+        "torch_fidelity.feature_extractor_inceptionv3",
+        reason="torch-fidelity is not installed",
+    )
     from torch_fidelity import metric_fid
 
     torch = pytest.importorskip("torch")

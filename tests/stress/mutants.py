@@ -103,11 +103,14 @@ def _kill_group(process):
 
 def _passes(children, copy, tests):
     """Return whether all tests pass in the copy. Raises RuntimeError when pytest itself fails."""
-    output = copy.parent / "output.txt"
-    status = children.run(_run_tests, copy, tests, output)
+    status = children.run(_run_tests, copy, tests, _output(copy))
     if status not in (None, 0, 1):
-        raise RuntimeError(f"pytest failed with status {status}: {output.read_text()[-3000:]}")
+        raise RuntimeError(f"pytest failed with status {status}: {_output(copy).read_text()[-3000:]}")
     return status == 0
+
+
+def _output(copy):
+    return copy.parent / "output.txt"
 
 
 def _run_tests(copy, tests, output):
@@ -161,8 +164,10 @@ def _survivors(mutants, jobs, folder, pool, children):
     folders = [_copy(folder / str(number) / ROOT.name) for number in range(jobs)]
     files = sorted({test for mutant in mutants for test in mutant.tests})
     parts = [files[number::jobs] for number in range(jobs)]
-    if not all(pool.map(lambda copy, tests: _passes(children, copy, tests), folders, parts)):
-        raise SystemExit("the tests fail without a fault: run `bash launch/test.sh`")
+    intact = pool.map(lambda copy, tests: _passes(children, copy, tests), folders, parts)
+    failed = [_output(copy).read_text()[-3000:] for copy, passes in zip(folders, intact, strict=True) if not passes]
+    if failed:
+        raise SystemExit("\n".join([*failed, "the tests fail without a fault: fix this first"]))
     copies, survivors = queue.Queue(), []
     for copy in folders:
         copies.put(copy)
