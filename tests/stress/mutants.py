@@ -101,9 +101,9 @@ def _kill_group(process):
     process.kill()
 
 
-def _passes(children, copy, tests):
-    """Return whether all tests pass in the copy. Raises RuntimeError when pytest itself fails."""
-    status = children.run(_run_tests, copy, tests, _output(copy))
+def _passes(children, copy, tests, *, limit=LIMIT):
+    """Return whether all tests pass in the copy within `limit` seconds. Raises RuntimeError if pytest itself fails."""
+    status = children.run(_run_tests, copy, tests, _output(copy), limit=limit)
     if status not in (None, 0, 1):
         raise RuntimeError(f"pytest failed with status {status}: {_output(copy).read_text()[-3000:]}")
     return status == 0
@@ -164,7 +164,7 @@ def _survivors(mutants, jobs, folder, pool, children):
     folders = [_copy(folder / str(number) / ROOT.name) for number in range(jobs)]
     files = sorted({test for mutant in mutants for test in mutant.tests})
     parts = [files[number::jobs] for number in range(jobs)]
-    intact = pool.map(lambda copy, tests: _passes(children, copy, tests), folders, parts)
+    intact = pool.map(lambda copy, tests: _passes(children, copy, tests, limit=None), folders, parts)
     failed = [_output(copy).read_text()[-3000:] for copy, passes in zip(folders, intact, strict=True) if not passes]
     if failed:
         raise SystemExit("\n".join([*failed, "the tests fail without a fault: fix this first"]))
