@@ -44,6 +44,8 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     with logs.Progress("read", total=len(parts), unit="part") as progress:
         for done, part in enumerate(parts, 1):
             trees[part] = jax.device_get(part_weights.load(config, part, workdir or "", mesh))
+            if trees[part] is None:
+                raise UserError("config.statistics.weights='none' means that no statistics exist: name other --parts")
             progress.update(done, part)
             step = checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
             if step is not None:
@@ -116,8 +118,6 @@ def _parts(config, named, form):
     for part in parts:
         if part not in config_keys.STAGES:
             raise UserError(f"--parts={part} cannot work: choose from {', '.join(config_keys.STAGES)}")
-    if "statistics" in parts and part_weights.is_left_out(config, "statistics"):
-        raise UserError("config.statistics.weights='none' means that no statistics exist: name other --parts")
     return parts
 
 

@@ -32,6 +32,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # The files that take longest: begun last, one would keep one core while the other has nothing left.
 _FIRST = ("training/test_loop.py", "profiling/test_compile_ahead.py", "training/test_decoder_step.py")
+_FIRST += ("training/test_loop_on_meshes.py",)
 
 
 def pytest_collection_modifyitems(items):

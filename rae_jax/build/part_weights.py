@@ -70,11 +70,12 @@ def load_all(config, parts, workdir, mesh, step=None):
 
 
 def load(config, part, workdir, mesh, step=None):
-    """Return the weights of one part, on the devices; None for statistics with config.statistics.weights='none'.
+    """Return the weights of one part, on the devices; None for statistics if latents are not normalised.
 
-    If the part's stage belongs to the run, its weights come from `workdir`. Otherwise the config names them: 'small', a
-    folder with PART.safetensors, or published weights (see published_weights.load). `step` selects a checkpoint of the
-    run's last stage. Raises UserError for weights that do not exist or do not fit.
+    If `workdir` holds checkpoints of the run, the weights of its stages come from there. Otherwise the config names
+    them: 'small', a folder with PART.safetensors, 'none' for statistics, or published weights (see
+    published_weights.load). `step` selects a checkpoint of the run's last stage. Raises UserError for weights that do
+    not exist or do not fit.
     """
     if part in perceptual_networks.PARTS:
         return perceptual_networks.load(config, part, mesh)
@@ -91,24 +92,21 @@ def load(config, part, workdir, mesh, step=None):
     if part == "statistics" and weights == "none":
         return None
     if not weights:
-        raise UserError(f"{key}='' names no weights: train this part first, or set the key to its weights")
+        train = "train this part first, or " if key == f"config.{part}.weights" else ""  # no stage trains the others
+        raise UserError(f"{key}='' names no weights: {train}set the key to its weights")
     return _from_files(config, part, weights, mesh)
 
 
 def weights_key(part):
     """Return the key of a config that names the weights of a part."""
-    section = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
-    return f"config.{section}.weights"
-
-
-def is_left_out(config, part):
-    """Return whether the part is statistics that the config leaves out, so that latents are not normalised."""
-    return part == "statistics" and part not in config.stages and config.statistics.weights == "none"
+    place = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
+    return f"config.{place}.weights"
 
 
 def shapes_or_none(config, part):
-    """Return the tree of shapes of the result of `load`, or None for statistics that the config leaves out."""
-    return None if is_left_out(config, part) else shapes(config, part)
+    """Return the shapes of a part's weights after training, or None for statistics that the run leaves out."""
+    left_out = part == "statistics" and part not in config.stages and config.statistics.weights == "none"
+    return None if left_out else shapes(config, part)
 
 
 def _from_files(config, part, weights, mesh):

@@ -51,7 +51,7 @@ def shift_factor(config):
 
 
 def time_fn(config):
-    """Return the function (key, batch_size) -> training times before the shift, in the published range [0, 0.999]."""
+    """Return the function (key, batch_size) -> training times before the shift, from Prediction.last to 0.999."""
     train, low, high = config.dit.train, prediction(config).last, 0.999
     match train.time:
         case "logit_normal":

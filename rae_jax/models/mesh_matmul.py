@@ -68,7 +68,7 @@ class _Plan(NamedTuple):
     fsdp: int | None  # the axis that is gathered
     kernel: P
     columns: tuple  # the shape of one row of the kernel on a device: (parts, F) or (F,), with -1 for F
-    ends: tuple  # the mesh's axes that split the last axis of x, and of the product; or None
+    ends: tuple  # (axis of the mesh that splits the last axis of x, or None; the same for the product)
 
 
 def _plan(fsdp, tensor, columns):
@@ -80,7 +80,7 @@ def _plan(fsdp, tensor, columns):
 
 
 def _activations(ndim, end):
-    """Return the spec of x or of the product, with `ndim` axes, of which the last is split over the axis `end`."""
+    """Return the spec of x or of the product. `end`: the mesh's axis that splits the last axis, or None."""
     return P(*sharding.BATCH, *(None,) * (ndim - 2), end)
 
 
@@ -105,15 +105,15 @@ def _times_kernel(x, kernel, plan, *, transposed):
     turned = jnp.transpose if transposed else lambda kernel: kernel
     if plan is None:
         return _times(x, turned(kernel))
-    first, last = reversed(plan.ends) if transposed else plan.ends
+    of_input, of_output = reversed(plan.ends) if transposed else plan.ends
 
     def on_device(x, kernel):
         whole = _gather(kernel, plan)
         y = _times(x, turned(whole.reshape(whole.shape[0], -1)))
-        return jax.lax.psum(y, first) if first else y
+        return jax.lax.psum(y, of_input) if of_input else y
 
-    specs = (_activations(x.ndim, first), plan.kernel)
-    return jax.shard_map(on_device, in_specs=specs, out_specs=_activations(x.ndim, last), check_vma=False)(x, kernel)
+    specs, out = (_activations(x.ndim, of_input), plan.kernel), _activations(x.ndim, of_output)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out, check_vma=False)(x, kernel)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -10,7 +10,7 @@ import jax
 from rae_jax.runtime import checkpoint, health, heartbeat, logs, processes, sharding
 from rae_jax.training.clock import Clock
 
-# Seconds in which a checkpoint that cannot be written is tried again: after the last step; and after a signal, as the
+# Seconds of retries for a checkpoint that cannot be written: after the last step; and after a signal, because then the
 # machine may be taken away soon.
 LAST_PATIENCE, STOPPING_PATIENCE = 600.0, 20.0
 

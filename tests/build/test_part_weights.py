@@ -35,7 +35,7 @@ def test_the_discriminator_s_backbone_has_no_bias_of_its_keys(tmp_path):
 
 @pytest.mark.parametrize("stages", [(), ("statistics",)])
 def test_statistics_may_be_left_out(tiny_config, tmp_path, stages):
-    """Also those of a stage that has not run."""
+    """Also if the run has the stage 'statistics', and no checkpoint yet."""
     tiny_config.stages, tiny_config.statistics.weights = stages, "none"
     assert part_weights.load(tiny_config, "statistics", tmp_path, sharding.make_mesh(tiny_config.mesh)) is None
 
@@ -54,8 +54,9 @@ def test_a_part_without_weights_names_their_key(tiny_config, part, key):
     for name in key.split(".")[1:-1]:
         section = section[name]
     section.weights = ""
-    with pytest.raises(UserError, match=f"^{re.escape(key)}='' names no weights"):
+    with pytest.raises(UserError, match=f"^{re.escape(key)}='' names no weights") as error:
         part_weights.load(tiny_config, part, "", sharding.make_mesh(tiny_config.mesh))
+    assert ("train this part first" in str(error.value)) == (part == "decoder")
 
 
 def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):

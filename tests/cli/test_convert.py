@@ -52,6 +52,15 @@ def test_an_autoencoder_of_diffusers_there_and_back(tmp_path):
             np.testing.assert_array_equal(found[key], arrays[key], err_msg=key)
 
 
+@pytest.mark.parametrize("stages", [(), ("statistics",)])
+@pytest.mark.parametrize("workdir", [None, "run"])
+def test_statistics_that_do_not_exist_are_not_written(tiny_config, tmp_path, workdir, stages):
+    tiny_config.statistics.weights, tiny_config.stages = "none", stages
+    with pytest.raises(UserError, match="config.statistics.weights='none' means that no statistics exist"):
+        convert.export(workdir and tmp_path / workdir, tmp_path / "out", config=tiny_config, parts=["statistics"])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "encoder, decoder", [(encoders.dinov2("base"), "xl"), (encoders.siglip2("base"), "b"), (encoders.mae("large"), "l")]
 )

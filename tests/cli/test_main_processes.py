@@ -108,7 +108,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     """Training in three stages, evaluation and samples: numbers, files, and who writes them.
 
     The one process has as many devices as the two: the program is the same, and a sum of two is the same in any order.
-    So no bound must allow for what rounding becomes against a discriminator (test_loop.test_meshes_agree).
+    So the bounds need not allow for another order of sums (training/test_loop_on_meshes.py compares meshes).
     """
     one, two = tmp_path / "one", tmp_path / "two"
     said = pairs.run(_command(one, "train", 2), 1, devices=2)[0]

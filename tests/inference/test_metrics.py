@@ -75,7 +75,7 @@ def test_frechet_distance_from_mean_and_covariance():
 
 @pytest.mark.parametrize("num, split", [(30, 100), (30, 12), (24, 12)])
 def test_inception_score_is_adms(num, split):
-    """One split, two and a smaller one, and two; some classes have the probability 0."""
+    """One split; two splits and a smaller one; two splits. Some classes have the probability 0."""
     logits = (4 * np.random.default_rng(0).normal(size=(num, 9))).astype(np.float32)
     logits[:, 3] -= 1e4
     scores = []
@@ -120,7 +120,7 @@ def test_precision_and_recall_are_their_definition(offset, block):
 
 
 def test_metrics_of_features_are_torch_fidelitys():
-    """Compared with its functions that take features."""
+    """Compare with torch-fidelity's functions that take features."""
     torch = pytest.importorskip("torch")
     fid = pytest.importorskip("torch_fidelity.metric_fid", reason="torch-fidelity is not installed")
     from torch_fidelity import metric_isc, metric_prc

@@ -44,7 +44,7 @@ def test_a_jobset_on_gpus():
 
 
 def test_which_exit_statuses_end_a_jobset():
-    """Final: the statuses for which docs/robustness.md does not say 'run the same command again'. A lost node does."""
+    """A status is final if docs/robustness.md does not say 'run the same command again'. A lost node is not final."""
     rows = re.findall(
         r"^\| (\d+)(?: \(\w+\))? \|.*\| (.*) \|$", (ROOT / "docs" / "robustness.md").read_text(), re.MULTILINE
     )

@@ -79,7 +79,7 @@ def test_scanned_unrolled_and_rematerialised_blocks_agree(name, choices):
 
 @pytest.mark.parametrize("name, blocks", [("plain_dit", "blocks"), ("dit", "trunk")])
 def test_a_diffusion_transformer_hands_out_the_tokens_after_blocks(name, blocks):
-    """In the order asked for, next to the same prediction. The first block's are those of a model of depth 1."""
+    """Tokens have the order of `layers`, the prediction stays. A model of depth 1 has the first block's tokens."""
     model, arguments = _models()[name], _arguments(name)
     params = _random_params(model, arguments)
     shallow = {"params": {**params["params"], blocks: jax.tree.map(lambda x: x[:1], params["params"][blocks])}}
@@ -90,7 +90,7 @@ def test_a_diffusion_transformer_hands_out_the_tokens_after_blocks(name, blocks)
     assert tokens.shape == (2, 2, 64, 16)
     np.testing.assert_allclose(tokens[1], first, atol=1e-6 * np.abs(first).max())
     assert np.abs(tokens[0] - tokens[1]).max() > 0.1 * np.abs(first).max()
-    if name == "dit":  # the head takes the last block's
+    if name == "dit":  # the head takes the tokens of the last block
         s = jax.jit(functools.partial(model.apply, method="trunk"))(params, *arguments)
         np.testing.assert_allclose(tokens[0], s, atol=1e-6 * np.abs(s).max())
 

@@ -175,7 +175,7 @@ def test_forward_and_backward_derivatives_are_transposes(name):
     "name, choice",
     [
         QUICK,
-        *(case for case in slow_transformers if case.values[1] != "unrolled"),  # as all are here
+        *(case for case in slow_transformers if case.values[1] != "unrolled"),  # on a mesh every case is unrolled
         *(pytest.param(name, "none", marks=pytest.mark.slow) for name in OTHERS[:4]),  # convnet: see _run
     ],
 )

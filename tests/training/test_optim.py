@@ -10,7 +10,7 @@ from rae_jax.training import optim
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_microbatches_are_the_whole_batch(microbatches):
-    """The loss |x w|^2, its gradient, and a further metric, which is a mean over the examples too."""
+    """The loss, the mean of (x w)^2; its gradient; and a further metric, also a mean over the examples."""
     x, w = np.random.default_rng(0).normal(size=(8, 3)), np.random.default_rng(1).normal(size=3)
 
     def loss(w, x):
