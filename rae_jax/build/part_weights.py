@@ -79,7 +79,7 @@ def load(config, part, workdir, mesh, step=None):
     """
     if part in perceptual_networks.PARTS:
         return perceptual_networks.load(config, part, mesh)
-    key = weights_key(part)
+    key = _weights_key(part)
     if part == "guide":
         config, part = _guide_config(config), "dit"
     folder = epath.Path(workdir) / "checkpoints" / part
@@ -97,8 +97,17 @@ def load(config, part, workdir, mesh, step=None):
     return _from_files(config, part, weights, mesh)
 
 
-def weights_key(part):
-    """Return the key of a config that names the weights of a part."""
+def load_named(config, part, workdir, mesh):
+    """Return the result of `load`. The message of a UserError begins with the key that names the weights."""
+    try:
+        return load(config, part, workdir, mesh)
+    except UserError as error:
+        if str(error).startswith("config."):
+            raise
+        raise UserError(f"{_weights_key(part)}={section(config, part).weights!r}: {error}") from error
+
+
+def _weights_key(part):
     place = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
     return f"config.{place}.weights"
 
@@ -211,20 +220,9 @@ def check_available(config, mesh):
     """
     if not {"decoder", "dit"} & set(config.stages):
         return
-    for part in _trained_for_evaluation(config):
+    for part in (*_trained_for_evaluation(config), *_guide(config)):
         if part not in config.stages:
-            _check_loads(config, part, config[part].weights, mesh)
-    for part in _guide(config):
-        _check_loads(config, part, config.guidance.dit.weights, mesh)
-
-
-def _check_loads(config, part, weights, mesh):
-    try:
-        load(config, part, "", mesh)
-    except UserError as error:
-        if str(error).startswith("config."):  # the message names its key already
-            raise
-        raise UserError(f"{weights_key(part)}={weights!r}: {error}") from error
+            load_named(config, part, "", mesh)
 
 
 def load_shipped(config, mesh):

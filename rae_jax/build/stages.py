@@ -85,7 +85,7 @@ def sign_of_best(checkpoint):
 
 def _load_frozen(config, part, workdir, mesh):
     """Load a frozen part. Raises UserError, which says how to train without the part if this is possible."""
-    train, backbone = config.decoder.train, config.discriminator.backbone
+    train = config.decoder.train
     match part:
         case "lpips":
             found = part_weights.load(config, "lpips", workdir, mesh)
@@ -97,12 +97,10 @@ def _load_frozen(config, part, workdir, mesh):
             return found
         case "backbone":
             try:
-                return part_weights.load(config, "backbone", workdir, mesh)
+                return part_weights.load_named(config, "backbone", workdir, mesh)
             except UserError as error:
-                key = f"{part_weights.weights_key(part)}={backbone.weights!r}"
-                message = str(error) if str(error).startswith("config.") else f"{key}: {error}"
                 raise UserError(
-                    f"{message}; or train without a discriminator: --config.decoder.train.adversarial_weight=0"
+                    f"{error}; or train without a discriminator: --config.decoder.train.adversarial_weight=0"
                 ) from error
         case _:
             return part_weights.load(config, part, workdir, mesh)

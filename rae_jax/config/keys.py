@@ -67,7 +67,13 @@ def save(config, workdir):
 
 def section(config, part):
     """Return the section of a config that describes a part of the weights."""
-    return config.discriminator.backbone if part == "backbone" else config[part]
+    match part:
+        case "backbone":
+            return config.discriminator.backbone
+        case "guide":
+            return config.guidance.dit
+        case _:
+            return config[part]
 
 
 def input_size(config, section):

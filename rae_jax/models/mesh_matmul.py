@@ -101,15 +101,18 @@ def _to_input(dy, kernel, plan):
 
 
 def _times_kernel(x, kernel, plan, *, transposed):
-    """x times the kernel, or times its transpose."""
-    turned = jnp.transpose if transposed else lambda kernel: kernel
+    """Return x times the kernel, or times its transpose."""
+
+    def times(x, matrix):
+        return _times(x, matrix.T if transposed else matrix)
+
     if plan is None:
-        return _times(x, turned(kernel))
+        return times(x, kernel)
     of_input, of_output = reversed(plan.ends) if transposed else plan.ends
 
     def on_device(x, kernel):
         whole = _gather(kernel, plan)
-        y = _times(x, turned(whole.reshape(whole.shape[0], -1)))
+        y = times(x, whole.reshape(whole.shape[0], -1))
         return jax.lax.psum(y, of_input) if of_input else y
 
     specs, out = (_activations(x.ndim, of_input), plan.kernel), _activations(x.ndim, of_output)

@@ -155,9 +155,3 @@ def test_guidance_by_labels_takes_labels(tiny_config):
         checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
     tiny_config.guidance.method = "none"
     checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
-
-
-def test_a_mesh_that_does_not_fit_is_named(tiny_config):
-    tiny_config.mesh.fsdp = 3
-    with pytest.raises(UserError, match="config.mesh.fsdp=3.*8 devices"):
-        sharding.make_mesh(tiny_config.mesh)

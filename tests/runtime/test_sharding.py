@@ -170,3 +170,9 @@ def test_parts_of_a_batch_are_the_whole(rows, part):
     assert set(seen) == {part}
     np.testing.assert_array_equal(found["twice"], 2.0 * x)
     np.testing.assert_array_equal(found["sum"], x.sum(1))
+
+
+def test_a_mesh_that_does_not_fit_is_named(tiny_config):
+    tiny_config.mesh.fsdp = 3
+    with pytest.raises(UserError, match="config.mesh.fsdp=3.*8 devices"):
+        sharding.make_mesh(tiny_config.mesh)
