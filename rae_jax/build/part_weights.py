@@ -94,17 +94,12 @@ def load(config, part, workdir, mesh, step=None):
     if not weights:
         train = "train this part first, or " if key == f"config.{part}.weights" else ""  # no stage trains the others
         raise UserError(f"{key}='' names no weights: {train}set the key to its weights")
-    return _from_files(config, part, weights, mesh)
-
-
-def load_named(config, part, workdir, mesh):
-    """Return the result of `load`. The message of a UserError begins with the key that names the weights."""
     try:
-        return load(config, part, workdir, mesh)
+        return _from_files(config, part, weights, mesh)
     except UserError as error:
-        if str(error).startswith("config."):
+        if str(error).startswith("config."):  # the message names another key
             raise
-        raise UserError(f"{_weights_key(part)}={section(config, part).weights!r}: {error}") from error
+        raise UserError(f"{key}={weights!r}: {error}") from error
 
 
 def _weights_key(part):
@@ -222,7 +217,7 @@ def check_available(config, mesh):
         return
     for part in (*_trained_for_evaluation(config), *_guide(config)):
         if part not in config.stages:
-            load_named(config, part, "", mesh)
+            load(config, part, "", mesh)
 
 
 def load_shipped(config, mesh):

@@ -97,7 +97,7 @@ def _load_frozen(config, part, workdir, mesh):
             return found
         case "backbone":
             try:
-                return part_weights.load_named(config, "backbone", workdir, mesh)
+                return part_weights.load(config, "backbone", workdir, mesh)
             except UserError as error:
                 raise UserError(
                     f"{error}; or train without a discriminator: --config.decoder.train.adversarial_weight=0"

@@ -10,6 +10,7 @@ from conftest import random_like, tiny
 from published_cases import DINO, dino_shapes, write
 
 from rae_jax.build import models, part_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -57,6 +58,16 @@ def test_a_part_without_weights_names_their_key(tiny_config, part, key):
     with pytest.raises(UserError, match=f"^{re.escape(key)}='' names no weights") as error:
         part_weights.load(tiny_config, part, "", sharding.make_mesh(tiny_config.mesh))
     assert ("train this part first" in str(error.value)) == (part == "decoder")
+
+
+@pytest.mark.parametrize("part", ["decoder", "backbone", "guide"])
+def test_weights_that_do_not_exist_name_their_key(tmp_path, part):
+    config = _backbone(tmp_path)
+    config_keys.section(config, part).weights = str(tmp_path / "nowhere")
+    key = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
+    with pytest.raises(UserError, match=f"^config.{key}.weights='{tmp_path}/nowhere': ") as error:
+        part_weights.load(config, part, "", sharding.make_mesh(config.mesh))
+    assert "\n" not in str(error.value)
 
 
 def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):
