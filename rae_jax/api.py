@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from rae_jax.build import models, part_weights, sampler, saved_config
-from rae_jax.config import checks
+from rae_jax.config import checks, machine, run_config
 from rae_jax.config import files as config_files
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -72,13 +72,16 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
     weaker = "guide" in part_weights.parts_of_sampling(config)
-    guide = part_weights.load(config, "guide", "", _mesh(mesh)) if weaker else None
+    guide = part_weights.load(config, "guide", None, _mesh(mesh)) if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
 
 
 def encode(rae: RAE, images: ArrayLike) -> jax.Array:
-    """Return latents [B, h, w, D] of images [B, H, W, 3], floats in [0, 1] or uint8."""
-    images = jnp.asarray(images)
+    """Return latents [B, h, w, D] of images [B, H, W, 3], floats in [0, 1] or uint8.
+
+    Raises UserError for other types, for floats that cannot be in [0, 1], and for sizes that the encoder cannot take.
+    """
+    images = _floats(images, "images")
     if images.ndim != 4 or images.shape[-1] != 3:
         raise UserError(f"images of shape {images.shape} cannot be encoded: they must be [B, H, W, 3]")
     size, multiple = images.shape[1:3], rae.config.encoder.patch_size
@@ -86,12 +89,30 @@ def encode(rae: RAE, images: ArrayLike) -> jax.Array:
         raise UserError(
             f"images of {size[0]}x{size[1]} px cannot be encoded: the encoder takes multiples of {multiple}"
         )
+    if not isinstance(images, jax.core.Tracer) and images.dtype != jnp.uint8:
+        low, high = float(images.min()), float(images.max())
+        if low < -_OVERSHOOT or high > 1.0 + _OVERSHOOT:
+            raise UserError(f"images from {low:.3g} to {high:.3g} cannot be encoded: scale them to [0, 1]")
     return _encode(rae, images)
+
+
+_OVERSHOOT = 0.25  # pixels of filtered images may lie a little outside of [0, 1]
+
+
+def _floats(values: ArrayLike, name: str) -> jax.Array:
+    """Return floats as float32 or smaller, and uint8 images as they are. Raises UserError for other types."""
+    values = jnp.asarray(values)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        return values.astype(jnp.float32) if values.dtype.itemsize > 4 else values
+    if name == "images" and values.dtype == jnp.uint8:
+        return values
+    kinds = "floats in [0, 1], or uint8" if name == "images" else "floats"
+    raise UserError(f"{name} of type {values.dtype} are not accepted: give {kinds}")
 
 
 def decode(rae: RAE, latents: ArrayLike) -> jax.Array:
     """Return images [B, H, W, 3] in [0, 1] of latents [B, h, w, D]."""
-    latents = jnp.asarray(latents)
+    latents = _floats(latents, "latents")
     width = rae.config.encoder.width
     if latents.ndim != 4 or latents.shape[-1] != width:
         raise UserError(f"latents of shape {latents.shape} cannot be decoded: they must be [B, h, w, {width}]")
@@ -113,13 +134,10 @@ def sample(
     `num_steps` (of a fixed grid) and `guidance_scale` are the config's by default. With `guide`, a weaker DiT, guidance
     is AutoGuidance. Otherwise it is the config's, or classifier-free if a scale is given and the config has none.
     `seed` and `guidance_scale` may be traced: a new value does not compile again. A new value of `num_steps` does.
-    Raises UserError for labels out of range, too few steps, and a DiT or a guide of other latents.
+    Raises UserError for labels or seeds out of range, too few steps, a DiT or a guide of other latents, a guide without
+    a scale, and images that are not finite.
     """
-    labels, classes = jnp.asarray(labels), dit.config.data.num_classes
-    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise UserError(f"labels of shape {labels.shape} and type {labels.dtype} cannot work: give integers [B]")
-    if not isinstance(labels, jax.core.Tracer) and bool(((labels < 0) | (labels >= classes)).any()):
-        raise UserError(f"labels={np.asarray(labels).tolist()} cannot work: choose from 0 to {classes - 1}")
+    labels, key = _checked_labels(labels, dit.config.data.num_classes), _key(seed)
     theirs, ours = (config_keys.latent_shape(model.config) for model in (rae, dit))
     if theirs != ours:
         raise UserError(f"the RAE's latents are {theirs}, the DiT's are {ours}: load both from one source")
@@ -128,7 +146,32 @@ def sample(
         raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
     if guide is not None:
         _check_guide(dit, guide)
-    return _sample(rae, dit, guide, labels, seed, guidance_scale, num_steps=num_steps)
+        if guidance_scale is None and dit.config.guidance.scale == 1.0:
+            raise UserError("guide has no effect at the config's scale of 1: give guidance_scale, such as 1.5")
+    images = _sample(rae, dit, guide, labels, key, guidance_scale, num_steps=num_steps)
+    if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
+        raise UserError("the images are not finite: check the weights and the sampler's settings, or use float32")
+    return images
+
+
+def _checked_labels(labels: ArrayLike | Sequence[int], classes: int) -> jax.Array:
+    """Return labels [B] as int32. Raises UserError for other shapes and types, and for labels out of range."""
+    values = labels if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+    if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.integer):
+        raise UserError(f"labels of shape {values.shape} and type {values.dtype} cannot work: give integers [B]")
+    if not isinstance(values, jax.core.Tracer) and ((values < 0) | (values >= classes)).any():
+        raise UserError(f"labels={values.tolist()} cannot work: choose from 0 to {classes - 1}")
+    return jnp.asarray(values, jnp.int32)
+
+
+def _key(seed: ArrayLike) -> jax.Array:
+    """Return the key of a seed. Raises UserError for a seed that config.seed does not take either."""
+    if isinstance(seed, jax.core.Tracer):
+        return jax.random.key(seed)
+    number = np.asarray(seed)
+    if number.ndim or number.dtype.kind not in "iu" or not 0 <= number.item() < 2**64:
+        raise UserError(f"seed={seed!r} cannot work: give an integer from 0 to 2**64 - 1")
+    return generate.random_key(number.item())
 
 
 def _check_guide(dit: DiT, guide: DiT) -> None:
@@ -163,7 +206,7 @@ def _sample(
     dit: DiT,
     guide: DiT | None,
     labels: jax.Array,
-    seed: ArrayLike,
+    key: jax.Array,
     scale: ArrayLike | None,
     *,
     num_steps: int | None,
@@ -179,39 +222,36 @@ def _sample(
     elif scale is not None and not sampler.is_guided(config):
         config.guidance.method = "cfg"
     indices = jnp.arange(len(labels), dtype=jnp.uint32)
-    latents = generate.draw(config, parts, jax.random.key(seed), indices, labels, scale=scale)
+    latents = generate.draw(config, parts, key, indices, labels, scale=scale)
     return _decode(rae, latents)
 
 
-def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[ConfigDict, epath.Path | str]:
-    """Return (config, workdir or '') of a source."""
+def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[ConfigDict, epath.Path | str | None]:
+    """Return (config, workdir or None) of a source."""
     config, workdir = _find(source, parts)
     if dtype is not None:
         config.dtype = dtype
     if workdir and not (epath.Path(workdir) / "checkpoints").exists():
         _take_weights_from(config, parts, workdir)
-        workdir = ""
+        workdir = None
     if not workdir:
         config.stages = ()
-    # Settings of the run's machine and of its evaluation are not used here.
-    config.wandb, config.evaluate.reference, config.checkpoint.best = "", "", ""
-    if config_keys.ATTENTION_PLATFORMS.get(config.attention) != jax.default_backend():
-        config.attention = "xla"
-    checks.check(config, _mesh(None))
+    config.attention = machine.portable(config.attention)
+    checks.check(config, _mesh(None), trains=False, evaluates=False)
     return config, workdir
 
 
-def _find(source: Source, parts: Sequence[str]) -> tuple[ConfigDict, epath.Path | str]:
-    """Return (config, folder or '') of a source."""
+def _find(source: Source, parts: Sequence[str]) -> tuple[ConfigDict, epath.Path | str | None]:
+    """Return (config, folder or None) of a source."""
     if isinstance(source, ConfigDict):
-        return ConfigDict(source.to_dict()), ""
+        return ConfigDict(source.to_dict()), None
     name = str(source)
     if name == "small":
-        return saved_config.read(saved_config.SHIPPED), ""
-    if epath.Path(source).is_dir():
-        return saved_config.read(source), epath.Path(source)
+        return saved_config.read(run_config.SHIPPED), None
+    if (folder := epath.Path(os.path.expanduser(source))).is_dir():
+        return saved_config.read(folder), folder
     if name.endswith(".py") or name in config_files.names():
-        return ConfigDict(config_files.load(name).to_dict()), ""
+        return ConfigDict(config_files.load(name).to_dict()), None
     if "/" not in name:
         raise UserError(
             f"source={name!r} is neither a folder here nor a hub id (OWNER/NAME) nor a config: "
@@ -222,7 +262,7 @@ def _find(source: Source, parts: Sequence[str]) -> tuple[ConfigDict, epath.Path 
 
 
 def _files(parts: Sequence[str]) -> tuple[str, ...]:
-    return saved_config.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
+    return run_config.FILE, hub.DIFFUSERS, *(f"{part}.safetensors" for part in parts)
 
 
 def _take_weights_from(config: ConfigDict, parts: Sequence[str], folder: epath.Path | str) -> None:
@@ -234,7 +274,7 @@ def _take_weights_from(config: ConfigDict, parts: Sequence[str], folder: epath.P
 
 
 def _load(
-    config: ConfigDict, workdir: epath.Path | str, parts: Sequence[str], mesh: jax.sharding.Mesh | None
+    config: ConfigDict, workdir: epath.Path | str | None, parts: Sequence[str], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
     return {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
 

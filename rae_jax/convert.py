@@ -43,7 +43,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
     trees = {}
     with logs.Progress("read", total=len(parts), unit="part") as progress:
         for done, part in enumerate(parts, 1):
-            trees[part] = jax.device_get(part_weights.load(config, part, workdir or "", mesh))
+            trees[part] = jax.device_get(part_weights.load(config, part, workdir, mesh))
             if trees[part] is None:
                 raise UserError("config.statistics.weights='none' means that no statistics exist: name other --parts")
             progress.update(done, part)
@@ -51,7 +51,7 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
             if step is not None:
                 logs.say(f"{part}: weights of step {step}")
     try:
-        return {path: path.stat().length for path in _write(config, trees, epath.Path(output), form)}
+        return {path: atomic_files.size(path) for path in _write(config, trees, epath.Path(output), form)}
     except OSError as error:
         raise UserError(
             f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder that you can write to"
@@ -87,8 +87,8 @@ def main():
 
 def _define_flags():
     """Define the command's flags and return the config's."""
-    flags.DEFINE_string("workdir", None, "Folder of the run whose weights are converted.")
-    flags.DEFINE_string("output", None, "Folder for the weights.", required=True)
+    flags.DEFINE(command_line.PATH, "workdir", None, "Folder of the run whose weights are converted.")
+    flags.DEFINE(command_line.PATH, "output", None, "Folder for the weights.", required=True)
     flags.DEFINE_list("parts", None, "Parts to convert; by default the stages of the config.")
     flags.DEFINE_enum("format", "rae_jax", FORMATS, "Format of the weights.")
     return config_flags.DEFINE_config_file("config", None, "Config, by file or by name; by default that of --workdir.")
@@ -101,7 +101,7 @@ def _run(argv):
         if given.config is None and given.workdir is None:
             raise UserError("no weights are named: name a run by --workdir, or weights by --config")
         if given.config is not None:
-            checks.check(given.config, sharding.make_mesh(_ALL_DEVICES))
+            checks.check(given.config, sharding.make_mesh(_ALL_DEVICES), trains=False, evaluates=False)
         options = {"config": given.config, "parts": given.parts, "form": given["format"].value}
         for path, size in export(given.workdir, given.output, **options).items():
             print(f"{path}  {size / 1e6:.2f} MB")

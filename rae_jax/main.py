@@ -16,8 +16,8 @@ from ml_collections import config_flags
 
 from rae_jax.cli import benchmark, demo, evaluate, reconstruct, sample, train
 from rae_jax.cli import compile as compile_mode
-from rae_jax.config import checks, command_flag
-from rae_jax.config import keys as config_keys
+from rae_jax.config import checks, command_flag, machine, run_config, scopes
+from rae_jax.config import files as config_files
 from rae_jax.errors import UserError, one_line
 from rae_jax.profiling import timing
 from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
@@ -28,13 +28,30 @@ MODES = {
     **{"train": train.run, "evaluate": evaluate.run, "sample": sample.run, "reconstruct": reconstruct.run},
     **{"benchmark": benchmark.run, "demo": demo.run},
 }
+USAGE = """\
+rae_jax: representation autoencoders, and diffusion transformers in their latent space
+
+  rae-jax --config=NAME --workdir=DIR       train, or resume training; NAME: {names}
+  rae-jax --workdir=DIR --mode=sample       draw images with the run's weights
+  rae-jax --workdir=DIR --mode=evaluate     measure the run's weights
+  rae-jax --workdir=DIR --mode=reconstruct --images=PATH     encode and decode images
+  rae-jax --workdir=DIR --mode=demo         show the run on a local web page
+
+A run keeps its config in its folder: --config is needed only to start it. --config.KEY=VALUE changes a key.
+--config=small with a new --workdir trains all stages in minutes on a CPU. python -m rae_jax.main is the same command.
+rae-jax --help lists all flags; docs/README.md and docs/config.md explain them.
+"""
+_NO_CONFIG = "name a config, such as small, or its file; or set --workdir to the folder of a run, which has a config"
 DOES_NOT_FIT = 1  # exit status of --mode=compile
 DIVERGED = 1  # exit status after a loss that is not finite; 2 is a mistake that the user can fix
 INTERRUPTED = 130  # after Ctrl-C and the last save; after SIGTERM the status is command_line.RESTART
 
 
 def main():
-    """Define the flags and run the command."""
+    """Define the flags and run the command; without arguments, print how to use it."""
+    if len(sys.argv) == 1:
+        print(USAGE.format(names=", ".join(config_files.names())), end="", file=sys.stderr)
+        sys.exit(command_line.MISTAKE)
     config = _define_flags()
     command_line.show_in_help(__name__)
     app.run(_run, flags_parser=command_flag.parser(config))
@@ -46,16 +63,16 @@ def _define_flags():
         "config",
         None,
         "Config: a file (configs/dit_b.py) or the name of a config that ships with rae_jax (dit_b). "
-        "--config.KEY=VALUE overrides a key.",
+        "By default that of the run in --workdir. --config.KEY=VALUE overrides a key.",
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://.")
+    flags.DEFINE(command_line.PATH, "workdir", None, "Folder of the run, local or gs://.")
     flags.DEFINE_enum("mode", "train", [*MODES, "compile"], "Task to run.")
     flags.DEFINE_bool("debug", False, "Show the traceback of an error, and the log messages of libraries.")
-    flags.register_validator("config", lambda value: value is not None, "name a config, such as small, or its file")
+    flags.register_validator("config", lambda value: value is not None, _NO_CONFIG)
     without_workdir = ("compile", "benchmark")
     flags.register_multi_flags_validator(
         ["workdir", "mode"],
-        lambda given: given["workdir"] is not None or given["mode"] in without_workdir,
+        lambda given: given["workdir"] or given["mode"] in without_workdir,
         message="this mode needs the folder of a run: set --workdir=DIR",
     )
     _define_flags_of_modes()
@@ -64,12 +81,17 @@ def _define_flags():
 
 def _define_flags_of_modes():
     flags.DEFINE_integer("step", None, "evaluate, sample: step of the last stage's checkpoint; the newest by default.")
-    flags.DEFINE_string(
-        "samples", None, "evaluate: .npz with arr_0, or folder of images, to evaluate instead of the model's samples."
+    flags.DEFINE(
+        command_line.PATH,
+        "samples",
+        None,
+        "evaluate: .npz with arr_0, or folder of images, to evaluate instead of the model's samples.",
     )
-    flags.DEFINE_string("images", None, "reconstruct: an image or a folder of images.")
+    flags.DEFINE(command_line.PATH, "images", None, "reconstruct: an image or a folder of images.")
     flags.DEFINE_integer("num_images", 80, "sample: number of images.")
-    flags.DEFINE_string("labels", "balanced", "sample: 'balanced' (classes in turn), 'random', or a file of labels.")
+    flags.DEFINE(
+        command_line.PATH, "labels", "balanced", "sample: 'balanced' (classes in turn), 'random', or a file of labels."
+    )
     flags.DEFINE_integer("label", None, "sample: draw this class only.")
     flags.DEFINE_string("topology", None, "compile: TPU slice to compile for, such as v5e:16x16.")
     flags.DEFINE_integer("num_slices", 1, "compile: number of slices.")
@@ -79,7 +101,7 @@ def _define_flags_of_modes():
     flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: programs to time; all by default.")
     flags.DEFINE_integer("timed_steps", 10, "benchmark: timed steps of each program.", lower_bound=1)
     flags.DEFINE_integer("warmup_steps", 2, "benchmark: steps that run before the timed steps.", lower_bound=0)
-    flags.DEFINE_string("profile", None, "benchmark: folder for traces of some further steps.")
+    flags.DEFINE(command_line.PATH, "profile", None, "benchmark: folder for traces of some further steps.")
     flags.DEFINE_string("coordinator", None, "Several processes: HOST:PORT of process 0; detected on a cluster.")
     flags.DEFINE_integer("num_processes", None, "Several processes: number of processes.")
     flags.DEFINE_integer("process_id", None, "Several processes: index of this process, from 0.")
@@ -96,7 +118,11 @@ def _run(argv):
         with shutdown.end_together((DivergedRun, InterruptedRun)):
             _run_mode(given)
     except DivergedRun as stop:
-        print(f"error: {stop}; lower the stage's learning_rate, or set clip_norm", file=sys.stderr)
+        print(
+            f"error: {stop}; train in another --workdir with a lower learning_rate and final_learning_rate, or with "
+            f"clip_norm; config.health.skip continues this run",
+            file=sys.stderr,
+        )
         sys.exit(DIVERGED)
     except InterruptedRun as stop:
         print(f"{stop}; saved: run the same command again to resume", file=sys.stderr)
@@ -109,15 +135,13 @@ def _run_mode(given):
         config = given.config
         if given.mode == "compile":
             sys.exit(0 if compile_mode.run(config, given) else DOES_NOT_FIT)
-        workdir = epath.Path(given.workdir or ".")  # --mode=benchmark needs none
         host_allocator.keep_freed_memory()
         processes.start(**{name: given[name].value for name in processes.SETTINGS})
+        sharding.all_devices()
         shutdown.watch()
         _keep_compiled(config.compilation_cache)
-        mesh = sharding.make_mesh(config.mesh)
-        checks.check(config, mesh)
-        if given.workdir is not None:
-            config_keys.check_workdir(config, workdir)
+        workdir = epath.Path(given.workdir) if given.workdir else None  # --mode=benchmark needs none
+        config, mesh = _checked(config, workdir, given.mode)
         with command_line.peers():
             processes.wait_for_all("checked")  # before process 0 writes to the workdir
             MODES[given.mode](config.lock(), workdir, mesh, given)
@@ -147,6 +171,21 @@ def _run_mode(given):
         )
 
 
+def _checked(config, workdir, mode):
+    """Return (config, mesh) on the devices here, after all checks of what the mode uses."""
+    match mode:
+        case "train":
+            run_config.check(config, workdir, *config.stages)
+        case "benchmark":  # it uses no weights
+            pass
+        case _:
+            run_config.check(config, workdir, scopes.MODEL)
+            config = machine.adapted(config, workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    checks.check(config, mesh, trains=mode in ("train", "benchmark"), evaluates=mode in ("train", "evaluate"))
+    return config, mesh
+
+
 class _Terminated(KeyboardInterrupt):
     """SIGTERM."""
 
@@ -166,7 +205,7 @@ def _keep_compiled(folder):
         return
     if folder == "none" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    folder = folder or str(epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rae_jax/compiled")
+    folder = os.path.expanduser(folder or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/rae_jax/compiled")
     if not folder.startswith("~"):  # a user without a home directory: nothing is kept
         jax.config.update("jax_compilation_cache_dir", folder)
 

@@ -46,21 +46,17 @@ def pack(config, output, mesh, *, dtype, mirrored, images_per_shard):
         )
     sharding.check_batch(batch_size, mesh, "config.statistics.batch_size")
     source = build_data.source(config, "train", crop="centre")
-    params = part_weights.load(config, "encoder", "", mesh)
+    params = part_weights.load(config, "encoder", None, mesh)
     index = {
         **{"form": stages.latent_form(config, params), "dtype": dtype, "mirrored": mirrored},
         **{"shape": list(config_keys.latent_shape(config)), "class_names": list(source.class_names)},
     }
-    data = {key: value for key, value in config.data.to_dict().items() if key not in _WITHOUT_EFFECT}
-    sizes = {"num_images": len(source), "images_per_shard": images_per_shard, "batch_size": batch_size}
-    shard_writer.claim(output, {**index, "data": data, **sizes})
+    sizes = {"images_per_shard": images_per_shard, "batch_size": batch_size}
+    shard_writer.claim(output, {**index, "data": build_data.identity(source), **sizes})
     encode = _encoder(config, params, mesh, dtype, mirrored)
     index["shards"] = _write_shards(config, source, output, encode, mirrored, images_per_shard)
     atomic_files.write_text(output / packed_images.INDEX, json.dumps(index, indent=1))
     return index
-
-
-_WITHOUT_EFFECT = ("num_threads", "num_workers", "num_heldout", "latents")  # keys that do not change latents
 
 
 def _encoder(config, params, mesh, dtype, mirrored):
@@ -120,7 +116,7 @@ def main():
 
 
 def _define_flags():
-    flags.DEFINE_string("output", None, "Folder to which the shards are written.", required=True)
+    flags.DEFINE(command_line.PATH, "output", None, "Folder to which the shards are written.", required=True)
     flags.DEFINE_enum("dtype", "bfloat16", packed_latents.DTYPES, "Type of the stored latents.")
     flags.DEFINE_bool("mirrored", True, "Also store latents of mirrored images, for config.dit.train.flip.")
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
@@ -138,7 +134,7 @@ def _run(argv):
         host_allocator.keep_freed_memory()
         config = ConfigDict({**given.config, "stages": ()})  # nothing is trained here
         mesh = sharding.make_mesh(config.mesh)
-        checks.check(config, mesh)
+        checks.check(config, mesh, trains=False, evaluates=False)
         options = {name: given[name].value for name in ("dtype", "mirrored", "images_per_shard")}
         index = pack(config.lock(), given.output, mesh, **options)
     except UserError as error:

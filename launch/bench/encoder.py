@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import encoders, small
 from launch.bench import harness
+from rae_jax.runtime import host
 
 IMAGE_SIZE = 224
 
@@ -35,7 +36,7 @@ def main():
         ours, theirs = (np.load(Path(folder) / f"{name}.npy") for name in ENCODERS)
     results = {name: {key: min(run[key] for run in runs[name]) for key in runs[name][0]} for name in ENCODERS}
     results["max_difference"] = float(np.abs(ours - theirs).max())
-    results["cores"] = harness.num_cores()
+    results["cores"] = host.num_cores()
     harness.print_json({"encoder": f"dinov2-with-registers-{args.size}", "num_images": args.num_images, **results})
 
 
@@ -62,7 +63,7 @@ def _measure(name, size, num_images, folder):
     tokens, first = harness.timed(encode, images)
     seconds = min(harness.wall_times(lambda: encode(images), 3))
     np.save(Path(folder) / f"{name}.npy", tokens)
-    return {"first_seconds": first.wall, "seconds": seconds, "peak_mib": harness.peak_bytes() / 2**20}
+    return {"first_seconds": first.wall, "seconds": seconds, "peak_mib": host.peak_memory() / 2**20}
 
 
 def _our_encoder(size, folder):
@@ -84,7 +85,7 @@ def _transformers_encoder(size, folder):
     import torch
     from transformers import Dinov2WithRegistersModel
 
-    torch.set_num_threads(harness.num_cores())
+    torch.set_num_threads(host.num_cores())
     model = Dinov2WithRegistersModel.from_pretrained(folder).eval()  # its last norm has the initial scale 1 and bias 0
     ours = encoders.dinov2(size)
     mean, std = (np.asarray(ours[key], np.float32) for key in ("mean", "std"))

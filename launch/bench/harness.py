@@ -4,7 +4,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
@@ -62,16 +61,6 @@ def timed(function, *args):
 def wall_times(function, count):
     """Return the wall-clock seconds of `count` calls, one after the other."""
     return [timed(function)[1].wall for _ in range(count)]
-
-
-def num_cores():
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def peak_bytes():
-    """Return the largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def markdown_table(header, rows):

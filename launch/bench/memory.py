@@ -44,7 +44,7 @@ def _measure(phase, size, devices, folder):
 
     from rae_jax.build import objectives
     from rae_jax.config.keys import in_steps
-    from rae_jax.runtime import checkpoint, host_allocator, sharding
+    from rae_jax.runtime import checkpoint, host, host_allocator, sharding
 
     host_allocator.keep_freed_memory()
     config = dit_b.get_config()
@@ -55,18 +55,18 @@ def _measure(phase, size, devices, folder):
     key = jax.random.key(0)
     shapes = jax.eval_shape(init, key)
     shardings = sharding.shardings(shapes, mesh)
-    before = harness.peak_bytes()
+    before = host.peak_memory()
     with checkpoint.Checkpoints(Path(folder) / "dit", keep=1) as checkpoints:
         if phase == "init":
             state = jax.block_until_ready(jax.jit(init, out_shardings=shardings)(key))
         else:
             abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
             state = jax.block_until_ready(checkpoints.restore(1, abstract, harness.NoData()))
-        peak = harness.peak_bytes()
+        peak = host.peak_memory()
         if phase == "init":
             checkpoints.save(1, state, harness.NoData())
     shards = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-    at_end = harness.peak_bytes()
+    at_end = host.peak_memory()
     return {"shard_bytes": shards, "before_bytes": before, "peak_bytes": peak, "peak_bytes_to_the_end": at_end}
 
 

@@ -27,7 +27,7 @@ from launch.bench import harness
 from launch.bench.torch_dit import DiTDH
 from rae_jax.build import models, part_weights, published_weights
 from rae_jax.config.keys import latent_shape
-from rae_jax.runtime import host_allocator
+from rae_jax.runtime import host, host_allocator
 from rae_jax.weights import engine, tables
 
 
@@ -59,7 +59,7 @@ def main():
     settings = Settings(args.model, args.size, args.batch, args.authors)
     names = ["rae_jax", "diffusers"] if args.model == "decoder" else ["rae_jax", "torch"]
     names += ["authors"] if args.authors else []
-    results = {"model": args.model, "batch": args.batch, "cores": harness.num_cores()}
+    results = {"model": args.model, "batch": args.batch, "cores": host.num_cores()}
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(harness.own_process()) for name in names}
         outputs = {name: process.submit(_compile, settings, name).result() for name, process in processes.items()}
@@ -72,7 +72,7 @@ def main():
 def _compile(settings, name):
     """Compile a side; return its output."""
     host_allocator.keep_freed_memory()
-    torch.set_num_threads(harness.num_cores())
+    torch.set_num_threads(host.num_cores())
     side = _side(settings, name)
     output = side.forward()
     side.backward()

@@ -129,7 +129,8 @@ def _generation(config, workdir, mesh, job):
     sample = generate.make_sampler(config, mesh)
     count = config.evaluate.num_images
     labels = sample_files.labels_of("balanced", count, config.data.num_classes, config.seed)
-    how = {"batch_size": config.evaluate.batch_size, "seed": config.seed}
+    batch_size = sharding.even_batch(count, config.evaluate.batch_size, mesh)
+    how = {"batch_size": batch_size, "seed": config.seed}
     for step in dict.fromkeys([*kept, last]):
         parts = _generator(config, workdir, mesh, step)
         batches = [images for _, images in generate.batches(sample, parts, labels, mesh, **how)]

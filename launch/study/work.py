@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 
-from rae_jax.config import keys as config_keys
+from rae_jax.config import run_config, scopes
+from rae_jax.config.keys import STAGES
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files
 from rae_jax.runtime.command_line import RESTART
@@ -72,7 +73,7 @@ def request(job):
 
 def trained_by(job):
     """Return all that the weights of a job depend on, in JSON's types."""
-    config = {key: value for key, value in job.config.items() if not config_keys.is_free(key)}
+    config = {key: value for key, value in job.config.items() if scopes.of(key) & set(STAGES)}
     return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 
 
@@ -116,7 +117,7 @@ def perform(job):
     match job.kind:
         case "run":
             checks.check(config, mesh)
-            config_keys.check_workdir(config, job.workdir)
+            run_config.check(config, job.workdir, *config.stages)
             claim(job)
             train.in_workdir(config.lock(), _path(job.workdir), mesh, train_and_measure)
         case "vae":

@@ -1,5 +1,8 @@
 """Construction of sources of images and latents from the config."""
 
+import hashlib
+import os
+
 from rae_jax.data import sources
 from rae_jax.data.packed_images import PackedImages
 from rae_jax.data.packed_latents import PackedLatents
@@ -30,7 +33,9 @@ def source(config, split, crop=None):
             found = PackedImages(path=data.path, split=split, **options)
         case "tfds":
             part = {"train": data.tfds.split, "heldout": data.tfds.heldout_split}[split]
-            found = sources.tfds(name=data.tfds.name, data_dir=data.path, split=part, image_size=data.image_size)
+            found = sources.tfds(
+                name=data.tfds.name, data_dir=os.path.expanduser(data.path), split=part, image_size=data.image_size
+            )
         case other:
             raise ValueError(f"unknown data source {other!r}")
     return _checked_classes(found, data.num_classes)
@@ -40,6 +45,14 @@ def packed_latents(config, form):
     """Return the random-access source of the latents in config.data.latents, for the DiT stage; see PackedLatents."""
     options = {"form": form, "mirrored": config.dit.train.flip, "on_error": config.data.on_error}
     return _checked_classes(PackedLatents(path=config.data.latents, **options), config.data.num_classes)
+
+
+def identity(source):
+    """Return the JSON values that identify the data of a source, wherever it lies: see config.inputs."""
+    names = hashlib.sha256()
+    for name, label in source.image_names():
+        names.update(f"{name}\t{label}\n".encode(errors="surrogateescape"))
+    return {"num_images": len(source), "names": names.hexdigest()[:16], "class_names": list(source.class_names)}
 
 
 def _checked_classes(source, expected):

@@ -4,12 +4,14 @@ A part is the model that one stage trains (keys.STAGES), 'guide' (AutoGuidance's
 discriminator's), or a network of perceptual_networks.PARTS.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 from etils import epath
 
 from rae_jax.build import models, objectives, perceptual_networks, published_weights
-from rae_jax.build.saved_config import SHIPPED
+from rae_jax.config import run_config
 from rae_jax.config.keys import input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, sharding
@@ -72,8 +74,8 @@ def load_all(config, parts, workdir, mesh, step=None):
 def load(config, part, workdir, mesh, step=None):
     """Return the weights of one part, on the devices; None for statistics if latents are not normalised.
 
-    If `workdir` holds checkpoints of the run, the weights of its stages come from there. Otherwise the config names
-    them: 'small', a folder with PART.safetensors, 'none' for statistics, or published weights (see
+    If `workdir` (None: no run) holds checkpoints, the weights of the run's stages come from there. Otherwise the config
+    names them: 'small', a folder with PART.safetensors, 'none' for statistics, or published weights (see
     published_weights.load). `step` selects a checkpoint of the run's last stage. Raises UserError for weights that do
     not exist or do not fit.
     """
@@ -82,8 +84,8 @@ def load(config, part, workdir, mesh, step=None):
     key = _weights_key(part)
     if part == "guide":
         config, part = _guide_config(config), "dit"
-    folder = epath.Path(workdir) / "checkpoints" / part
     if part in config.stages and has_checkpoints(config, workdir):
+        folder = epath.Path(workdir) / "checkpoints" / part
         found = checkpoint_reader.latest_step(folder) if step is None or part != config.stages[-1] else step
         if found is None:
             raise UserError(f"{workdir} has no checkpoint of stage {part!r} yet: train it first (--mode=train)")
@@ -102,6 +104,13 @@ def load(config, part, workdir, mesh, step=None):
         raise UserError(f"{key}={weights!r}: {error}") from error
 
 
+def weights_in_words(config, part):
+    """Return the key and the value that name a part's weights, for messages."""
+    if part in perceptual_networks.PARTS:
+        return perceptual_networks.weights_in_words(config, part)
+    return f"{_weights_key(part)}={section(config, part).weights!r}"
+
+
 def _weights_key(part):
     place = {"backbone": "discriminator.backbone", "guide": "guidance.dit"}.get(part, part)
     return f"config.{place}.weights"
@@ -114,7 +123,9 @@ def shapes_or_none(config, part):
 
 
 def _from_files(config, part, weights, mesh):
-    path = (SHIPPED if weights == "small" else epath.Path(weights)) / f"{part}.safetensors"
+    path = (
+        run_config.SHIPPED if weights == "small" else epath.Path(os.path.expanduser(weights))
+    ) / f"{part}.safetensors"
     tree = shapes(config, part)
     placed = sharding.shardings(tree, mesh)
     if path.exists() or "://" in weights or not published_weights.tables_of(config, part):
@@ -154,10 +165,10 @@ def shapes(config, part):
         return shapes(_guide_config(config), "dit")
     if part in ("encoder", "backbone"):
         e = section(config, part)
-        image = jnp.zeros((1, *[input_size(config, e)] * 2, 3))
+        image = jnp.zeros((1, *[input_size(config, e)] * 2, 3), jnp.float32)
         return jax.eval_shape(models.encoder(config, e).init, jax.random.key(0), image)["params"]
     if part == "decoder":  # not from its stage, which needs a discriminator
-        latents = jnp.zeros((1, *latent_shape(config)))
+        latents = jnp.zeros((1, *latent_shape(config)), jnp.float32)
         return jax.eval_shape(models.autoencoder(config).decoder.init, jax.random.key(0), latents)["params"]
     return jax.eval_shape(exported(config, part), _state_shapes(config, part))
 
@@ -201,26 +212,30 @@ def _refuse_unfinished_statistics(folder, step):
 
 
 def has_checkpoints(config, workdir):
-    """Return whether the workdir holds a checkpoint of any stage of the config."""
-    return any(
+    """Return whether the workdir holds a checkpoint of any stage of the config; `workdir`: None is no run."""
+    return bool(workdir) and any(
         checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages
     )
 
 
 def check_available(config, mesh):
-    """Raise UserError, before training, for weights that an evaluation needs and that cannot be loaded.
+    """Raise UserError, before training, for weights that the last evaluation needs and that cannot be loaded.
 
-    perceptual_networks.check_available checks LPIPS and Inception. A run that trains neither decoder nor DiT is not
-    checked: a user who trains an encoder may have no decoder of its latents yet.
+    perceptual_networks.check_available checks LPIPS and Inception. A run without a decoder is not evaluated.
     """
-    if not {"decoder", "dit"} & set(config.stages):
+    if not has_part(config, "decoder"):
         return
     for part in (*_trained_for_evaluation(config), *_guide(config)):
         if part not in config.stages:
-            load(config, part, "", mesh)
+            try:
+                load(config, part, None, mesh)
+            except UserError as error:
+                optional = part in ("judge", "decoder") and bool(config[part].weights)
+                without = f"; or evaluate without it: --config.{part}.weights=''" if optional else ""
+                raise UserError(f"{error}{without}") from error
 
 
 def load_shipped(config, mesh):
     """Return {part: weights} of an evaluation by the config's keys alone, without the run's own checkpoints."""
     untrained = _untrained(config)
-    return load_all(untrained, parts_of_evaluation(untrained), "", mesh)
+    return load_all(untrained, parts_of_evaluation(untrained), None, mesh)

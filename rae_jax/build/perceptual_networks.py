@@ -20,6 +20,11 @@ def named(config):
     return tuple(part for part in PARTS if all(_source(config, key) for key in _KEYS[part]))
 
 
+def weights_in_words(config, part):
+    """Return the keys and the values that name a part's weights, for messages."""
+    return ", ".join(f"config.{key}={_source(config, key)!r}" for key in _KEYS[part])
+
+
 def load(config, part, mesh):
     """Return the part's parameters on the devices; None if the config names no weights.
 
@@ -42,7 +47,7 @@ def load(config, part, mesh):
 
 def part_shapes(part):
     """Return the tree of shapes of a part's parameters."""
-    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+    key, image = jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.float32)
     match part:
         case "lpips":
             return jax.eval_shape(Lpips().init, key, image, image)["params"]

@@ -3,14 +3,11 @@
 import json
 
 from etils import epath
-from ml_collections import ConfigDict
+from flax import traverse_util
 
 from rae_jax.build import published_weights
+from rae_jax.config import keys, run_config, scopes
 from rae_jax.errors import UserError
-
-FILE = "config.json"
-SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"  # its config.json holds every key of configs/small.py
-_OF_A_MODEL = ("name", "dtype", "unroll", "encoder", "decoder", "statistics", "dit", "sampler", "guidance")
 
 
 def read(folder):
@@ -18,23 +15,17 @@ def read(folder):
 
     Raises UserError if the folder has no config, or no config of an autoencoder or a DiT.
     """
-    path = epath.Path(folder) / FILE
+    path = epath.Path(folder) / run_config.FILE
     if not path.exists():
-        raise UserError(f"{folder} has no {FILE}: name a run's workdir, or a folder that rae_jax.convert wrote")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is truncated or not JSON ({error}): download or write it again") from error
+        raise UserError(
+            f"{folder} has no {run_config.FILE}: name a run's workdir, or a folder that rae_jax.convert wrote"
+        )
+    found = run_config.read_json(path)
     if "_class_name" in found:
         found = published_weights.of_diffusers(found)
     elif "encoder" not in found and "dit" not in found:
         raise UserError(f"{path} describes neither an autoencoder nor a DiT: name another folder")
-    return complete(found)
-
-
-def complete(found):
-    """Return a config with every key from a nested dict that may lack keys."""
-    return ConfigDict(_merged(json.loads((SHIPPED / FILE).read_text()), found))
+    return run_config.complete(found)
 
 
 def write(config, folder, parts):
@@ -42,31 +33,10 @@ def write(config, folder, parts):
 
     A part that the run trained and the folder lacks gets weights='': the run's initial weights must not replace it.
     """
-    plain = json.loads(config.to_json())
-    kept = {key: _without_training(plain[key]) for key in _OF_A_MODEL if key in plain}
-    for part in set(config.stages) - set(parts):
-        if part in kept:
-            kept[part]["weights"] = ""
-    kept["data"] = {key: plain["data"][key] for key in ("image_size", "num_classes")}
-    path = epath.Path(folder) / FILE
+    flat = keys.flatten(json.loads(config.to_json()))
+    kept = {key: flat[key] for key in flat if key in ("name", "unroll") or key.endswith(".weights")}
+    kept.update({f"{part}.weights": "" for part in set(config.stages) - set(parts)})
+    kept.update(scopes.select(flat, scopes.SAMPLES, scopes.LATENTS))
+    path = epath.Path(folder) / run_config.FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**kept, "stages": []}, indent=2) + "\n")
-
-
-def _without_training(section):
-    return {k: v for k, v in section.items() if k != "train"} if isinstance(section, dict) else section
-
-
-def _merged(base, over):
-    """Return `base` with the values of `over` at every depth. Lists become tuples, as in configs."""
-    merged = dict(base)
-    for key, value in over.items():
-        inside = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if inside else value
-    return {key: _with_tuples(value) for key, value in merged.items()}
-
-
-def _with_tuples(value):
-    if isinstance(value, dict):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+    path.write_text(json.dumps({**traverse_util.unflatten_dict(kept, sep="."), "stages": []}, indent=2) + "\n")

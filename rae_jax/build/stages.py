@@ -1,10 +1,12 @@
 """Construction of the stages of a run from the config, for the training loop."""
 
 import json
+import zlib
 
 import numpy as np
 
 from rae_jax.build import data, objectives, part_weights
+from rae_jax.config import scopes
 from rae_jax.config.keys import flatten, in_steps
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
@@ -12,7 +14,8 @@ from rae_jax.runtime import sharding
 from rae_jax.training.loop import Stage
 from rae_jax.weights import safetensors_tree
 
-_STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}  # index of each stage's random numbers
+# Number of the random stream of stages whose runs exist; any other stage has the number _stream computes from its name.
+_STREAMS = {"encoder": 0, "judge": 1, "decoder": 2, "statistics": 3, "dit": 4}
 
 
 def stage(config, name, workdir, mesh):
@@ -56,20 +59,25 @@ def _training_source(config, name, mesh):
 
 def packed_latents(config, mesh):
     """Return the source of config.data.latents. Raises UserError if the config's encoder makes other latents."""
-    return data.packed_latents(config, latent_form(config, part_weights.load(config, "encoder", "", mesh)))
+    return data.packed_latents(config, latent_form(config, part_weights.load(config, "encoder", None, mesh)))
 
 
 def latent_form(config, encoder_params):
     """Return the JSON values that latents depend on, by name: keys of the config, and a digest of the weights."""
-    encoder = {key: value for key, value in config.encoder.to_dict().items() if key not in ("weights", "train")}
-    keys = {"encoder": encoder, "data": {"image_size": config.data.image_size}, "dtype": config.dtype}
-    form = {**flatten(keys, "config."), "the encoder's weights": safetensors_tree.digest(encoder_params)}
-    return json.loads(json.dumps(form))
+    keys = scopes.select(flatten(json.loads(config.to_json())), scopes.LATENTS)
+    return {
+        **{f"config.{key}": value for key, value in keys.items()},
+        "the encoder's weights": safetensors_tree.digest(encoder_params),
+    }
 
 
 def stage_seed(config, name):
     """Return a stage's own seed, so that no two stages draw the same random numbers."""
-    return int(np.random.SeedSequence((config.seed, _STREAMS[name])).generate_state(1)[0])
+    return int(np.random.SeedSequence((config.seed, _stream(name))).generate_state(1)[0])
+
+
+def _stream(name):
+    return _STREAMS.get(name, zlib.crc32(name.encode()))
 
 
 def sign_of_best(checkpoint):

@@ -22,7 +22,7 @@ def run(config, workdir, mesh, flags):
         demo_model.DemoModel(config, part_weights.load_all(config, names, workdir, mesh)),
         title=f"rae_jax: {config.name}",
         weights=f"weights of {workdir}" if trained else "weights that the config names",
-        class_names=results.class_names(config) if sampled else (),
+        class_names=results.class_names(config, workdir) if sampled else (),
         held_out=results.held_out(config),
         image_size=config.data.image_size,
         scale=config.guidance.scale if sampler.is_guided(config) else 1.0,

@@ -5,6 +5,7 @@ import time
 
 from rae_jax.build import data as build_data
 from rae_jax.build import part_weights
+from rae_jax.config import inputs
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid
 from rae_jax.runtime import atomic_files, processes
@@ -55,7 +56,10 @@ def held_out(config):
         return None
 
 
-def class_names(config):
-    """Return the names of the classes, from the data if it is on this machine; otherwise their numbers."""
-    found = held_out(config)
-    return found.class_names if found else [str(c) for c in range(config.data.num_classes)]
+def class_names(config, workdir):
+    """Return the names of the classes, from the record of the run or from the data if it is here; or their numbers."""
+    names = inputs.read(workdir).get("data", {}).get("class_names")
+    if names is None or len(names) != config.data.num_classes:
+        found = held_out(config)
+        names = found.class_names if found else [str(c) for c in range(config.data.num_classes)]
+    return names

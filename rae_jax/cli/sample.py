@@ -6,30 +6,27 @@ import numpy as np
 
 from rae_jax.build import part_weights
 from rae_jax.cli import results
-from rae_jax.config import keys
+from rae_jax.config import keys, scopes
 from rae_jax.errors import UserError
 from rae_jax.inference import sample_files
 from rae_jax.runtime import processes
 from rae_jax.weights import safetensors_tree
 
-# Sections and keys of the config on which samples do not depend.
-_WITHOUT_EFFECT = (
-    *("name", "log_every", "wandb", "checkpoint", "health", "mesh", "evaluate"),
-    *("unroll", "remat", "attention", "compilation_cache"),
-)
-
 
 def run(config, workdir, mesh, flags):
-    """Write samples/{sampled.png, images/, samples.npz}. An interrupted request resumes if it is repeated."""
+    """Write {sampled.png, images/, samples.npz} to samples/, or to a folder in it if it holds another request.
+
+    An interrupted request resumes if it is repeated, on any devices.
+    """
     labels = _labels(config, flags)
     parts = part_weights.load_all(config, part_weights.parts_of_sampling(config), workdir, mesh, step=flags.step)
-    flat = keys.flatten(json.loads(config.to_json()))
     request = {
-        "config": {key: value for key, value in flat.items() if key.split(".")[0] not in _WITHOUT_EFFECT},
+        "config": scopes.select(keys.flatten(json.loads(config.to_json())), scopes.SAMPLES),
         "weights": {name: safetensors_tree.digest(params) for name, params in parts.items() if params is not None},
     }
-    folder, names = workdir / "samples", results.class_names(config)
-    sample_files.draw(config, parts, labels, mesh, folder, request=request, class_names=names)
+    claimed = sample_files.claim(workdir / "samples", request, labels, config, mesh)
+    folder, names = claimed.folder, results.class_names(config, workdir)
+    sample_files.draw(config, parts, labels, mesh, claimed, class_names=names)
     if processes.is_first():
         print(f"pictures: {folder / 'sampled.png'}, {folder / 'images'}; for evaluators: {folder / 'samples.npz'}")
 

@@ -8,7 +8,7 @@ import jax
 from rae_jax.build import data as build_data
 from rae_jax.build import part_weights, perceptual_networks, stages
 from rae_jax.cli import results
-from rae_jax.config import keys
+from rae_jax.config import inputs, run_config
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid, linear_probes
 from rae_jax.inference.evaluator import Evaluator
@@ -16,6 +16,7 @@ from rae_jax.runtime import atomic_files, checkpoint_manifest, environment, heal
 from rae_jax.runtime.checkpoint_reader import DamagedCheckpoint, latest_step
 from rae_jax.training.loop import fit
 from rae_jax.ui import report
+from rae_jax.weights import safetensors_tree
 
 _EVALUATED = {  # {stage that is evaluated during training: other parts that the evaluation needs}
     "decoder": ("encoder",),
@@ -34,15 +35,17 @@ def in_workdir(config, workdir, mesh, work):
     Missing data and networks raise UserError before anything is written. If `work` meets a damaged checkpoint of a
     finished stage, the checkpoint is set aside and `work` is called again.
     """
-    for split in ("train", "heldout"):
-        build_data.source(config, split)
+    build_data.source(config, "heldout")
+    data = build_data.identity(build_data.source(config, "train"))
+    inputs.compare_data(workdir, data, f"config.data.path={config.data.path!r}")
     if config.data.latents:
         stages.packed_latents(config, mesh)
     perceptual_networks.check_available(config)
     linear_probes.check_available(config)
     evaluator = Evaluator(config, mesh)  # one for all evaluations: it compiles each program once
     with workdir_lock.hold(workdir):
-        keys.save(config, workdir)
+        run_config.save(config, workdir)
+        inputs.record(workdir, data=data)
         environment.record(workdir)
         while True:
             try:
@@ -62,8 +65,11 @@ def _train_and_evaluate(config, workdir, mesh, evaluator):
         shipped = results.measure(evaluator, config, part_weights.load_shipped(config, mesh), workdir, "shipped")
         results.write(workdir, f"{config.name}.json", shipped)
     run_stages(config, workdir, mesh, evaluator)
-    parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh)
-    results.measure_trained(evaluator, config, parts, workdir, shipped)
+    if part_weights.has_part(config, "decoder"):
+        parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh)
+        results.measure_trained(evaluator, config, parts, workdir, shipped)
+    else:
+        logs.say("nothing is evaluated: config.decoder.weights='' names no decoder")
     if processes.is_first():
         print(f"pictures: {workdir / 'samples'}")
         print(f"report:   {report.write_report(workdir)}")
@@ -78,9 +84,13 @@ def run_stages(config, workdir, mesh, evaluator):
 
 def _run_stage(config, name, workdir, mesh, evaluator, tracker):
     stage = stages.stage(config, name, workdir, mesh)
+    evaluate_every = config.evaluate.every if name in _EVALUATED else 0
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
-        logs.say(f"{name}: already finished")
-        return
+        last_evaluated = evaluate_every and stage.num_steps % evaluate_every == 0
+        if not (last_evaluated and logs.lacks_evaluation(workdir, name, stage.num_steps)):
+            logs.say(f"{name}: already finished")
+            return
+    _record_weights(config, stage, workdir)
     logs.say(f"{name}: compiling the step, which may take minutes; then {stage.num_steps} steps")
     began = time.monotonic()
     fit(
@@ -93,11 +103,21 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
         **{key: config.checkpoint[key] for key in ("keep", "keep_every", "on_error")},
         health_settings=health.Settings(**config.health),
         evaluate=evaluate_in_training(config, stage, workdir, mesh, evaluator),
-        evaluate_every=config.evaluate.every if name in _EVALUATED else 0,
+        evaluate_every=evaluate_every,
         scored=bool(config.checkpoint.best),
         tracker=tracker,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+
+def _record_weights(config, stage, workdir):
+    """Record the frozen weights that this run has not trained. Raises UserError if the run has recorded others."""
+    given = {part: params for part, params in stage.frozen.items() if part not in config.stages}
+    if given.get("backbone") is stage.frozen.get("encoder"):
+        given.pop("backbone", None)
+    weights = {part: params and safetensors_tree.digest(params) for part, params in given.items()}
+    inputs.compare_weights(workdir, weights, {part: part_weights.weights_in_words(config, part) for part in weights})
+    inputs.record(workdir, weights=weights)
 
 
 def evaluate_in_training(config, stage, workdir, mesh, evaluator):

@@ -1,16 +1,24 @@
-"""The flag --config of the commands: a file or the name of a config, and its keys as --config.KEY=VALUE."""
+"""The flag --config of the commands: a file or the name of a config, and its keys as --config.KEY=VALUE.
+
+Without the flag, the config of the run in --workdir is used.
+"""
+
+import os
 
 from absl import flags
+from etils import epath
 
-from rae_jax.config import files
+from rae_jax.config import files, run_config
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line
 
 
 class FlagParser(flags.ArgumentParser):
-    """Parses --config=SOURCE, and --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT)."""
+    """Parses --config=SOURCE, --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT), and a run's config.json."""
 
     def parse(self, text):
+        if text.endswith(f"/{run_config.FILE}") and epath.Path(text).exists():
+            return run_config.complete(run_config.read_json(text)).lock()
         source, *arguments = text.split(":", 1)
         return files.load(source, *arguments).lock()
 
@@ -21,7 +29,7 @@ def parser(config_flag, values=flags.FLAGS):
 
     def parse(argv):
         try:
-            return command_line.plain_parser(argv, values)
+            return command_line.plain_parser(_with_config_of_run(argv), values)
         except UserError as error:
             command_line.fail(str(error))
         except (AttributeError, KeyError) as error:
@@ -30,3 +38,21 @@ def parser(config_flag, values=flags.FLAGS):
             command_line.fail(f"a flag --config cannot be used: {command_line.words_of(error)}")
 
     return parse
+
+
+def _with_config_of_run(argv):
+    """Return the arguments with the config of the run in --workdir, if they name no config and the run exists."""
+    workdir = _value(argv, "workdir")
+    if not workdir or _value(argv, "config") is not None:
+        return argv
+    path = epath.Path(os.path.expanduser(workdir)) / run_config.FILE
+    return [argv[0], f"--config={path.parent}/{path.name}", *argv[1:]] if path.exists() else argv
+
+
+def _value(argv, name):
+    """Return the value of a flag in arguments that are not parsed yet; None without the flag."""
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        flag, assigned, value = argument.partition("=")
+        if flag in (f"-{name}", f"--{name}"):
+            return value if assigned else following
+    return None

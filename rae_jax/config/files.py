@@ -5,12 +5,13 @@ import difflib
 import importlib.machinery
 import importlib.util
 import sys
+import traceback
 import types
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel configs/ is a folder of the package (launch/wheel.py); in a checkout it is next to the package.
@@ -53,8 +54,11 @@ def load(source, *arguments):
         try:
             loader.exec_module(module)
             config = module.get_config(*arguments) if hasattr(module, "get_config") else None
-        except OSError as error:
-            raise UserError(f"cannot load the config {source}: {error}") from error
+        except Exception as error:  # of any kind: the file is the user's program
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+            place = f"line {lines[-1]}: " if lines else ""
+            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            raise UserError(f"cannot load the config {source}: {place}{kind}{one_line(error)}") from error
     if not isinstance(config, ConfigDict) or "stages" not in config:
         raise UserError(
             f"cannot load the config {source}: get_config() must return a ConfigDict, as configs/small.py's does"

@@ -1,68 +1,11 @@
-"""Stages, sizes and counts of a config; and the config.json of a workdir."""
-
-import json
-
-from etils import epath
+"""Stages, sizes and counts of a config."""
 
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, processes
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
-ATTENTION_PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # kinds of attention that one platform has
 TRAINED = ("encoder", "judge", "decoder", "dit")
 
-# A run may be resumed with other values of these keys: no trained weights depend on them.
-FREE_KEYS = (
-    *("name", "log_every", "wandb", "checkpoint", "health", "mesh"),
-    *("unroll", "remat", "attention", "compilation_cache"),
-    *("sampler", "guidance", "evaluate", "data.num_threads", "data.num_workers", "dit.average"),
-    "dit.train.microbatches",
-    "data.on_error",  # with 'stop', a run that exists has read all images so far
-)
-
 _COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # by `train.unit`
-
-
-def check_workdir(config, workdir):
-    """Raise UserError if `workdir` holds the run of another config; nothing is written.
-
-    A key that is not in the run's config.json was added by a later version of this package: the run accepts any value.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists() or not (epath.Path(workdir) / "checkpoints").exists():
-        return
-    try:
-        theirs = flatten(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"{path} is truncated or not JSON ({error}): restore it, or use another --workdir") from error
-    ours = flatten(json.loads(config.to_json()))
-    only_measured = () if "decoder" in config.stages else ("lpips",)
-    for key in sorted(theirs):
-        free = is_free(key) or key.split(".")[0] in only_measured
-        if not free and ours.get(key) != theirs[key]:
-            raise UserError(
-                f"{workdir} holds a run with config.{key}={theirs[key]!r}, not {ours.get(key)!r}: "
-                f"use another --workdir, or set the key back"
-            )
-
-
-def is_free(key):
-    """Return True if no trained weights depend on a key."""
-    return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
-
-
-def save(config, workdir):
-    """Write config.json, in the first process. Raises UserError if the workdir cannot be written."""
-    if not processes.is_first():
-        return
-    folder = epath.Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_text(folder / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to --workdir={workdir} ({atomic_files.reason(error)}): choose a folder that you may write to"
-        ) from error
 
 
 def section(config, part):
@@ -124,3 +67,16 @@ def flatten(tree, prefix=""):
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def value_of(config, key):
+    """Return the value of a key such as 'dit.train.batch_size'."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def require(condition, config, key, fix):
+    """Raise UserError that names the key, its value and the fix, unless the condition holds."""
+    if not condition:
+        raise UserError(f"config.{key}={value_of(config, key)!r} cannot work: {fix}")

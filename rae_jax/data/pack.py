@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,7 +24,7 @@ from PIL import Image
 
 from rae_jax.data import decode, packed_images, shard_writer, sources
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, command_line, logs
+from rae_jax.runtime import atomic_files, command_line, host, logs
 
 SPLITS = ("train", "heldout")
 ENCODINGS = ("jpeg", "png")
@@ -173,19 +172,21 @@ def main():
 
 
 def _define_flags():
-    flags.DEFINE_string("path", None, "A folder of class folders, a .zip archive of such a folder, or a list.")
-    flags.DEFINE_string("heldout_path", "", "The same for evaluation. Empty: every 20th image of --path.")
+    flags.DEFINE(
+        command_line.PATH, "path", None, "A folder of class folders, a .zip archive of such a folder, or a list."
+    )
+    flags.DEFINE(command_line.PATH, "heldout_path", "", "The same for evaluation. Empty: every 20th image of --path.")
     flags.DEFINE_string("tfds", None, "A TFDS data set prepared as array_record, instead of --path.")
-    flags.DEFINE_string("data_dir", "", "TFDS' data folder. Empty: TFDS' default.")
+    flags.DEFINE(command_line.PATH, "data_dir", "", "TFDS' data folder. Empty: TFDS' default.")
     flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout splits.")
-    flags.DEFINE_string("output", None, "Folder to write the shards to.", required=True)
+    flags.DEFINE(command_line.PATH, "output", None, "Folder to write the shards to.", required=True)
     flags.DEFINE_integer("image_size", 256, "The value of config.data.image_size.", lower_bound=1)
     flags.DEFINE_enum("crop", "centre", ("centre", "random"), "The value of config.STAGE.train.crop.")
     flags.DEFINE_enum("encoding", "jpeg", ENCODINGS, "png is lossless and takes more space.")
     flags.DEFINE_integer("quality", 95, "Quality of JPEG, without chroma subsampling.", lower_bound=1, upper_bound=100)
     flags.DEFINE_integer("images_per_shard", IMAGES_PER_SHARD, "Images in a shard.", lower_bound=1)
     flags.DEFINE_integer(
-        "num_workers", len(os.sched_getaffinity(0)), "Number of processes. 1: pack in the main process.", lower_bound=1
+        "num_workers", host.num_cores(), "Number of processes. 1: pack in the main process.", lower_bound=1
     )
     flags.DEFINE_enum(
         "on_error",

@@ -9,6 +9,7 @@ import bisect
 import functools
 import itertools
 import json
+import os
 import struct
 import threading
 from pathlib import Path
@@ -49,7 +50,7 @@ class PackedImages:
     """
 
     def __init__(self, *, path, split, image_size, crop=None, on_error="stop"):
-        folder = Path(path)
+        folder = Path(os.path.expanduser(path))
         index = read_index(folder, f"config.data.path={path!r}", "rae_jax.data.pack")
         self.class_names = tuple(index["class_names"])
         self._size = image_size
@@ -76,6 +77,10 @@ class PackedImages:
     def random_crop(self, index, rng):
         """Return self[index] with a random crop, from images packed for random crops."""
         return self._example(index, lambda image: decode.random_square(image, self._size, rng))
+
+    def image_names(self):
+        """Return (): only reading all records tells the names of the images."""
+        return ()
 
     def _example(self, index, crop, sides=None):
         name = self._records.name(index)

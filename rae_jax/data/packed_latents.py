@@ -6,6 +6,7 @@ holds the numbers of a latent in the place of the encoded image. With 'mirrored'
 of the mirrored image.
 """
 
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ class PackedLatents:
     """
 
     def __init__(self, *, path, form, mirrored, on_error="stop"):
-        folder, given = Path(path), f"config.data.latents={path!r}"
+        folder, given = Path(os.path.expanduser(path)), f"config.data.latents={path!r}"
         index = packed_images.read_index(folder, given, "rae_jax.pack_latents")
         for key, ours in form.items():
             theirs = index["form"].get(key)

@@ -109,6 +109,10 @@ class Shapes:
     def __len__(self):
         return self._num_images
 
+    def image_names(self):
+        """Return (): the images have no names."""
+        return ()
+
     def __getitem__(self, index):
         label = int(index) % len(CLASS_NAMES)
         rng = np.random.default_rng((self._seed, self._stream, int(index)))

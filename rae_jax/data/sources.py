@@ -4,6 +4,7 @@ A store holds the images: len(store), store.read(index) -> (bytes, label), store
 """
 
 import functools
+import os
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -51,6 +52,10 @@ class ImageSource:
         """Return the name of image `index`, for messages: its path, or its place in an archive."""
         return self._store.name(index)
 
+    def image_names(self):
+        """Return the names and labels of all images, without the place of the data; () if only reading tells them."""
+        return self._store.image_names()
+
 
 KEYS = ("config.data.path", "config.data.heldout_path")  # names of the two paths of images, for messages
 FLAGS = ("--path", "--heldout_path")  # the same in commands that take paths as flags
@@ -67,7 +72,7 @@ def image_folder(*, path, heldout_path, split, image_size, num_classes=None, nam
     separate = split == "heldout" and bool(heldout_path)
     given, key = (heldout_path, named[1]) if separate else (path, named[0])
     store, class_names = _open(given, key, num_classes)
-    if separate and Path(path).is_dir() and Path(given).is_dir() and class_names != (others := _classes_in(Path(path))):
+    if separate and _both_folders(path, given) and class_names != (others := _classes_in(_path(path))):
         odd = sorted(set(class_names) ^ set(others))[0]
         raise UserError(
             f"{key}={given!r} has other class folders than {named[0]}={path!r}: {odd!r} is in only one; add it"
@@ -80,23 +85,39 @@ def image_folder(*, path, heldout_path, split, image_size, num_classes=None, nam
     return ImageSource(store, class_names, image_size)
 
 
+def _path(given):
+    return Path(os.path.expanduser(given))
+
+
+def _both_folders(*paths):
+    return all(_path(path).is_dir() for path in paths)
+
+
 def _open(given, key, num_classes):
-    path = Path(given)
+    """Return (store, class names) of all images at a path; a path is listed again only if it has changed."""
+    path = _path(given)
     if given and path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, _changed(path, *(path / name for name in _classes_in(path))))
     if given and path.is_file():
-        return _open_zip(path, key) if zipfile.is_zipfile(path) else _open_list(path, key, num_classes)
+        if zipfile.is_zipfile(path):
+            return _open_zip(path, key, _changed(path))
+        return _open_list(path, key, num_classes, _changed(path))
     raise UserError(
         f"{key}={given!r} does not exist: name a folder with one subfolder of images per class, a .zip archive of such "
         f"a folder, or a list of images"
     )
 
 
-class _Files:
-    """Store of (path, label) pairs."""
+def _changed(*paths):
+    """Return the times of the last change of files and folders, and their sizes."""
+    return tuple((found.st_mtime_ns, found.st_size) for found in map(os.stat, paths))
 
-    def __init__(self, files):
-        self._files = files
+
+class _Files:
+    """Store of (path, label) pairs, of files below a folder."""
+
+    def __init__(self, folder, files):
+        self._folder, self._files = folder, files
 
     def __len__(self):
         return len(self._files)
@@ -109,11 +130,15 @@ class _Files:
     def name(self, index):
         return str(self._files[index][0])
 
+    def image_names(self):
+        return [(path.removeprefix(self._folder), label) for path, label in self._files]
+
     def subset(self, indices):
-        return _Files([self._files[i] for i in indices])
+        return _Files(self._folder, [self._files[i] for i in indices])
 
 
-def _open_folder(folder):
+@functools.lru_cache(maxsize=2)
+def _open_folder(folder, changed):
     class_names = _classes_in(folder)
     files = [
         (str(file), label)
@@ -121,14 +146,15 @@ def _open_folder(folder):
         for file in sorted((folder / name).iterdir())
         if file.suffix.lower() in decode.SUFFIXES
     ]
-    return _Files(files), class_names
+    return _Files(str(folder), files), class_names
 
 
 def _classes_in(folder):
     return tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
 
 
-def _open_list(path, key, num_classes):
+@functools.lru_cache(maxsize=2)
+def _open_list(path, key, num_classes, changed):
     files = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -146,7 +172,7 @@ def _open_list(path, key, num_classes):
             raise UserError(f"{path}, line {number}: label {label} is outside of 0 to {num_classes - 1}: correct it")
         files.append((str(path.parent / name.strip()), int(label)))
     count = num_classes or 1 + max((label for _, label in files), default=-1)
-    return _Files(files), tuple(str(label) for label in range(count))
+    return _Files(str(path.parent), files), tuple(str(label) for label in range(count))
 
 
 class _Zip:
@@ -168,6 +194,9 @@ class _Zip:
     def name(self, index):
         return f"{self._path}:{self._entries[index][0]}"
 
+    def image_names(self):
+        return self._entries
+
     def subset(self, indices):
         return _Zip(self._path, [self._entries[i] for i in indices])
 
@@ -179,7 +208,8 @@ class _Zip:
         return {key: value for key, value in self.__dict__.items() if key != "_archive"}
 
 
-def _open_zip(path, key):
+@functools.lru_cache(maxsize=2)
+def _open_zip(path, key, changed):
     with decode.naming(path), zipfile.ZipFile(path) as archive:
         entries = sorted(info.filename for info in archive.infolist() if not info.is_dir())
     for entry in entries:
@@ -206,6 +236,9 @@ class _Tfds:
 
     def name(self, index):
         return f"{self._name}, record {index}"
+
+    def image_names(self):
+        return ()
 
 
 def tfds(*, name, data_dir, split, image_size):

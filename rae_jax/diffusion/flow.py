@@ -117,10 +117,10 @@ def shift_time(t, factor):
 def logit_normal_time(key, batch_size, *, mean, std, low, high):
     """Draw times [B] whose logits are normal, from this distribution truncated to [low, high], not clipped to it."""
     ends = (jax.scipy.special.logit(jnp.array([low, high], jnp.float32)) - mean) / std
-    normal = jax.random.truncated_normal(key, ends[0], ends[1], (batch_size,))
+    normal = jax.random.truncated_normal(key, ends[0], ends[1], (batch_size,), jnp.float32)
     return jnp.clip(jax.nn.sigmoid(mean + std * normal), low, high)
 
 
 def uniform_time(key, batch_size, *, low, high):
     """Draw times [B], uniform on [low, high]."""
-    return jax.random.uniform(key, (batch_size,), minval=low, maxval=high)
+    return jax.random.uniform(key, (batch_size,), jnp.float32, minval=low, maxval=high)

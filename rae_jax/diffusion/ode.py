@@ -22,12 +22,12 @@ class Sampler:
 
 def time_grid(num_steps, factor, *, first=1.0, last=0.0):
     """Return the num_steps + 1 shifted times from `first` to `last`."""
-    return flow.shift_time(jnp.linspace(first, last, num_steps + 1), factor)
+    return flow.shift_time(jnp.linspace(first, last, num_steps + 1, dtype=jnp.float32), factor)
 
 
 def published_grid(num_points, factor):
     """Return the times of the paper's samples: `num_points` from 1 to the shifted 0.001, for num_points - 1 steps."""
-    return flow.shift_time(1.0 - jnp.linspace(0.0, 0.999, num_points), factor)
+    return flow.shift_time(1.0 - jnp.linspace(0.0, 0.999, num_points, dtype=jnp.float32), factor)
 
 
 def euler(velocity_fn, x, times):
@@ -98,4 +98,4 @@ def _scan(step, x, times):
 
 def _all(t, x):
     """Return the time t for each image, [B]."""
-    return jnp.full(x.shape[:1], t)
+    return jnp.full(x.shape[:1], t, jnp.float32)

@@ -51,7 +51,7 @@ def euler_maruyama(velocity_fn, x, times, *, noise_fn, diffusion_fn, path=flow.L
     def step(x, interval):
         n, t, t_next = interval
         v, score = _velocity_and_score(velocity_fn, x, t, path)
-        w = diffusion_fn(x, jnp.full(x.shape[:1], t), path)
+        w = diffusion_fn(x, jnp.full(x.shape[:1], t, jnp.float32), path)
         x = x + (t_next - t) * (v - w * score) + jnp.sqrt(2.0 * w * (t - t_next)) * noise_fn(n)
         return x, None
 
@@ -61,22 +61,22 @@ def euler_maruyama(velocity_fn, x, times, *, noise_fn, diffusion_fn, path=flow.L
 def mean_step(velocity_fn, x, t, *, diffusion_fn, path=flow.LINEAR):
     """Take one step from time t to data along the SDE's drift, without noise."""
     v, score = _velocity_and_score(velocity_fn, x, t, path)
-    return x - t * (v - diffusion_fn(x, jnp.full(x.shape[:1], t), path) * score)
+    return x - t * (v - diffusion_fn(x, jnp.full(x.shape[:1], t, jnp.float32), path) * score)
 
 
 def tweedie_step(velocity_fn, x, t, *, path=flow.LINEAR):
     """Return the expected data given x at time t: (x_t + sigma^2 score) / alpha."""
     _, score = _velocity_and_score(velocity_fn, x, t, path)
-    alpha, sigma, _, _ = path.at(jnp.full(x.shape[:1], t), x)
+    alpha, sigma, _, _ = path.at(jnp.full(x.shape[:1], t, jnp.float32), x)
     return (x + jnp.square(sigma) * score) / alpha
 
 
 def euler_step(velocity_fn, x, t):
     """Take one step from time t to data along the flow."""
-    return x - t * velocity_fn(x, jnp.full(x.shape[:1], t))
+    return x - t * velocity_fn(x, jnp.full(x.shape[:1], t, jnp.float32))
 
 
 def _velocity_and_score(velocity_fn, x, t, path):
-    t = jnp.full(x.shape[:1], t)
+    t = jnp.full(x.shape[:1], t, jnp.float32)
     v = velocity_fn(x, t)
     return v, -flow.noise_of(v, x, t, path) / path.at(t, x)[1]

@@ -1,6 +1,7 @@
 """Metrics and pictures of weights on held-out images; metrics of images of any origin compared with a reference."""
 
 import functools
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +98,7 @@ class Evaluator:
 
     def _open_reference(self):
         """Return (source of the reference's images or None, {name: Gaussian} of the moments that it holds)."""
-        path = self._config.evaluate.reference
+        path = os.path.expanduser(self._config.evaluate.reference)
         if not path:
             return None, {}
         with prefixed(f"config.evaluate.reference={path}"):
@@ -148,7 +149,8 @@ class Evaluator:
 
     def _generated(self, parts, labels, kept):
         """Yield batches of generated images on the devices; store the images of the indices `kept`, {index: None}."""
-        settings, size = {"batch_size": self._config.evaluate.batch_size, "seed": self._config.seed}, 0
+        batch_size = sharding.even_batch(len(labels), self._config.evaluate.batch_size, self._mesh)
+        settings, size = {"batch_size": batch_size, "seed": self._config.seed}, 0
         for indices, images in generate.batches(self._sample, parts, labels, self._mesh, **settings):
             kept.update({i: images[n].copy() for n, i in enumerate(indices.tolist()) if i in kept})
             size = max(size, sharding.round_up(len(images), self._mesh))

@@ -10,6 +10,7 @@ from rae_jax.build import models
 from rae_jax.build import sampler as build_sampler
 from rae_jax.config.keys import latent_shape
 from rae_jax.diffusion import flow
+from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_uint8
 from rae_jax.runtime import logs, sharding
 
@@ -20,17 +21,25 @@ def make_sampler(config, mesh):
 
 
 def sampler(config):
-    """Return the pure function (parts, key, indices [B], labels [B]) -> uint8 images [B, H, W, 3].
+    """Return the pure function (parts, key, indices [B], labels [B]) -> (uint8 images [B, H, W, 3], finite [B]).
 
-    All random numbers of image i are a function of (key, i) alone. `parts`: see part_weights.parts_of_sampling.
+    `finite` is False for an image that was not a number somewhere, which uint8 cannot show. All random
+    numbers of image i are a function of (key, i) alone. `parts`: see part_weights.parts_of_sampling.
     """
     autoencoder = models.autoencoder(config)
 
     def sample(parts, key, indices, labels):
         latents = draw(config, parts, key, indices, labels)
-        return to_uint8(autoencoder.decode(parts["decoder"], latents))
+        images = autoencoder.decode(parts["decoder"], latents)
+        return to_uint8(images), jnp.isfinite(images).all((1, 2, 3))
 
     return sample
+
+
+def random_key(seed):
+    """Return the key of a seed of at most 64 bits: JAX's key of the low 32 bits, and with the high ones folded in."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
 def draw(config, parts, key, indices, labels, *, scale=None):
@@ -41,7 +50,7 @@ def draw(config, parts, key, indices, labels, *, scale=None):
     shape, keys = latent_shape(config), _keys(key, indices)
 
     def noise_fn(n):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape))(keys)
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32))(keys)
 
     velocity = build_sampler.velocity(config, parts, labels, scale)
     latents = build_sampler.sampler(config).solve(velocity, first_noise(config, key, indices), noise_fn)
@@ -56,7 +65,7 @@ def times(config):
 def first_noise(config, key, indices):
     """Return the noise [B, h, w, D] from which the images with these indices start."""
     shape = latent_shape(config)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, indices))
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(_keys(key, indices))
 
 
 def _keys(key, indices):
@@ -65,20 +74,20 @@ def _keys(key, indices):
 
 def euler_step(config, parts, x, t, t_next, labels, scale):
     """Return (x at time t_next, the denormalised clean latents that the DiT predicts from x [B, h, w, D] at time t)."""
-    all_t = jnp.full(x.shape[:1], t)
+    all_t = jnp.full(x.shape[:1], t, jnp.float32)
     v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)
     predicted = flow.data_of(v, x, all_t, build_sampler.prediction(config).path)
     return x + (t_next - t) * v, denormalise(predicted, parts["statistics"])
 
 
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
-    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for labels [N], one batch computed ahead.
+    """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for labels [N], one batch of B computed ahead.
 
-    `sample` is the result of make_sampler. A batch is left out if all its indices are in `present`; the other
-    batches do not change.
+    `sample` is the result of make_sampler. B is `batch_size`, which the mesh must divide: see even_batch. A batch is
+    left out if all its indices are in `present`; the other batches do not change. Raises UserError for an image that
+    is not finite.
     """
-    key, gather = jax.random.key(seed), _gather(mesh)
-    size = sharding.even_batch(len(labels), batch_size, mesh)
+    key, gather, size = random_key(seed), _gather(mesh), batch_size
     wanted = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
     wanted = [indices for indices in wanted if not present.issuperset(indices)]
     skipped = len(labels) - sum(map(len, wanted))
@@ -92,15 +101,25 @@ def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset(
         ahead = compute(wanted[0]) if wanted else None
         done = skipped
         for n, indices in enumerate(wanted):
-            images = ahead
+            images, finite = ahead
             if n + 1 < len(wanted):
                 ahead = compute(wanted[n + 1])
             done += len(indices)
+            _check_finite(np.asarray(finite)[: len(indices)], indices, labels)
             yield np.asarray(indices), np.asarray(images)[: len(indices)]
             progress.update(done)
 
 
+def _check_finite(finite, indices, labels):
+    if not finite.all():
+        first = indices[int(np.argmin(finite))]
+        raise UserError(
+            f"image {first} (label {labels[first]}) is not finite: check the weights and config.sampler, or set "
+            f"config.dtype='float32'"
+        )
+
+
 @functools.cache
 def _gather(mesh):
-    """Return a compiled function that replicates a batch on every device, so that every process can read it."""
-    return jax.jit(lambda images: images, out_shardings=sharding.replicated(mesh))
+    """Return a compiled function that replicates arrays on every device, so that every process can read them."""
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding.replicated(mesh))

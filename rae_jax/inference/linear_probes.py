@@ -31,7 +31,7 @@ def probes(config, parts, images, labels, mesh):
     train_images, train_labels = _read_all(Subset(source, indices), config.data)
     encoder = models.autoencoder(config)
     size = config.data.image_size
-    blank = encoder.encoder_input(jnp.zeros((1, size, size, 3)))
+    blank = encoder.encoder_input(jnp.zeros((1, size, size, 3), jnp.float32))
     random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
     replicated = sharding.replicated(mesh)  # so that every process can read the features
     pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=replicated)

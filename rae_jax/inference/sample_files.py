@@ -1,16 +1,21 @@
 """Files of samples: written while the next batch is computed; an interrupted request resumes."""
 
+import hashlib
 import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
-import jax
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from rae_jax.config import scopes
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
-from rae_jax.runtime import atomic_files, logs, processes
+from rae_jax.runtime import atomic_files, checkpoint_reader, logs, processes, sharding
+
+_REQUEST = "request.json"
 
 
 def labels_of(kind, num_images, num_classes, seed):
@@ -38,25 +43,106 @@ def labels_of(kind, num_images, num_classes, seed):
     return labels
 
 
-def draw(config, parts, labels, mesh, folder, *, request, class_names):
+class Request(NamedTuple):
+    """A folder of samples, and how its images are drawn; see `claim`."""
+
+    folder: epath.Path
+    rows: int  # images that a device draws at a time: another number would change the last bits of an image
+    present: frozenset  # indices of the images that exist
+
+
+def claim(folder, request, labels, config, mesh):
+    """Return the Request of the images of `labels` in `folder`, or in a folder inside it if it holds other images.
+
+    `request` is plain data: 'config' {key: value} and 'weights' {part: digest}, on which the images depend. A request
+    whose images exist is resumed, with more or fewer labels; no image is ever deleted or replaced. All processes call
+    it; the first one reads and writes.
+    """
+    rows = sharding.even_batch(len(labels), config.evaluate.batch_size, mesh) // sharding.ways(mesh)
+    found = None
+    if processes.is_first():
+        found = _existing(folder, request, labels) or _new(folder, request, labels)
+        found = found._replace(rows=found.rows or rows)
+        _write_request(found, request, labels)
+    marks = np.isin(np.arange(len(labels)), list(found.present if found else ()))
+    rows, *marks = processes.agreed(np.array([found.rows if found else 0, *marks], np.int64)).tolist()
+    # All processes must compute the same batches.
+    return Request(found.folder if found else folder, rows, frozenset(i for i, mark in enumerate(marks) if mark))
+
+
+def _existing(folder, request, labels):
+    """Return the Request whose images exist already, in `folder` or in a folder inside it; None without one."""
+    for place in (folder, *sorted(checkpoint_reader.inside(folder))):
+        saved = _read_request(place)
+        if saved is None or not _is_same(saved["request"], request):
+            continue
+        count = min(len(labels), len(saved["labels"]))
+        if saved["labels"][:count] == labels[:count].tolist():
+            images = {int(file.stem) for file in (place / "images").glob("*.png") if file.stem.isdecimal()}
+            if more := sum(i >= len(labels) for i in images):
+                logs.say(f"{place / 'images'} holds {more} more images of the same request: they stay")
+            return Request(place, saved.get("rows", 0), frozenset(images))
+    return None
+
+
+def _new(folder, request, labels):
+    """Claim `folder` if it holds no images, otherwise a new folder inside it, named by the request."""
+    name = hashlib.sha256(json.dumps([request, labels.tolist()]).encode()).hexdigest()
+    for place in (folder, *(folder / name[:length] for length in range(8, len(name)))):
+        images = place / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        empty = not any(file.stem.isdecimal() for file in images.glob("*.png"))
+        if empty and atomic_files.create(images / _REQUEST, "{}\n"):  # two commands may start at the same time
+            if place != folder:
+                logs.say(f"{folder} holds images of another request: these images go to {place}")
+            return Request(place, 0, frozenset())
+    raise UserError(f"{folder} holds no free name for another request: remove folders in it")
+
+
+def _is_same(saved, request):
+    """Return whether an existing request draws the same images; it may have keys that no longer matter, or lack some.
+
+    A key that it lacks was added by a later version of this package.
+    """
+    config = scopes.select(saved.get("config", {}), scopes.SAMPLES)
+    same = all(key in request["config"] and request["config"][key] == value for key, value in config.items())
+    return same and saved.get("weights") == request["weights"]
+
+
+def _read_request(place):
+    """Return the saved request of a folder, a dict with 'request' and 'labels'; None if the folder has none."""
+    try:
+        saved = json.loads((place / "images" / _REQUEST).read_text())
+        return saved if isinstance(saved["request"], dict) and isinstance(saved["labels"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):  # also of a file in the place of a folder
+        return None
+
+
+def _write_request(found, request, labels):
+    """Write the request with the labels of all its images, also of images beyond the number of labels."""
+    saved = _read_request(found.folder) or {"labels": []}
+    kept = labels.tolist() + saved["labels"][len(labels) :]
+    text = json.dumps({"request": request, "labels": kept, "rows": found.rows})
+    atomic_files.write_text(found.folder / "images" / _REQUEST, text + "\n")
+
+
+def draw(config, parts, labels, mesh, claimed, *, class_names):
     """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0; labels are arr_1: as ADM's) and sampled.png, a picture.
 
-    `request` is plain data on which the images depend, without the labels. Existing images of the same request and
-    label are kept; existing images of another request or label are replaced. Only the first process writes.
+    `claimed`: the Request of `claim`. Only the first process writes. The bytes of an image do not depend on the batch,
+    the number of processes and interruptions, nor on the axes data and fsdp of the mesh.
     """
-    writes = jax.process_index() == 0
-    present = _present(folder, request, labels) if writes else frozenset()
-    # All processes must compute the same batches.
-    present = frozenset(np.flatnonzero(processes.agreed(np.isin(np.arange(len(labels)), list(present)))).tolist())
+    folder, writes = claimed.folder, processes.is_first()
+    sampler, batch_size = generate.make_sampler(config, mesh), claimed.rows * sharding.ways(mesh)
     with ThreadPoolExecutor() as pool:
         pending = []
-        settings = {"batch_size": config.evaluate.batch_size, "seed": config.seed, "present": present}
-        for indices, images in generate.batches(generate.make_sampler(config, mesh), parts, labels, mesh, **settings):
+        settings = {"batch_size": batch_size, "seed": config.seed, "present": claimed.present}
+        for indices, images in generate.batches(sampler, parts, labels, mesh, **settings):
             for future in pending:  # of the batch before: at most two batches are in memory
                 future.result()
             if writes:
-                paths = [_path(folder, i) for i in indices]
-                pending = [pool.submit(_write, path, image) for path, image in zip(paths, images, strict=True)]
+                wanted = [(_path(folder, i), image) for i, image in zip(indices, images, strict=True)]
+                pending = [pool.submit(_write, path, image) for path, image in wanted if not path.exists()]
         for future in pending:
             future.result()
     if writes:
@@ -64,39 +150,6 @@ def draw(config, parts, labels, mesh, folder, *, request, class_names):
         shown = image_grid.chosen(labels)
         images = np.stack([_read(_path(folder, i)) for i in shown])
         image_grid.save(folder / "sampled.png", image_grid.overview(images, labels[shown], class_names))
-
-
-def _present(folder, request, labels):
-    """Return the indices of existing images of the same request and label; existing images of another one are removed.
-
-    request.json keeps the request and the label of every image, also of images beyond the number of labels.
-    """
-    path = folder / "images" / "request.json"
-    old_request, old_labels = _read_request(path)
-    existing = {int(file.stem): file for file in path.parent.glob("*.png") if file.stem.isdecimal()}
-    wanted = labels.tolist() + old_labels[len(labels) :]
-    is_same = old_request == request
-    same = {i for i in existing if is_same and i < len(old_labels) and old_labels[i] == wanted[i]}
-    if len(same) < len(existing):
-        logs.say(f"{path.parent} holds {len(existing) - len(same)} images of another request: replacing them")
-        (folder / "samples.npz").unlink(missing_ok=True)
-    if more := sum(i >= len(labels) for i in same):
-        logs.say(f"{path.parent} holds {more} more images of the same request than --num_images: they are kept")
-    for i in existing.keys() - same:
-        existing[i].unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = wanted if is_same else labels.tolist()
-    atomic_files.write_text(path, json.dumps({"request": request, "labels": kept}) + "\n")
-    return frozenset(same)
-
-
-def _read_request(path):
-    """Return (request, labels) of the existing images; (None, []) if request.json does not tell."""
-    try:
-        saved = json.loads(path.read_text())
-        return saved["request"], saved["labels"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-        return None, []
 
 
 def _path(folder, index):
@@ -117,8 +170,8 @@ def _read(path):
 
 def _write_npz(folder, labels):
     """Write samples.npz image by image: 50,000 images need not be in memory at once."""
-    shape = _read(_path(folder, 0)).shape
-    with (folder / "samples.npz").open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    shape, unfinished = _read(_path(folder, 0)).shape, atomic_files.unfinished_of(folder / "samples.npz")
+    with unfinished.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as array:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
             np.lib.format.write_array_header_1_0(array, header)
@@ -128,3 +181,4 @@ def _write_npz(folder, labels):
                     progress.update(i + 1)
         with archive.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, labels)
+    unfinished.replace(folder / "samples.npz")

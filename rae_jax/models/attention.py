@@ -109,9 +109,9 @@ def flash(q, k, v, *, interpret=False):
 
 
 def _flash_on_mesh(q, k, v, *, interpret):
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = sharding.current_mesh()
     kernel = functools.partial(_flash, interpret=interpret)
-    if mesh.empty or q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh is None or q.shape[0] % sharding.ways(mesh):
         return kernel(q, k, v)
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     split = P(*sharding.BATCH, None, heads, None)

@@ -27,7 +27,7 @@ def to_uint8(images):
 
 def normalise_image(images, mean, std):
     """Normalise images in [0, 1] as in the encoder's training: (image - mean) / std per channel."""
-    return (images - jnp.asarray(mean)) / jnp.asarray(std)
+    return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def to_latent(tokens, *, eps=1e-6, add_mean=False):
@@ -46,8 +46,8 @@ def to_latent(tokens, *, eps=1e-6, add_mean=False):
 def add_noise(latents, key, tau):
     """Augment latents with noise: z + sigma N(0, 1), sigma = tau U[0, 1] per image, before any normalisation."""
     sigma_key, noise_key = jax.random.split(key)
-    sigma = tau * jax.random.uniform(sigma_key, (latents.shape[0], 1, 1, 1))
-    return latents + sigma * jax.random.normal(noise_key, latents.shape)
+    sigma = tau * jax.random.uniform(sigma_key, (latents.shape[0], 1, 1, 1), jnp.float32)
+    return latents + sigma * jax.random.normal(noise_key, latents.shape, jnp.float32)
 
 
 def normalise(latents, statistics):
@@ -100,7 +100,7 @@ class Autoencoder:
     def pixels(self, params, features):
         """Return images in [0, 1] from the input of the decoder's last linear layer."""
         pixels = self.decoder.apply({"params": params}, features, method="pixels")
-        return pixels * jnp.asarray(self.std) + jnp.asarray(self.mean)
+        return pixels * jnp.asarray(self.std, jnp.float32) + jnp.asarray(self.mean, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,11 @@ class Condition:
     def with_null(self, conditions, rows):
         """Return the conditions with the null condition in the rows that `rows` [B], booleans, marks."""
 
-        def replace(condition, null):
+        def replace(condition, null, spec):
+            condition = condition.astype(spec.dtype)  # a small integer type may not hold the null label
             return jnp.where(rows.reshape(-1, *(1,) * (condition.ndim - 1)), null, condition)
 
-        return jax.tree.map(replace, conditions, self.null)
+        return jax.tree.map(replace, conditions, self.null, self.spec)
 
 
 def labels(num_classes, *, used=True):

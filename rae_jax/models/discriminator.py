@@ -44,7 +44,7 @@ class SpectralConv(nn.Module):
             return vector / jnp.maximum(jnp.linalg.norm(vector), SPECTRAL_EPS)
 
         def draw(size):
-            return unit(jax.random.normal(self.make_rng("params"), (size,)))
+            return unit(jax.random.normal(self.make_rng("params"), (size,), jnp.float32))
 
         u = self.variable("spectral", "u", draw, self.features)
         v = self.variable("spectral", "v", draw, matrix.shape[0])

@@ -156,7 +156,7 @@ def _quarter_turn(x, *, halves):
 
 def _quarter_turn_by_product(x, *, halves):
     """Return _quarter_turn, exactly, by a matrix of 0, 1 and -1: to move channels between a TPU's lanes costs more."""
-    turn = _quarter_turn(jnp.eye(x.shape[-1]), halves=halves).astype(x.dtype)
+    turn = _quarter_turn(jnp.eye(x.shape[-1], dtype=jnp.float32), halves=halves).astype(x.dtype)
     options = {"precision": "highest", "preferred_element_type": jnp.float32}
     return jnp.einsum("bnhk,kj->bnhj", x, turn, **options)
 

@@ -44,7 +44,12 @@ class Lpips(nn.Module):
 
     def __call__(self, a, b):
         # Two calls, not one batch: if b is a constant, its features are not differentiated.
-        return self.linear(*(self.vgg(((2.0 * x - 1.0) - jnp.asarray(_MEAN)) / jnp.asarray(_STD)) for x in (a, b)))
+        return self.linear(
+            *(
+                self.vgg(((2.0 * x - 1.0) - jnp.asarray(_MEAN, jnp.float32)) / jnp.asarray(_STD, jnp.float32))
+                for x in (a, b)
+            )
+        )
 
 
 class Weights(nn.Module):

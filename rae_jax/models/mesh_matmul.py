@@ -25,8 +25,8 @@ def product(x, kernel, name, parts=1):
     its part of the batch and drops the kernel. The kernel's gradient is summed straight into the parts that the devices
     hold. Where the tensor axis splits F, the result has that number of pieces; each has a piece of all `parts`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    mesh = sharding.current_mesh()
+    if mesh is None or x.shape[0] % sharding.ways(mesh):
         return _product(x, kernel, None), 1
     fsdp, tensor = sharding.place(name, kernel.shape, mesh.shape)
     pieces = mesh.shape["tensor"] if tensor == "column" else 1
@@ -48,8 +48,8 @@ def gathered(kernel, name):
 
     `name` is the end of the kernel's path. Cast the kernel first: it is sent in its dtype.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = sharding.current_mesh()
+    if mesh is None:
         return kernel
     split = sharding.spec(name, kernel.shape, mesh.shape)
     whole = sharding.spec(name, kernel.shape, {**mesh.shape, "fsdp": 1})
@@ -165,6 +165,7 @@ def _outer(x, y):
     return jax.lax.platform_dependent(x, y, cpu=as_matrices, cuda=_outer_aligned, default=_outer_general)
 
 
+@functools.partial(jax.jit, inline=True)  # outside of jit the constraint would move x to a single device
 def _columns_product(x, y):
     """The transpose of x [T, D] times y [T, F], for CPU, with the transpose written to memory.
 

@@ -5,7 +5,6 @@ No file is read or written. Between two steps the host only starts the next step
 
 import functools
 import json
-import resource
 import statistics
 import time
 
@@ -18,7 +17,7 @@ from rae_jax.config.keys import is_vae, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
 from rae_jax.profiling import chips, compile_ahead, jaxpr_flops
-from rae_jax.runtime import processes, sharding
+from rae_jax.runtime import host, processes, sharding
 
 TRACED_STEPS = 3
 _MATRIX = {"cpu": 2048}  # {platform: side of the matrices of `matrix_rate`}; 8192 on other platforms
@@ -59,8 +58,8 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
             result = {"left_out": "it does not fit in the device's memory: lower the batch size"}
         found["programs"][name] = result
         _say(row(name, result))
-    _say(f"peak host memory of the process: {peak_of_process() / chips.GIB:.2f} GiB")
-    found["host_peak_bytes"] = peak_of_process()
+    _say(f"peak host memory of the process: {host.peak_memory() / chips.GIB:.2f} GiB")
+    found["host_peak_bytes"] = host.peak_memory()
     _say(json.dumps(found))
 
 
@@ -134,11 +133,6 @@ def matrix_rate(device, dtype):
         jax.block_until_ready(chain(a, b))
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 * _CHAINED / best
-
-
-def peak_of_process():
-    """Return the peak memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _peak_of_devices(mesh):

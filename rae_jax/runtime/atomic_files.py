@@ -1,8 +1,15 @@
 """Writing of files that are complete or do not exist, even if the write is interrupted."""
 
+import contextlib
+import os
+import secrets
+import time
+
 from etils import epath
 
 from rae_jax.errors import one_line
+
+SETTLE = 2.0  # seconds until writers of an object without a precondition see each other
 
 
 def write_text(path, text):
@@ -20,6 +27,42 @@ def write_text(path, text):
         raise
 
 
+def create(path, text):
+    """Write a whole file that does not exist yet; return False if it exists. Of several callers, one gets True.
+
+    On gs:// the write has the precondition that the object does not exist.
+    """
+    path = epath.Path(path)
+    if "://" in str(path):
+        return _create_object(path, text)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        unfinished.write_text(text)
+        os.link(unfinished, path)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            unfinished.unlink()
+    return True
+
+
+def _create_object(path, text):
+    if path.exists():
+        return False
+    try:
+        import gcsfs
+    except ImportError:  # TensorFlow's access to buckets has no precondition
+        path.write_text(text)
+        time.sleep(SETTLE)
+        return path.read_text() == text
+    try:
+        gcsfs.GCSFileSystem().pipe_file(str(path), text.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def append_text(path, text):
     """Append text to a file; create the file if it does not exist."""
     path = epath.Path(path)
@@ -28,6 +71,11 @@ def append_text(path, text):
         return
     with path.open("a") as file:
         file.write(text)
+
+
+def size(path):
+    """Return the size of a file in bytes; epath's stat also asks for the owner's name, which a container may lack."""
+    return epath.Path(path).stat().length if "://" in str(path) else os.stat(path).st_size
 
 
 def reason(error):

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import secrets
 import time
 
 import jax
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import atomic_files, checkpoint_manifest, checkpoint_reader, logs, processes
 
+_DISCARDED = ".discarded-"  # start of the names of partial checkpoints that could not be removed
 LONGEST_PAUSE = 600.0  # seconds between two attempts to write
 BARRIER_TIMEOUT = 300  # seconds that a process waits for the others at the end of a write; another one may have failed
 WAIT_FOR_WRITE = 10.0  # seconds after the start of a write for which the next checkpoint waits until the write ends
@@ -42,9 +44,7 @@ class Checkpoints:
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for path in checkpoint_reader.inside(self._folder):
-                if checkpoint_reader.is_unfinished(path):  # left by a run that was killed
-                    path.rmtree()
+            self._discard_unfinished()  # left by a run that was killed
         self._writer = self._new_writer()
 
     def __enter__(self):
@@ -168,8 +168,10 @@ class Checkpoints:
     def note_score(self, step, score):
         """Add the score to a finished checkpoint that was written without one; None adds nothing."""
         if score is not None and jax.process_index() == 0:
+            self._collect(wait=True)
             try:
                 checkpoint_manifest.note_score(self._path(step), score)
+                self._remove_old()
             except Exception as error:  # of many kinds; the run need not end
                 logs.say(f"cannot note the score of {self._path(step)} ({atomic_files.reason(error)})")
 
@@ -209,12 +211,28 @@ class Checkpoints:
     def _finish(self):
         """Wait for the write, in a thread; then remove the checkpoints that need not stay."""
         self._writer.wait_until_finished()
-        if jax.process_index() == 0:
-            for step in self._steps_to_remove():
+        self._remove_old()
+
+    def _discard_unfinished(self):
+        """Remove partial checkpoints. One that cannot be removed is renamed: its name must not stop the next write."""
+        for path in checkpoint_reader.inside(self._folder):
+            if checkpoint_reader.is_unfinished(path) or path.name.startswith(_DISCARDED):
                 try:
-                    self._path(step).rmtree()
+                    path.rmtree()
                 except Exception as error:  # of many kinds, if a bucket cannot be reached
-                    logs.say(f"cannot remove the old checkpoint {self._path(step)} ({atomic_files.reason(error)})")
+                    if not path.name.startswith(_DISCARDED):
+                        logs.say(f"cannot remove the partial checkpoint {path} ({atomic_files.reason(error)})")
+                        with contextlib.suppress(OSError):
+                            path.rename(path.with_name(f"{_DISCARDED}{secrets.token_hex(4)}"))
+
+    def _remove_old(self):
+        if jax.process_index() != 0:
+            return
+        for step in self._steps_to_remove():
+            try:
+                self._path(step).rmtree()
+            except Exception as error:  # of many kinds, if a bucket cannot be reached
+                logs.say(f"cannot remove the old checkpoint {self._path(step)} ({atomic_files.reason(error)})")
 
     def _steps_to_remove(self):
         existing = checkpoint_reader.steps(self._folder)
@@ -252,10 +270,7 @@ class Checkpoints:
         pause = min(2.0**self._failures, LONGEST_PAUSE)
         self._not_before = time.monotonic() + pause
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # a partial checkpoint takes room that the next one needs
-                for path in self._folder.iterdir():
-                    if checkpoint_reader.is_unfinished(path):
-                        path.rmtree()
+            self._discard_unfinished()  # a partial checkpoint takes room that the next one needs
         self._writer = self._new_writer()
         failure = f"the checkpoint of step {self._step} cannot be written ({self._reason})"
         if self._on_error == "stop":

@@ -75,7 +75,7 @@ def _fingerprints(folder, names=None):
     def fingerprint(name):
         path = folder / name
         if remote:
-            return path.stat().length, None
+            return atomic_files.size(path), None
         checksum, size = 0, 0
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):

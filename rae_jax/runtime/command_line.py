@@ -10,6 +10,7 @@ from absl import flags
 from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import processes, shutdown
 
+MISTAKE = 2  # exit status of a mistake that the user can fix
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -17,6 +18,18 @@ def show_in_help(module):
     """Let --help list the flags that `module` defines; absl lists only the flags of the script sys.argv[0]."""
     for flag in flags.FLAGS.get_flags_for_module(module):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parses a path; ~ is the user's home, which shells leave alone in --flag=~/folder."""
+
+    syntactic_help = "a path"
+
+    def parse(self, text):
+        return os.path.expanduser(text)
+
+
+PATH = _PathParser()  # for flags.DEFINE: a file or a folder, local or gs://
 
 
 def plain_parser(argv, values=flags.FLAGS):
@@ -57,10 +70,10 @@ def peers():
 
 
 class Failed(SystemExit):
-    """Exit with status 2 after a `message`."""
+    """Exit with the status MISTAKE after a `message`."""
 
     def __init__(self, message):
-        super().__init__(2)
+        super().__init__(MISTAKE)
         self.message = message
 
 

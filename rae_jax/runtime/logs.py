@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from rae_jax.errors import UserError, one_line
-from rae_jax.runtime import atomic_files, processes
+from rae_jax.runtime import atomic_files, processes, remote_lines
 
 PLAIN_LINE_EVERY = 10.0  # seconds between progress lines if standard error is not a terminal
 
@@ -29,11 +29,14 @@ class Metrics:
         self._active = jax.process_index() == 0
         self._stage, self._tracker = stage, tracker
         self._path = epath.Path(workdir) / "metrics" / f"{stage}.jsonl"
-        self._tensorboard, self._kept = None, []
+        self._tensorboard, self._remote, self._kept = None, None, []
         if not self._active:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._rewrite([row for row in read(self._path) if row["step"] <= step])
+        rows = [row for row in read(self._path) if row["step"] <= step]
+        self._rewrite(rows)
+        if "://" in str(self._path):
+            self._remote = remote_lines.RemoteLines(self._path, map(json.dumps, rows), say)
         self._tensorboard = _tensorboard(epath.Path(workdir) / "tensorboard" / stage)
 
     def write(self, step, values):
@@ -42,6 +45,16 @@ class Metrics:
             return
         values = {name: float(value) for name, value in values.items()}
         row = {"step": step, **{name: value for name, value in values.items() if math.isfinite(value)}}
+        if self._remote:
+            self._remote.append(json.dumps(row))
+        else:
+            self._append(row)
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, values)
+        if self._tracker:
+            self._tracker.write(self._stage, step, values)
+
+    def _append(self, row):
         try:
             if self._kept:  # a truncated line ends the readable rows
                 self._rewrite(read(self._path) + [*self._kept, row])
@@ -54,18 +67,28 @@ class Metrics:
                 reason = atomic_files.reason(error)
                 say(f"{self._path} cannot be written ({reason}): training continues, the lines are kept")
             self._kept.append(row)
-        if self._tensorboard:
-            self._tensorboard.write_scalars(step, values)
-        if self._tracker:
-            self._tracker.write(self._stage, step, values)
 
-    def lack_evaluation(self, step):
-        """Return whether the evaluation after this step has no line. All processes must call it."""
-        found = [row for row in read(self._path) if row["step"] == step] if self._active else []
-        return bool(processes.agreed(not any(key.startswith("eval/") for row in found for key in row)))
+    def flush(self):
+        """Return when all lines are written, or could not be written."""
+        if self._active and self._remote:
+            self._remote.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._active and self._remote:
+            self._remote.close()
 
     def _rewrite(self, rows):
         atomic_files.write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lacks_evaluation(workdir, stage, step):
+    """Return whether the evaluation after a step of a stage has no line. All processes must call it."""
+    path = epath.Path(workdir) / "metrics" / f"{stage}.jsonl"
+    found = [row for row in read(path) if row["step"] == step] if processes.is_first() else []
+    return bool(processes.agreed(not any(key.startswith("eval/") for row in found for key in row)))
 
 
 class WandB:

@@ -3,9 +3,12 @@
 All processes compute the same program on the devices of all; the first process writes files and messages.
 """
 
+import contextlib
 import functools
 import os
 import re
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +55,12 @@ def start(coordinator=None, num_processes=None, process_id=None):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Gloo identifies messages by their order alone: on CPU a program must not start before the previous one ends.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    print(
+        f"waiting for the other processes of this run ({_in_words(settings, os.environ)})", file=sys.stderr, flush=True
+    )
     try:
-        jax.distributed.initialize(**settings, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
+        with _default_signals():  # the wait is deaf to Python's handlers
+            jax.distributed.initialize(**settings, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         flags = ", ".join(f"--{flag}" for flag in SETTINGS)
         raise UserError(
@@ -63,6 +70,33 @@ def start(coordinator=None, num_processes=None, process_id=None):
         # If one process loads a program from the cache and another compiles it, the order of its collectives may
         # differ, and Gloo confuses their messages.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _in_words(settings, environment):
+    """Return for whom a process waits, in words."""
+    if settings:
+        count, index = settings["num_processes"], settings["process_id"]
+        return f"{count} in all, this is {index}; coordinator {settings['coordinator_address']}"
+    names = (
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "TPU_WORKER_HOSTNAMES",
+        "JOB_COMPLETION_INDEX",
+    )
+    found = [f"{name}={environment[name]}" for name in names if name in environment]
+    return f"found by {found[0]}; to run one process alone, unset it" if found else "found by JAX"
+
+
+@contextlib.contextmanager
+def _default_signals():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def is_first():
@@ -146,7 +180,9 @@ def _in_cluster(environment):
         value = environment.get(name, "")
         return int(value) if value.isdecimal() else 1
 
-    slurm = count("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment  # inside a step of srun
+    # Inside a step of srun. The allocation may have more tasks than the step, such as an interactive shell.
+    tasks = count("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")
+    slurm = tasks > 1 and "SLURM_STEP_NODELIST" in environment
     mpi = count("OMPI_COMM_WORLD_SIZE") > 1
     kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
     # JAX sets one of these two variables when it is imported: the first on a TPU host, the second otherwise.

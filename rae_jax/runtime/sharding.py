@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rae_jax.errors import UserError
+from rae_jax.errors import UserError, one_line
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # the axes that split every batch and every activation
@@ -47,6 +48,18 @@ RULES = (
 )
 
 
+def all_devices():
+    """Return jax.devices(). Raises UserError if JAX finds no device of the platforms that it is told to use."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error, longest=200) or "there is no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} cannot work here ({reason}): unset it, or install "
+            f"JAX for this hardware"
+        ) from error
+
+
 def make_mesh(mesh, devices=None):
     """Return a mesh with axes data, fsdp, tensor; a size of -1 takes the devices that the other axes leave.
 
@@ -54,7 +67,7 @@ def make_mesh(mesh, devices=None):
     data axis crosses slices. Raises UserError if the product of the sizes is not the number of devices, or if data is
     not a multiple of the number of slices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     # On other platforms JAX may call every host a slice; jax.devices() has their order already.
     slices = len({getattr(d, "slice_index", None) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes = _sizes(mesh, len(devices), slices)
@@ -104,14 +117,20 @@ def jit(function, mesh, **options):
     return jax.jit(functools.wraps(function)(on_mesh), **options)
 
 
+def current_mesh():
+    """Return the abstract mesh inside sharding.jit; None outside, also if callers have set a mesh of their own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.are_all_axes_auto else None
+
+
 def in_parts(function, x, most):
     """Return function(x) of x [B, ...] inside `jit`, computed in parts of at most `most` rows per device.
 
     This saves memory. `function` must treat every row alone. If no suitable divisor of the rows exists, the parts are
     smaller.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = x.shape[0] // (1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"])
+    mesh = current_mesh()
+    rows = x.shape[0] // (1 if mesh is None else ways(mesh))
     count = next(n for n in range(-(-rows // most), rows + 1) if rows % n == 0)
     if count == 1:
         return function(x)
@@ -131,17 +150,22 @@ def replicated(mesh):
     return NamedSharding(mesh, P())
 
 
+def ways(mesh):
+    """Return the number of parts into which the mesh splits a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(batch_size, mesh, key):
     """Raise UserError if `batch_size`, the value of the config's `key`, cannot be split over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
-        raise UserError(f"{key}={batch_size} cannot be split over {ways} devices: set it to a multiple of {ways}")
+    if batch_size % ways(mesh):
+        raise UserError(
+            f"{key}={batch_size} cannot be split over {ways(mesh)} devices: set it to a multiple of {ways(mesh)}"
+        )
 
 
 def round_up(number, mesh):
     """Return the smallest batch size of at least `number` that can be split over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-number // ways) * ways
+    return -(-number // ways(mesh)) * ways(mesh)
 
 
 def even_batch(number, largest, mesh):

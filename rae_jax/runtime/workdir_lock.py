@@ -3,17 +3,21 @@
 It holds 'host', 'machine', 'pid' and 'started' of the process, a unique 'token', and 'beat', a counter that the owner's
 thread increments. On the same machine the process table shows at once that the owner has ended. A lock of another
 machine is stale if its beat does not change while it is watched. No clocks of two machines are compared, and a clock
-that jumps has no effect. Locks of the file system are not used, because gs:// has none.
+that jumps has no effect. Locks of the file system are not used, because gs:// has none: a lock is a file that only one
+process can create.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import secrets
 import socket
+import subprocess
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import jax
@@ -25,7 +29,7 @@ from rae_jax.runtime import atomic_files, logs, processes
 BEAT = 10.0  # seconds between two changes of a lock by its owner
 STALE_AFTER = 3.5 * BEAT  # seconds without a change after which a lock of another machine is stale
 TAKEN_OVER = 2  # exit status of a run whose workdir was taken over
-_SETTLE = {True: 2.0, False: 0.2}  # seconds until two runs that start at the same time see each other; remote, local
+_LEFT_BEHIND = 5.0  # seconds after which the guard of a takeover, which takes milliseconds, belongs to a killed process
 
 
 @contextlib.contextmanager
@@ -57,17 +61,15 @@ class Lock:
         self._mine = {**_self(), "token": secrets.token_hex(8), "beat": 0}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _await_free(path, stale_after)
-            self._write()
-            time.sleep(_SETTLE["://" in str(path)])
-            theirs = _read(path)
+            while not atomic_files.create(path, self._text()):
+                stale = _await_stale(path, stale_after)
+                if stale is not None:
+                    _remove(path, stale)
         except OSError as error:
             reason = atomic_files.reason(error)
             raise UserError(
                 f"cannot write to --workdir={path.parent} ({reason}): choose a folder with write permission"
             ) from error
-        if not self._is_mine(theirs):
-            raise _in_use(path, theirs)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
         self._thread.start()
@@ -83,8 +85,8 @@ class Lock:
     def _is_mine(self, theirs):
         return theirs is not None and theirs.get("token") == self._mine["token"]
 
-    def _write(self):
-        atomic_files.write_text(self._path, json.dumps(self._mine) + "\n")
+    def _text(self):
+        return json.dumps(self._mine) + "\n"
 
     def _run(self):
         while not self._stop.wait(self._every):
@@ -96,31 +98,47 @@ class Lock:
                     logs.say(f"error: {_owner(theirs)} has taken over --workdir={folder}: this run stops now")
                     os._exit(TAKEN_OVER)
                 self._mine["beat"] += 1
-                self._write()
+                atomic_files.write_text(self._path, self._text())
 
 
-def _await_free(path, stale_after):
-    """Return when no live run owns the lock. Raises UserError if one does."""
-    theirs = _read(path)
-    if theirs is None:
-        return
-    mine = _self()
+def _await_stale(path, stale_after):
+    """Return the text of the lock once its owner has ended; None without a lock. Raises UserError for a live owner."""
+    text = _text_of(path)
+    if text is None:
+        return None
+    theirs, mine, folder = _parsed(text), _self(), path.parent
     if theirs.get("machine") == mine["machine"]:
         if theirs.get("started") == _started(theirs.get("pid")) and theirs.get("pid") is not None:
             raise _in_use(path, theirs)
-        logs.say(f"taking over --workdir={path.parent} from {_owner(theirs)}, which has ended")
-        return
-    folder, owner = path.parent, _owner(theirs)
+        logs.say(f"taking over --workdir={folder} from {_owner(theirs)}, which has ended")
+        return text
+    owner = _owner(theirs) if theirs else "an unknown process"
     logs.say(f"--workdir={folder} is locked by {owner}: checking for {stale_after:.0f} s if it still runs")
     began = time.monotonic()
     while time.monotonic() - began < stale_after:
         time.sleep(min(1.0, stale_after / 10))
-        now = _read(path)
+        now = _text_of(path)
         if now is None:
-            return
-        if now != theirs:
-            raise _in_use(path, now)
+            return None
+        if now != text:
+            raise _in_use(path, _parsed(now))
     logs.say(f"taking over --workdir={folder}: its lock did not change")
+    return text
+
+
+def _remove(path, stale):
+    """Remove a stale lock, unless another process has done it, and has perhaps created its own lock already."""
+    guard = path.with_name("lock.takeover.json")
+    began = time.monotonic()
+    while not atomic_files.create(guard, "{}\n"):
+        if time.monotonic() - began > _LEFT_BEHIND:
+            guard.unlink(missing_ok=True)
+        time.sleep(0.1)
+    try:
+        if _text_of(path) == stale:
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _in_use(path, theirs):
@@ -138,27 +156,50 @@ def _self():
     return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid), "since": since}
 
 
+@functools.cache
 def _machine():
     """Return an identifier of the scope of process ids: this boot of this machine, this container."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return f"{socket.gethostname()} {secrets.token_hex(8)}"  # not Linux: every lock is watched
+    with contextlib.suppress(OSError):  # macOS
+        boot = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, check=False)
+        if boot.returncode == 0:
+            return boot.stdout.strip()
+    return f"{socket.gethostname()} {uuid.getnode()}"
 
 
 def _started(pid):
-    """Return the start of a process in ticks since boot, which tells reused ids apart; None if it has ended."""
+    """Return the start of a process, which tells reused ids apart; None if the process has ended."""
+    if not isinstance(pid, int):
+        return None
+    if not Path("/proc/self/stat").exists():  # macOS
+        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return found.stdout.strip() or None
     try:
-        fields = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError, TypeError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _read(path):
-    """Return the content of the lock; None if the file does not exist or holds no JSON object: nobody owns it."""
+def _text_of(path):
     try:
-        theirs = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return path.read_text()
+    except FileNotFoundError:
         return None
-    return theirs if isinstance(theirs, dict) else None
+
+
+def _parsed(text):
+    """Return the content of a lock; {} if it is no JSON object: nobody owns it."""
+    try:
+        theirs = json.loads(text)
+    except ValueError:
+        return {}
+    return theirs if isinstance(theirs, dict) else {}
+
+
+def _read(path):
+    """Return the content of the lock; None if the file does not exist."""
+    text = _text_of(path)
+    return None if text is None else _parsed(text)

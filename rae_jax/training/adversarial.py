@@ -45,7 +45,7 @@ def diff_augment(images, key, *, prob=1.0, cutout=0.0):
     def with_probability(i, changed, images):
         if prob >= 1.0:
             return changed
-        chosen = jax.random.bernoulli(jax.random.fold_in(key, i), prob, (images.shape[0], 1, 1, 1))
+        chosen = jax.random.bernoulli(jax.random.fold_in(key, i), jnp.float32(prob), (images.shape[0], 1, 1, 1))
         return jnp.where(chosen, changed, images)
 
     images = with_probability(0, translate(images, translation), images)
@@ -59,8 +59,8 @@ def translate(images, key):
     """Shift each image by up to an eighth of its side in both directions; the free border is zero."""
     batch, height, width, channels = images.shape
     reach = (int(height * TRANSLATION + 0.5), int(width * TRANSLATION + 0.5))
-    high = jnp.asarray(reach) * 2 + 1
-    offsets = jax.random.randint(key, (batch, 2), 0, high)
+    high = jnp.asarray(reach, jnp.int32) * 2 + 1
+    offsets = jax.random.randint(key, (batch, 2), 0, high, jnp.int32)
     padded = jnp.pad(images, ((0, 0), (reach[0], reach[0]), (reach[1], reach[1]), (0, 0)))
 
     def crop(image, offset):
@@ -71,7 +71,9 @@ def translate(images, key):
 
 def colour(images, keys):
     """Change brightness by up to +-0.5, saturation by a factor of 0 to 2, contrast by a factor of 0.5 to 1.5."""
-    brightness, saturation, contrast = (jax.random.uniform(key, (images.shape[0], 1, 1, 1)) for key in keys)
+    brightness, saturation, contrast = (
+        jax.random.uniform(key, (images.shape[0], 1, 1, 1), jnp.float32) for key in keys
+    )
     images = images + brightness - 0.5
     grey = images.mean(-1, keepdims=True)
     images = (images - grey) * (2.0 * saturation) + grey
@@ -85,7 +87,7 @@ def cut_out(images, key, ratio):
     inside = []
     for axis, (size, draw) in enumerate(zip((height, width), jax.random.split(key), strict=True), start=1):
         side = round(size * ratio)
-        first = jax.random.randint(draw, (images.shape[0],), 0, size + 1 - side % 2) - side // 2
+        first = jax.random.randint(draw, (images.shape[0],), 0, size + 1 - side % 2, jnp.int32) - side // 2
         place = jnp.arange(size) - first[:, None]
         inside.append(jnp.expand_dims((place >= 0) & (place < side), (3 - axis, 3)))
     return jnp.where(inside[0] & inside[1], 0.0, images)

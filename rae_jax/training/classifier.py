@@ -12,7 +12,7 @@ def make(*, classifier, image_size, optimiser, ema_decay):
     """Return (init, step) of this stage."""
 
     def init(key):
-        params = classifier.init(key, jnp.zeros((1, image_size, image_size, 3)))["params"]
+        params = classifier.init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32))["params"]
         return optim.init_state(params, optimiser)
 
     def loss(params, images, labels):

@@ -30,7 +30,7 @@ class Discriminator:
 
     def init(self, key):
         """Return {'params', 'spectral'} of the heads."""
-        return self.heads.init(key, jnp.zeros(self.backbone.shape))
+        return self.heads.init(key, jnp.zeros(self.backbone.shape, jnp.float32))
 
     def logits(self, frozen, variables, images, key, mutable=()):
         """Return logits of images around [0, 1], each augmented alone, and the updated mutable collections."""
@@ -73,7 +73,7 @@ class _Stage:
 
     def init(self, key):
         decoder_key, heads_key = jax.random.split(key)
-        params = self.autoencoder.decoder.init(decoder_key, jnp.zeros((1, *self.latent_shape)))["params"]
+        params = self.autoencoder.decoder.init(decoder_key, jnp.zeros((1, *self.latent_shape), jnp.float32))["params"]
         state = optim.init_state(params, self.optimiser)
         if self.objective.discriminator is None:
             return state
@@ -93,7 +93,7 @@ class _Stage:
             return state, metrics
 
         def skip(state):
-            return {name: state[name] for name in _DISC}, dict.fromkeys(_DISC_METRICS, jnp.zeros(()))
+            return {name: state[name] for name in _DISC}, dict.fromkeys(_DISC_METRICS, jnp.float32(0))
 
         def update(state):
             return self.update_discriminator(state, frozen, latents, images, disc_key)
@@ -144,7 +144,7 @@ class _Stage:
             return generator_loss(self.objective.discriminator.logits(frozen["backbone"], disc, decoded, key)[0])
 
         def zeros(decoded):
-            return jnp.zeros(()), jnp.zeros_like(decoded)
+            return jnp.float32(0), jnp.zeros_like(decoded)
 
         return jax.lax.cond(active, jax.value_and_grad(loss), zeros, decoded)
 

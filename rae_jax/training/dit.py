@@ -32,7 +32,9 @@ def make(
 
     def init(key):
         conditions = condition.zeros(1)
-        params = dit.init(key, jnp.zeros((1, *latent_shape)), jnp.ones((1,)), conditions)["params"]
+        params = dit.init(key, jnp.zeros((1, *latent_shape), jnp.float32), jnp.ones(1, jnp.float32), conditions)[
+            "params"
+        ]
         return optim.init_state(params, optimiser, len(more_ema_decays))
 
     def loss(params, examples):
@@ -47,8 +49,8 @@ def make(
             latents = autoencoder.encode(frozen["encoder"], to_float(batch["image"]))
         x = normalise(latents, frozen["statistics"])
         t = flow.shift_time(time_fn(time_key, x.shape[0]), shift_factor)
-        noise = jax.random.normal(noise_key, x.shape)
-        dropped = jax.random.bernoulli(drop_key, condition_dropout, t.shape)
+        noise = jax.random.normal(noise_key, x.shape, jnp.float32)
+        dropped = jax.random.bernoulli(drop_key, jnp.float32(condition_dropout), t.shape)
         examples = {
             "x_t": flow.interpolate(x, noise, t, prediction.path),
             "t": t,

@@ -26,9 +26,9 @@ def make(*, autoencoder, patch_size, num_classes, image_size, optimiser, ema_dec
 
     def init(key):
         keys = jax.random.split(key, 3)
-        images = jnp.zeros((1, image_size, image_size, 3))
+        images = jnp.zeros((1, image_size, image_size, 3), jnp.float32)
         encoder = autoencoder.encoder.init(keys[0], images)["params"]
-        tokens = jnp.zeros((1, 1, autoencoder.encoder.width))
+        tokens = jnp.zeros((1, 1, autoencoder.encoder.width), jnp.float32)
         params = {
             "encoder": encoder,
             "pixels": pixel_head.init(keys[1], tokens)["params"],

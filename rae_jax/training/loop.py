@@ -71,10 +71,10 @@ def fit(
     feed = _Feed(iter(stage.batches), mesh)
 
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage.name, keep=keep, every=checkpoint_every, **saving)
-    with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
+    with kept as checkpoints, _Signals() as signals, contextlib.closing(feed), contextlib.ExitStack() as open_files:
         start, state = _begin(stage, checkpoints, abstract, feed, key)
         step_fn = compiled_step(stage.step, placed, mesh)
-        metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
+        metrics_file = open_files.enter_context(logs.Metrics(workdir, stage.name, step=start, tracker=tracker))
         settings, incidents = health_settings, health.Incidents(workdir, stage.name)
         watch = health.Watch(stage, settings, incidents, checkpoints.newest_in_words)
         beats = heartbeat.Heartbeat(workdir, stage, start=start, every=settings.heartbeat, stalled=settings.stalled)
@@ -82,7 +82,7 @@ def fit(
         with progress, beats, contextlib.closing(Clock(stage.batch_size)) as clock:
             observers = _Observers(clock, watch, beats, metrics_file, progress)
             evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, beats, clock)
-            if evaluations.due(start) and metrics_file.lack_evaluation(start):
+            if evaluations.due(start) and logs.lacks_evaluation(workdir, stage.name, start):
                 checkpoints.note_score(
                     start, evaluations.run(start, state)
                 )  # the interrupted run skipped this evaluation
@@ -119,14 +119,15 @@ class _Loop:
             if step % self.log_every == 0 or last:
                 self.observers.log(step, metrics)
             # An evaluation comes after the checkpoint: it may take longer than the grace period of a preempted machine,
-            # and a resumed run makes up for it. It comes before a checkpoint that needs its score, and before the last.
-            early = self.evaluations.due(step) and (self.scored or last) and not stop.value
+            # and a resumed run makes up for it. It comes before a checkpoint that its score decides on.
+            due = self.evaluations.due(step)
+            early = due and self.scored and not (last or stop.value)
             score = self.evaluations.run(step, state) if early else None
             stopping = stop.value
             if last or stopping or self.checkpoints.wants(step, score):
                 self.save(step, state, score, last=last)
-            if self.evaluations.due(step) and not (early or stopping):
-                self.evaluations.run(step, state)
+            if due and not (early or stopping):
+                self.checkpoints.note_score(step, self.evaluations.run(step, state))
             stopping = stopping or (stop.at_the_end() if last else None)
             if stopping:
                 raise InterruptedRun(f"interrupted at step {step} of stage {self.stage.name!r}", stopping)
@@ -134,6 +135,7 @@ class _Loop:
     def save(self, step, state, score, *, last):
         """Start to write a checkpoint; wait for the end of the write if no other checkpoint follows."""
         self.observers.watch.ended()
+        self.observers.metrics_file.flush()
         with self.observers.heartbeat.doing("saving"):
             if last or self.stop.value:
                 # A function, because a signal may arrive during the write.

@@ -16,7 +16,7 @@ def make(*, autoencoder, latent_shape):
     """
 
     def init(key):
-        zeros = jnp.zeros(latent_shape)
+        zeros = jnp.zeros(latent_shape, jnp.float32)
         moments = dict.fromkeys(("mean", "mean_low", "squares", "squares_low"), zeros)
         return {"step": jnp.zeros((), jnp.int32), "count": jnp.zeros((), jnp.int32), **moments}
 

@@ -191,8 +191,9 @@ def _value(values, key):
 
 def main():
     """Define the flags and run the command."""
-    flags.DEFINE_multi_string("workdir", None, "Folder of a run; repeat it to compare runs.", required=True)
-    flags.DEFINE_string("output", None, "File of the page; by default report.html in the workdir.")
+    about = "Folder of a run; repeat it to compare runs."
+    flags.DEFINE_multi(command_line.PATH, flags.ArgumentSerializer(), "workdir", None, about, required=True)
+    flags.DEFINE(command_line.PATH, "output", None, "File of the page; by default report.html in the workdir.")
     command_line.show_in_help(__name__)
     app.run(_run, flags_parser=command_line.plain_parser)
 

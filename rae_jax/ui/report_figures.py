@@ -5,6 +5,7 @@ import html
 import math
 
 from rae_jax.config.glossary import CURVES, RESULTS
+from rae_jax.runtime import atomic_files
 
 MAX_POINTS = 600  # points of a curve
 MAX_PICTURES = 40  # pictures of a run, and of one kind by step
@@ -65,7 +66,7 @@ def pictures_by_step(runs):
 
 
 def _film(caption, files, columns):
-    fitting = FILM_BYTES // max(1, files[-1][1].stat().length)
+    fitting = FILM_BYTES // max(1, atomic_files.size(files[-1][1]))
     kept = _evenly(files, max(2, min(MAX_PICTURES, fitting)))
     frames = [(step, *_png(file)) for step, file in kept]
     width = _page_width(frames[-1][1], columns)

@@ -25,12 +25,14 @@ def load(source, tensors, tables, shapes, shardings):
 
     Of several tables the table that has most of the file's names is used. Parameters are put on their devices one by
     one: the host never holds a second copy of all. Raises UserError that names a tensor that is missing, unknown,
-    contained twice, of another shape, or not equal to its fixed values; and for a parameter of ours that no encoder
-    family has.
+    contained twice, of another shape, or not equal to its fixed values; and for a parameter of ours that no file of
+    this kind has.
     """
     leaves = traverse_util.flatten_dict(shapes, sep="/")
-    for path in leaves.keys() - tables[0].leaves.keys():
-        raise UserError(f"no encoder of config.encoder.family has {path!r}: take its values from configs/encoders.py")
+    for path in sorted(leaves.keys() - tables[0].leaves.keys()):
+        raise UserError(
+            f"published weights of this kind have no {path!r}: set the keys of the config's model to theirs"
+        )
     table = max(tables, key=lambda table: _matches(tensors, table, leaves))
     tensors = _learned(_ours(tensors, table, source), table, source)
     safetensors_tree.check(source, _wanted(table, leaves), {name: tensor.shape for name, tensor in tensors.items()})

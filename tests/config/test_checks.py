@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rae_jax.cli import train as cli_train
-from rae_jax.config import checks
+from rae_jax.config import checks, machine
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 
@@ -143,10 +143,10 @@ def test_cudnn_s_heads_are_those_that_attend():
     for name in ("sdvae_dit_xl", "plain_dit_xl", "dit_xl"):
         config = importlib.import_module(f"configs.{name}").get_config()
         config.update({"attention": "cudnn", "dtype": "bfloat16"})
-        checks._check_attention(config, hopper)
+        machine.check_attention(config, hopper)
     config.dit.num_heads = 96
     with pytest.raises(UserError, match="config.dit.width=1152 over 96 heads"):
-        checks._check_attention(config, hopper)
+        machine.check_attention(config, hopper)
 
 
 def test_guidance_by_labels_takes_labels(tiny_config):

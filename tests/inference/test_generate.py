@@ -140,8 +140,8 @@ def test_all_of_it_is_traced_as_one_program(case, keys):
         **parts,
     }
     sample = generate.make_sampler(config, one_device())
-    drawn = jax.eval_shape(sample, whole, jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), LABELS)
-    assert drawn.shape == (3, 32, 32, 3) and drawn.dtype == jnp.uint8
+    drawn, finite = jax.eval_shape(sample, whole, jax.random.key(0), jnp.arange(3, dtype=jnp.uint32), LABELS)
+    assert drawn.shape == (3, 32, 32, 3) and drawn.dtype == jnp.uint8 and finite.shape == (3,)
 
 
 def test_heun_of_a_noise_prediction_on_the_cosine_path(case):

@@ -1,4 +1,7 @@
-"""Samples as files: taken up where they were interrupted, replaced where something else is wanted."""
+"""Samples as files: resumed where they were interrupted, by any devices; never deleted or replaced."""
+
+import concurrent.futures
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,13 @@ from rae_jax.errors import UserError
 from rae_jax.inference import sample_files
 from rae_jax.runtime import sharding
 
-REQUEST = {"steps": {"dit": 6}}
+REQUEST = {"config": {"seed": 0, "sampler.num_steps": 2}, "weights": {"dit": "12"}}
 NAMES = [str(i) for i in range(10)]
 
 
 @pytest.fixture(scope="module")
 def draw():
-    """Draws with random weights, none of them zero: (folder, labels) -> {name of a PNG: its bytes}."""
+    """Draws with random weights, none of them zero: (folder, labels) -> (folder used, {name of a PNG: its bytes})."""
     config = tiny()
     config.sampler.num_steps = 2
     shapes = {part: part_weights.shapes(config, part) for part in ("decoder", "dit")}
@@ -28,60 +31,92 @@ def draw():
     latent = config_keys.latent_shape(config)
     parts["statistics"] = {"mean": jnp.zeros(latent), "var": jnp.ones(latent)}
 
-    def run(folder, labels, request=REQUEST, devices=8, batch_size=8, seed=0):
-        labels, config.evaluate.batch_size, config.seed = np.asarray(labels), batch_size, seed
+    def run(folder, labels, request=REQUEST, devices=8, batch_size=8, fsdp=1):
+        labels, config.evaluate.batch_size = np.asarray(labels), batch_size
+        config.seed, config.mesh.fsdp = request["config"]["seed"], fsdp
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-        sample_files.draw(config, parts, labels, mesh, folder, request=request, class_names=NAMES)
-        found = {file.name: file.read_bytes() for file in (folder / "images").glob("*.png")}
-        with np.load(folder / "samples.npz") as written:
+        claimed = sample_files.claim(epath.Path(folder), request, labels, config, mesh)
+        sample_files.draw(config, parts, labels, mesh, claimed, class_names=NAMES)
+        found = {file.name: file.read_bytes() for file in (claimed.folder / "images").glob("*.png")}
+        with np.load(claimed.folder / "samples.npz") as written:
             assert written["arr_0"].dtype == np.uint8 and len(written["arr_0"]) == len(labels)
             np.testing.assert_array_equal(written["arr_1"], labels)
-            last = folder / "images" / f"{len(labels) - 1:06d}.png"
+            last = claimed.folder / "images" / f"{len(labels) - 1:06d}.png"
             np.testing.assert_array_equal(written["arr_0"][-1], Image.open(last))
-        return found
+        return claimed.folder, found
 
     return run
 
 
-def test_what_an_interruption_left_is_completed_with_the_same_bytes(draw, tmp_path):
-    folder = epath.Path(tmp_path)
-    whole = draw(folder, np.arange(20) % 10)
-    assert len(whole) == 20 and len(set(whole.values())) == 20
-    kept = folder / "images" / "000003.png"
-    stamp = kept.stat().mtime
-    for i in (9, 12, 19):
-        (folder / "images" / f"{i:06d}.png").unlink()
-    assert draw(folder, np.arange(20) % 10) == whole
-    assert kept.stat().mtime == stamp  # its batch was whole: not drawn again
+def _with(request, **changes):
+    return {**request, "config": {**request["config"], **changes}}
+
+
+@pytest.mark.parametrize(
+    "again", [{}, {"batch_size": 24}, {"devices": 6, "batch_size": 12}, {"devices": 1}, {"devices": 4, "fsdp": 2}]
+)
+def test_an_interrupted_request_is_completed_with_the_same_bytes_on_any_devices(draw, tmp_path, again):
+    labels = np.arange(40) % 10
+    folder, whole = draw(tmp_path, labels, batch_size=16)
+    assert folder == epath.Path(tmp_path) and len(whole) == 40 and len(set(whole.values())) == 40
+    kept = tmp_path / "images" / "000003.png"
+    stamp = kept.stat().st_mtime_ns
+    for i in (2, 9, 12, *range(19, 40)):
+        (tmp_path / "images" / f"{i:06d}.png").unlink()
+    assert draw(tmp_path, labels, **again) == (folder, whole)
+    assert kept.stat().st_mtime_ns == stamp
 
 
 def test_batch_and_devices_do_not_matter(draw, tmp_path):
-    """But for the rounding of a level in few values: labels, noise and order are the same."""
+    """Of a new request the last bits depend on the batch of a device; labels, noise and order do not."""
     found = []
     for devices, batch_size in ((8, 64), (1, 7)):
-        folder = epath.Path(tmp_path) / str(devices)
-        draw(folder, np.arange(64) % 10, devices=devices, batch_size=batch_size)
+        folder, _ = draw(tmp_path / str(devices), np.arange(64) % 10, devices=devices, batch_size=batch_size)
         with np.load(folder / "samples.npz") as written:
             found.append(written["arr_0"].astype(int))
     apart = np.abs(found[0] - found[1])
     assert found[0].std() > 10 and apart.max() <= 1 and (apart > 0).mean() <= 1e-3
 
 
-def test_other_labels_and_other_requests_replace_what_they_must(draw, tmp_path):
-    folder = epath.Path(tmp_path)
-    first = draw(folder, [0] * 16)
-    changed = draw(folder, [0] * 15 + [1])
-    assert {name for name in first if first[name] != changed[name]} == {"000015.png"}
-    # Fewer are asked for: the others stay, and still count later.
-    assert draw(folder, [0] * 8) == changed
-    assert draw(folder, [0] * 15 + [1]) == changed
-    (folder / "images" / "mine.png").write_bytes(first["000000.png"])
-    (folder / "images" / "request.json").write_text('{"request": ')  # cut off
-    (folder / "images" / "000000.png").write_bytes(b"")
-    again = draw(folder, [0] * 16)
-    assert again.pop("mine.png") and again == first
-    others = draw(folder, [0] * 16, request={**REQUEST, "seed": 1}, seed=1)
-    assert others.pop("mine.png") and not set(others.values()) & set(first.values())
+def test_another_request_gets_another_folder_and_nothing_is_deleted(draw, tmp_path):
+    folder, first = draw(tmp_path, [0] * 16)
+    # Fewer and more images of the same request are the same images.
+    assert draw(tmp_path, [0] * 8) == (folder, first)
+    assert draw(tmp_path, [0] * 16) == (folder, first)
+    others = [
+        draw(tmp_path, [0] * 15 + [1]),
+        draw(tmp_path, [0] * 16, _with(REQUEST, seed=1)),
+        draw(tmp_path, [0] * 16, {**REQUEST, "weights": {"dit": "34"}}),
+    ]
+    folders = {place for place, _ in others}
+    assert len(folders) == 3 and all(place.parent == folder for place in folders)
+    assert {name for name in first if first[name] != others[0][1][name]} == {"000015.png"}
+    assert not set(others[1][1].values()) & set(first.values())
+    assert draw(tmp_path, [0] * 16, _with(REQUEST, seed=1)) == others[1]
+    assert draw(tmp_path, [0] * 16) == (folder, first)
+    (tmp_path / "images" / "request.json").write_text('{"request": ')  # cut off: nobody knows which images these are
+    place, again = draw(tmp_path, [0] * 16)
+    assert place not in {folder, *folders} and again == first
+    assert {file.name for file in (tmp_path / "images").glob("*.png")} == first.keys()
+
+
+def test_an_older_version_s_request_is_resumed(draw, tmp_path):
+    """It named keys on which the images do not depend, and lacked later ones."""
+    folder, first = draw(tmp_path, [0] * 8)
+    path = tmp_path / "images" / "request.json"
+    config = {"sampler.num_steps": 2, "data.num_threads": 2, "data.path": "/gone", "dit.train.batch_size": 16}
+    path.write_text(json.dumps({"request": {"config": config, "weights": REQUEST["weights"]}, "labels": [0] * 8}))
+    assert draw(tmp_path, [0] * 8) == (folder, first)
+    path.write_text(json.dumps({"request": _with(REQUEST, **{"sampler.method": "heun"}), "labels": [0] * 8}))
+    assert draw(tmp_path, [0] * 8)[0] != folder
+
+
+def test_two_commands_at_the_same_time_do_not_share_a_folder(tmp_path):
+    config, labels = tiny(), np.zeros(4, int)
+    mesh, requests = sharding.make_mesh(config.mesh), [_with(REQUEST, seed=seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        claimed = list(pool.map(lambda r: sample_files.claim(epath.Path(tmp_path), r, labels, config, mesh), requests))
+    assert len({request.folder for request in claimed}) == 4
 
 
 def test_labels(tmp_path):

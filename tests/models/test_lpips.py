@@ -15,8 +15,7 @@ from safetensors.numpy import save_file
 
 from rae_jax.build import part_weights, perceptual_networks
 from rae_jax.cli import train
-from rae_jax.config import checks
-from rae_jax.config import keys as config_keys
+from rae_jax.config import checks, run_config
 from rae_jax.errors import UserError
 from rae_jax.inference import perceptual_metrics
 from rae_jax.models.lpips import Lpips
@@ -163,10 +162,10 @@ def test_a_run_whose_loss_has_no_lpips_may_change_it(paths, tmp_path):
     before, after = tiny(), cases.config_of(paths)
     for config in (before, after):
         config.stages = ("dit",)
-    config_keys.save(before, tmp_path)
-    config_keys.check_workdir(after, tmp_path)
+    run_config.save(before, tmp_path)
+    run_config.check(after, tmp_path, *after.stages)
     for config in (before, after):
         config.stages = ("decoder",)
-    config_keys.save(before, tmp_path)
+    run_config.save(before, tmp_path)
     with pytest.raises(UserError, match="config.lpips.linear='', not "):
-        config_keys.check_workdir(after, tmp_path)
+        run_config.check(after, tmp_path, *after.stages)

@@ -217,7 +217,7 @@ def test_the_dit_s_step_and_sampler_fit_its_latents(checkpoint, tmp_path):
     assert after == state and metrics["loss"].shape == ()
     parts = {"decoder": cases.load(config)["decoder"], "statistics": None, "dit": state["params"]}
     indices = np.arange(8, dtype=np.uint32)
-    images = jax.eval_shape(generate.make_sampler(config, one_device()), parts, key, indices, batch["label"])
+    images, _ = jax.eval_shape(generate.make_sampler(config, one_device()), parts, key, indices, batch["label"])
     assert (images.shape, images.dtype) == ((8, 32, 32, 3), np.uint8)
 
 

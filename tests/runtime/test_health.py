@@ -252,7 +252,7 @@ def test_a_signal_ends_the_tries_to_write_the_last_checkpoint(tmp_path, monkeypa
     began = time.monotonic()
     try:
         with pytest.raises(UserError, match="the checkpoint of step 4 cannot be written"):
-            toy_stage.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=4)
+            toy_stage.run(epath.Path(tmp_path), 4, on_error="continue", evaluate=no_room, evaluate_every=3)
     finally:
         timer.cancel()  # it would end the tests if the run failed before it
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -26,7 +26,7 @@ from PIL import Image
 
 from rae_jax.build import data as build_data
 from rae_jax.build import part_weights
-from rae_jax.config import checks, command_flag
+from rae_jax.config import checks, command_flag, run_config
 from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
 from rae_jax.errors import UserError
@@ -237,7 +237,7 @@ def _start_up(arguments, folder, with_shapes):
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
-    config_keys.check_workdir(config, folder)
+    run_config.check(config, folder, *config.stages)
     for split in ("train", "heldout"):
         build_data.source(config, split)
     if with_shapes:

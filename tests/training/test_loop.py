@@ -21,8 +21,7 @@ from rae_jax.build import data as build_data
 from rae_jax.build import models, part_weights
 from rae_jax.cli import evaluate, reconstruct, sample, train
 from rae_jax.cli import results as cli_results
-from rae_jax.config import checks
-from rae_jax.config import keys as config_keys
+from rae_jax.config import checks, run_config
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, logs, sharding
 from rae_jax.runtime.health import DivergedRun
@@ -35,7 +34,7 @@ STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 def _train(config, workdir):
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
-    config_keys.check_workdir(config, workdir)
+    run_config.check(config, workdir, *config.stages)
     train.run(config, workdir, mesh, None)
 
 

@@ -50,7 +50,7 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
     assert model._step._cache_size() == model._decode._cache_size() == 1
     indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
     labels = np.full(len(indices), 4)
-    wanted = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, labels)
+    wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, labels)
     assert np.abs(ends[3, 2.5] - np.int32(wanted)).max() <= 1
     assert np.abs(ends[3, 1.0] - ends[3, 2.5]).max() > 1
 
