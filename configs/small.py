@@ -22,13 +22,15 @@ def get_config():
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20  # steps between two rows of metrics
     c.wandb = ""  # project of Weights & Biases to which the metrics are also sent; '': none
-    c.unroll = True  # unroll the blocks over depth instead of scanning them: faster steps, slower compilation
+    # Unroll the blocks over depth instead of scanning them: faster steps, slower compilation. Full-size configs have
+    # 'auto' for unroll, remat and attention: the choice of docs/scale.md for the devices, that fits in their memory.
+    c.unroll = True
     # Rematerialisation: activations that the backward pass computes again to save memory. none: no activation. dots:
     # all except the result of attention and the products with kernels; the product after attention is computed again
-    # too. full: all, with a third more work. One of 'none', 'dots', 'full'.
+    # too. full: all, with a third more work. One of 'none', 'dots', 'full', 'auto'.
     c.remat = "none"
     # Kernel of the attention. One of 'xla', 'cudnn' (NVIDIA Hopper and newer, bfloat16), 'flash' (TPU, for a thousand
-    # tokens and more).
+    # tokens and more), 'auto'.
     c.attention = "xla"
     # Folder that keeps compiled programs for the next start, and that hosts may share; '': a folder in ~/.cache;
     # 'none': no program is kept.
@@ -179,6 +181,7 @@ def _discriminator():
 
 def _encoder_train():
     train = _train(num_steps=4_000, batch_size=64, learning_rate=2e-3, clip_norm=1.0)
+    train.init = ""  # weights to start from, named as `weights` is, or the workdir of a run; '': random weights
     train.noise_tau = 0.3  # largest standard deviation of the noise that is added to latents
     train.detail = 4.0  # factor by which a patch's differences from its mean colour are magnified in the target
     train.label_weight = 1.0  # weight of the classification loss
@@ -196,6 +199,7 @@ def _judge():
 
 def _decoder():
     train = _train(num_steps=4_000, batch_size=16, learning_rate=2e-3)
+    train.init = ""  # weights to start from, named as `weights` is, or the workdir of a run; '': random weights
     train.noise_tau = 0.3  # largest standard deviation of the noise that is added to latents
     train.lpips_weight = 0.0  # weight of the LPIPS loss; 0: no LPIPS in the loss
     train.discriminator_start = 2_800  # first step of the discriminator's updates
@@ -216,6 +220,7 @@ def _decoder():
 
 def _dit():
     train = _train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
+    train.init = ""  # weights to start from, named as `weights` is, or the workdir of a run; '': random weights
     # Distribution of the training times, before the shift. One of 'logit_normal', 'uniform'.
     train.time = "logit_normal"
     train.time_mean = 1.0  # logit_normal: mean of the logits

@@ -7,7 +7,7 @@ The functions are pure. Nothing here reads flags or keeps state.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -189,17 +189,31 @@ def _check_guide(dit: DiT, guide: DiT) -> None:
             raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: load a guide that has the same")
 
 
+def _with_usual_promotion(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Let a function promote ranks and dtypes as JAX does by default, whatever the caller's program forbids itself."""
+
+    @functools.wraps(function)
+    def promoting(*arguments: Any, **options: Any) -> jax.Array:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **options)
+
+    return promoting
+
+
+@_with_usual_promotion
 @jax.jit
 def _encode(rae: RAE, images: jax.Array) -> jax.Array:
     images = to_float(images) if images.dtype == jnp.uint8 else images
     return models.autoencoder(rae.config).encode(rae.params["encoder"], images)
 
 
+@_with_usual_promotion
 @jax.jit
 def _decode(rae: RAE, latents: jax.Array) -> jax.Array:
     return jnp.clip(models.autoencoder(rae.config).decode(rae.params["decoder"], latents), 0.0, 1.0)
 
 
+@_with_usual_promotion
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _sample(
     rae: RAE,
@@ -276,7 +290,12 @@ def _take_weights_from(config: ConfigDict, parts: Sequence[str], folder: epath.P
 def _load(
     config: ConfigDict, workdir: epath.Path | str | None, parts: Sequence[str], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
-    return {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
+    found = {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
+    if mesh is not None:
+        return found
+    # Without the mesh in their types, and free to move to the devices of the caller's other arrays.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), found)
 
 
 def _mesh(mesh: jax.sharding.Mesh | None) -> jax.sharding.Mesh:

@@ -97,6 +97,7 @@ def _define_flags():
 def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
+    command_line.use_own_jax_options()
     try:
         if given.config is None and given.workdir is None:
             raise UserError("no weights are named: name a run by --workdir, or weights by --config")

@@ -20,7 +20,7 @@ from rae_jax.config import checks, command_flag, machine, run_config, scopes
 from rae_jax.config import files as config_files
 from rae_jax.errors import UserError, one_line
 from rae_jax.profiling import timing
-from rae_jax.runtime import atomic_files, command_line, host_allocator, processes, sharding, shutdown
+from rae_jax.runtime import command_line, host_allocator, processes, sharding, shutdown
 from rae_jax.runtime.health import DivergedRun
 from rae_jax.training.loop import InterruptedRun
 
@@ -29,17 +29,21 @@ MODES = {
     **{"benchmark": benchmark.run, "demo": demo.run},
 }
 USAGE = """\
-rae_jax: representation autoencoders, and diffusion transformers in their latent space
+Representation autoencoders, and diffusion transformers in their latent space. The commands that people use most:
 
-  rae-jax --config=NAME --workdir=DIR       train, or resume training; NAME: {names}
-  rae-jax --workdir=DIR --mode=sample       draw images with the run's weights
-  rae-jax --workdir=DIR --mode=evaluate     measure the run's weights
-  rae-jax --workdir=DIR --mode=reconstruct --images=PATH     encode and decode images
-  rae-jax --workdir=DIR --mode=demo         show the run on a local web page
+  rae-jax --config=small --workdir=runs/first                     train; the same command resumes
+  rae-jax --workdir=runs/first --mode=sample                      draw images
+  rae-jax --workdir=runs/first --mode=evaluate                    measure the weights
+  rae-jax --workdir=runs/first --mode=reconstruct --images=PATH   encode and decode images
+  rae-jax --workdir=runs/first --mode=demo                        show the model on a local web page
 
-A run keeps its config in its folder: --config is needed only to start it. --config.KEY=VALUE changes a key.
---config=small with a new --workdir trains all stages in minutes on a CPU. python -m rae_jax.main is the same command.
-rae-jax --help lists all flags; docs/README.md and docs/config.md explain them.
+--config names a file or one of these configs, and is needed only to begin a run, which keeps its config:
+{names}
+
+--config.KEY=VALUE changes a key of the config; docs/config.md explains all keys.
+--config=own_data --config.data.path=FOLDER --config.data.num_classes=N trains on your images.
+python -m rae_jax.main is the same command. rae-jax --help lists all flags.
+Pages to read: README.md and docs/README.md.
 """
 _NO_CONFIG = "name a config, such as small, or its file; or set --workdir to the folder of a run, which has a config"
 DOES_NOT_FIT = 1  # exit status of --mode=compile
@@ -136,6 +140,7 @@ def _run_mode(given):
         if given.mode == "compile":
             sys.exit(0 if compile_mode.run(config, given) else DOES_NOT_FIT)
         host_allocator.keep_freed_memory()
+        command_line.use_own_jax_options()
         processes.start(**{name: given[name].value for name in processes.SETTINGS})
         sharding.all_devices()
         shutdown.watch()
@@ -151,11 +156,9 @@ def _run_mode(given):
             raise
         command_line.fail(str(error))
     except ImportError as error:
-        if given.debug or "://" not in str(given.workdir):
+        if given.debug:
             raise
-        command_line.fail(
-            f"--workdir={given.workdir}: {atomic_files.reason(error)}; gs:// needs an extra: pip install -e '.[gcs]'"
-        )
+        command_line.fail_without_bucket(error, given.workdir)
     except KeyboardInterrupt as stop:  # outside of the training loop
         print("interrupted: run the same command again to resume from the last checkpoint", file=sys.stderr)
         sys.exit(command_line.RESTART if isinstance(stop, _Terminated) else INTERRUPTED)

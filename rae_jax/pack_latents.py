@@ -130,6 +130,7 @@ def _define_flags():
 def _run(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
+    command_line.use_own_jax_options()
     try:
         host_allocator.keep_freed_memory()
         config = ConfigDict({**given.config, "stages": ()})  # nothing is trained here

@@ -2,8 +2,10 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
+from rae_jax.config import auto
 from rae_jax.config.keys import input_size
 from rae_jax.models import attention, conditions, layers, resize, sd_vae
 from rae_jax.models.autoencoder import Autoencoder, Backbone, SdVae
@@ -95,7 +97,9 @@ def backbone(config):
 
 
 def _computation(config):
-    """Return the fields of a model that set its dtype, rematerialisation and attention."""
+    """Return the fields of a model for dtype, rematerialisation and attention; 'auto' means the devices here."""
+    if auto.is_open(config):
+        config = auto.settled(config, jax.devices()[0])
     options = {"unroll": config.unroll, "remat": _remat(config.remat), "attend": _attend(config)}
     return {"dtype": jnp.dtype(config.dtype), **options}
 

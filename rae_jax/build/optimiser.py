@@ -19,7 +19,8 @@ def schedule(train):
             raise ValueError(f"unknown decay {other!r}")
     warmup = optax.linear_schedule(0.0, peak, train.warmup_steps) if train.warmup_steps else decay
     boundaries = [train.warmup_steps, max(train.decay_start, train.warmup_steps)]
-    return optax.join_schedules([warmup, optax.constant_schedule(peak), decay], boundaries)
+    whole = optax.join_schedules([warmup, optax.constant_schedule(peak), decay], boundaries)
+    return lambda count: jnp.asarray(whole(count), jnp.float32)
 
 
 def optimiser(train):

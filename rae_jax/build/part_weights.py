@@ -144,12 +144,12 @@ def _without_key_bias(params):
 
 def _guide_config(config):
     """Return a config whose DiT is the weaker model of config.guidance.dit, which another run trained."""
-    weak = _untrained(config)
+    weak = untrained(config)
     weak.dit.update(config.guidance.dit)
     return weak
 
 
-def _untrained(config):
+def untrained(config):
     """Return an unlocked copy of a config, without stages."""
     with config.unlocked():  # so that the copy is unlocked
         copy = config.copy_and_resolve_references()
@@ -237,5 +237,5 @@ def check_available(config, mesh):
 
 def load_shipped(config, mesh):
     """Return {part: weights} of an evaluation by the config's keys alone, without the run's own checkpoints."""
-    untrained = _untrained(config)
-    return load_all(untrained, parts_of_evaluation(untrained), None, mesh)
+    shipped = untrained(config)
+    return load_all(shipped, parts_of_evaluation(shipped), None, mesh)

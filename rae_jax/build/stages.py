@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from rae_jax.build import data, objectives, part_weights
+from rae_jax.build import data, fine_tuning, objectives, part_weights
 from rae_jax.config import scopes
 from rae_jax.config.keys import flatten, in_steps
 from rae_jax.data import pipeline
@@ -48,7 +48,8 @@ def stage(config, name, workdir, mesh):
         )
     frozen = part_weights.frozen(config, name, lambda part: _load_frozen(config, part, workdir, mesh))
     init, step = objectives.init_and_step(config, name)
-    return Stage(name, init, step, frozen, batches, batch_size, num_steps)
+    begin = None if name == "statistics" else fine_tuning.begin(config, name, mesh, images.class_names)
+    return Stage(name, init, step, frozen, batches, batch_size, num_steps, begin)
 
 
 def _training_source(config, name, mesh):

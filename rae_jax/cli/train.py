@@ -6,12 +6,13 @@ import time
 import jax
 
 from rae_jax.build import data as build_data
-from rae_jax.build import part_weights, perceptual_networks, stages
+from rae_jax.build import fine_tuning, part_weights, perceptual_networks, stages
 from rae_jax.cli import results
 from rae_jax.config import inputs, run_config
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid, linear_probes
 from rae_jax.inference.evaluator import Evaluator
+from rae_jax.profiling import fitting
 from rae_jax.runtime import atomic_files, checkpoint_manifest, environment, health, logs, processes, workdir_lock
 from rae_jax.runtime.checkpoint_reader import DamagedCheckpoint, latest_step
 from rae_jax.training.loop import fit
@@ -59,6 +60,7 @@ def in_workdir(config, workdir, mesh, work):
 
 def _train_and_evaluate(config, workdir, mesh, evaluator):
     part_weights.check_available(config, mesh)
+    fine_tuning.check(config, workdir, mesh)
     shipped = {}
     if config.evaluate.shipped:
         logs.say("evaluating the shipped weights:")
@@ -83,6 +85,7 @@ def run_stages(config, workdir, mesh, evaluator):
 
 
 def _run_stage(config, name, workdir, mesh, evaluator, tracker):
+    config = fitting.fitted(config, name, mesh)
     stage = stages.stage(config, name, workdir, mesh)
     evaluate_every = config.evaluate.every if name in _EVALUATED else 0
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:

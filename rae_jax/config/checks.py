@@ -14,8 +14,8 @@ _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "attention": ("xla", "cudnn", "flash"),
-    "remat": ("none", "dots", "full"),
+    "attention": ("auto", "xla", "cudnn", "flash"),
+    "remat": ("auto", "none", "dots", "full"),
     "data.source": ("shapes", "image_folder", "array_record", "tfds"),
     "data.on_error": ("stop", "skip"),
     "checkpoint.best_is": ("lowest", "highest"),
@@ -68,6 +68,8 @@ def check(config, mesh, *, trains=True, evaluates=True):
 def _check_values(config):
     for key, choices in CHOICES.items():
         require(value_of(config, key) in choices, config, key, f"choose one of {', '.join(choices)}")
+    whether = str(config.unroll) in ("True", "False", "true", "false", "auto")  # an override of 'auto' is a string
+    require(whether, config, "unroll", "choose one of True, False, auto")
     for key in _NUMBERS:
         numbers = all(isinstance(value, int | float) for value in value_of(config, key))
         require(numbers, config, key, "it must hold numbers, such as (0, 2)")
@@ -209,7 +211,8 @@ def _check_sampling(config):
     whole = train.batch_size % train.microbatches == 0
     require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
     unbounded = config.dit.prediction == "noise" or (sampler.method == "sde" and sampler.diffusion == "score_based")
-    plain = "predicted noise and config.sampler.diffusion='score_based' are unbounded at its start: set it to 'plain'"
+    unbounded |= config.dit.path == "vp" and (config.dit.prediction == "data" or sampler.method == "sde")
+    plain = "the velocity of this path and prediction, or the diffusion, is infinite at its start: set it to 'plain'"
     require(sampler.grid != "published" or not unbounded, config, "sampler.grid", plain)
     reusable = sampler.method == "euler" and config.dit.head_depth > 0
     share = "only euler steps of a DiT^DH can share the trunk's output: set it to"

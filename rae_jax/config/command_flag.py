@@ -32,6 +32,8 @@ def parser(config_flag, values=flags.FLAGS):
             return command_line.plain_parser(_with_config_of_run(argv), values)
         except UserError as error:
             command_line.fail(str(error))
+        except ImportError as error:
+            command_line.fail_without_bucket(error, _value(argv, "workdir"))
         except (AttributeError, KeyError) as error:
             command_line.fail(f"unknown config key {command_line.words_of(error)}")
         except (TypeError, ValueError) as error:

@@ -74,17 +74,24 @@ def check_attention(config, device):
     """Raise UserError if the device, the dtype or the sizes of the models do not suit config.attention."""
     match config.attention:
         case "cudnn":
-            fix = f"it needs an NVIDIA GPU from Hopper on, and this is {device.device_kind}: set it to 'xla'"
-            require(is_hopper(device), config, "attention", fix)
-            half = config.dtype == "bfloat16"
-            require(half, config, "attention", "it needs config.dtype='bfloat16': set this too, or set it to 'xla'")
-            for section, prefix in _attending(config):
-                width, heads = (value_of(config, section)[f"{prefix}{key}"] for key in ("width", "num_heads"))
-                fix = f"config.{section}.{prefix}width={width} over {heads} heads is no multiple of 8: set it to 'xla'"
-                require(width // heads % 8 == 0, config, "attention", fix)
+            fix = lacks_for_cudnn(config, device)
+            require(fix is None, config, "attention", fix)
         case "flash":
             fix = f"it needs a TPU, and this is {device.device_kind}: set it to 'xla'"
             require(device.platform == "tpu", config, "attention", fix)
+
+
+def lacks_for_cudnn(config, device):
+    """Return what cuDNN's attention lacks here, and the fix; None if it can be used."""
+    if not is_hopper(device):
+        return f"it needs an NVIDIA GPU from Hopper on, and this is {device.device_kind}: set it to 'xla'"
+    if config.dtype != "bfloat16":
+        return "it needs config.dtype='bfloat16': set this too, or set it to 'xla'"
+    for section, prefix in _attending(config):
+        width, heads = (value_of(config, section)[f"{prefix}{key}"] for key in ("width", "num_heads"))
+        if width // heads % 8:
+            return f"config.{section}.{prefix}width={width} over {heads} heads is no multiple of 8: set it to 'xla'"
+    return None
 
 
 def is_hopper(device):

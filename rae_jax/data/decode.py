@@ -26,6 +26,7 @@ try:
 except ImportError:  # an extra
     simplejpeg = None
 
+SAMPLES = "images/request.json"  # in a folder of samples; see inference.sample_files
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _FAST = "fast"  # key in the `info` of an image that simplejpeg decoded, and of images derived from it
 ENLARGED = 1.5  # short side of an image over the side of its random crop
@@ -201,9 +202,14 @@ def _to_rgb(image):
 def find_images(path):
     """Return the image files at `path`, sorted: the file itself, or the files in a folder and in its subfolders.
 
-    Raises UserError if `path` holds no image.
+    A folder that --mode=sample has written also holds a picture of several images, which is left out. Raises UserError
+    if `path` holds no image.
     """
     path = epath.Path(path)
+    if (path / SAMPLES).exists():
+        path = path / SAMPLES.split("/")[0]
+    elif path.name == "samples" and (path.parent / "config.json").exists():
+        raise UserError(f"{path} holds pictures of several images each: run --mode=sample first, or name other images")
     inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)
     files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES and file.exists())
     if not files:

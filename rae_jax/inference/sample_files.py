@@ -11,11 +11,12 @@ from etils import epath
 from PIL import Image
 
 from rae_jax.config import scopes
+from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
 from rae_jax.runtime import atomic_files, checkpoint_reader, logs, processes, sharding
 
-_REQUEST = "request.json"
+_REQUEST = decode.SAMPLES.split("/")[1]
 
 
 def labels_of(kind, num_images, num_classes, seed):

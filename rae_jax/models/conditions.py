@@ -47,6 +47,7 @@ class LabelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, labels):
-        table = self.param("table", nn.initializers.normal(0.02), (self.num_classes + 1, self.width))
+        shape = (self.num_classes + 1, self.width)
+        table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
         table = gathered(table, "table")
         return table[labels if self.num_classes else jnp.zeros_like(labels)]

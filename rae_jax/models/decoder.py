@@ -49,7 +49,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         self.embed = Dense(self.width, dtype=self.dtype, kernel_init=_INIT)
-        self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width))
+        self.cls_token = self.param("cls_token", _INIT, (1, 1, self.width), jnp.float32)
         blocks = scan_blocks(Block, depth=self.depth, unroll=self.unroll, remat=self.remat, broadcast=0)
         self.blocks = blocks(self.num_heads, self.hidden, self.dtype, self.attend)
         self.norm = nn.LayerNorm(epsilon=1e-12, dtype=jnp.float32)

@@ -26,8 +26,8 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", self.bias_init, (self.features,))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
         name = "/".join((*self.path, "kernel"))
         y, pieces = mesh_matmul.product(x.astype(self.dtype), kernel.astype(self.dtype), name, self.parts)
         # Each part gets its bias after the split: otherwise the bias' gradient would join the parts in memory again.

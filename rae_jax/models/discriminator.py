@@ -60,8 +60,8 @@ class TokenNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x - x.mean(1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.square(x).mean(1, keepdims=True) + 1e-6) * scale + bias
 

@@ -37,7 +37,7 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t):
         # A constant that is stored with the parameters and gets no gradient.
-        frequencies = self.param("frequencies", nn.initializers.normal(1.0), (NUM_FREQUENCIES,))
+        frequencies = self.param("frequencies", nn.initializers.normal(1.0), (NUM_FREQUENCIES,), jnp.float32)
         angles = 2.0 * jnp.pi * t[:, None] * jax.lax.stop_gradient(frequencies)
         x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 

@@ -70,7 +70,7 @@ class FixedNorm(nn.Module):
     def __call__(self, x):
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         kinds = {"mean": zeros, "var": ones, "scale": ones, "bias": zeros}
-        p = {name: self.param(name, start, x.shape[-1:]) for name, start in kinds.items()}
+        p = {name: self.param(name, start, x.shape[-1:], jnp.float32) for name, start in kinds.items()}
         factor = p["scale"] / jnp.sqrt(p["var"] + 1e-3)
         return (x - p["mean"]) * factor + p["bias"]
 

@@ -1,11 +1,13 @@
 """LPIPS: the distance of two images in features of VGG16, weighted by human judgements (Zhang et al. 2018)."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from rae_jax.models.layers import gathered_convolution
 
-_MEAN, _STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of LPIPS, for images in [-1, 1]
+# Of LPIPS, for images in [-1, 1].
+_MEAN, _STD = np.float32((-0.030, -0.088, -0.188)), np.float32((0.458, 0.448, 0.450))
 _EPS = 1e-10
 
 
@@ -44,12 +46,7 @@ class Lpips(nn.Module):
 
     def __call__(self, a, b):
         # Two calls, not one batch: if b is a constant, its features are not differentiated.
-        return self.linear(
-            *(
-                self.vgg(((2.0 * x - 1.0) - jnp.asarray(_MEAN, jnp.float32)) / jnp.asarray(_STD, jnp.float32))
-                for x in (a, b)
-            )
-        )
+        return self.linear(*(self.vgg(((2.0 * x - 1.0) - _MEAN) / _STD) for x in (a, b)))
 
 
 class Weights(nn.Module):
@@ -69,7 +66,7 @@ class Weight(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return (x * self.param("scale", nn.initializers.ones, x.shape[-1:])).sum(-1)
+        return (x * self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)).sum(-1)
 
 
 def _unit(x):

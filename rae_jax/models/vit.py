@@ -34,7 +34,7 @@ class Block(nn.Module):
             if not self.layer_scale:
                 return branch
             small = nn.initializers.constant(LAYER_SCALE_INIT)
-            return branch * self.param(name, small, (x.shape[-1],)).astype(self.dtype)
+            return branch * self.param(name, small, (x.shape[-1],), jnp.float32).astype(self.dtype)
 
         options = {"dtype": self.dtype, "rotate_halves": True, "attend": self.attend}
         branch = Attention(self.num_heads, **options, name="attention")(norm(x, "norm1"), rope)
@@ -93,10 +93,10 @@ class ViT(nn.Module):
         """Return tokens with positions, with class token and registers in front, and the number of tokens in front."""
         prefix = []
         if self.cls_token:
-            prefix.append(self.param("cls_token", _SMALL, (1, 1, self.width)))
+            prefix.append(self.param("cls_token", _SMALL, (1, 1, self.width), jnp.float32))
         if not self.rope:
             side = self.position_size // self.patch_size
-            table = self.param("pos_embed", _SMALL, (1, self.cls_token + side**2, self.width))
+            table = self.param("pos_embed", _SMALL, (1, self.cls_token + side**2, self.width), jnp.float32)
             prefix = [token + table[:, :1] for token in prefix]
             patches = table[:, self.cls_token :]
             if grid != (side, side):
@@ -104,7 +104,7 @@ class ViT(nn.Module):
                 patches = resize.bicubic(patches, *grid, antialias=self.antialias).reshape(1, -1, self.width)
             x = x + patches.astype(self.dtype)
         if self.num_registers:
-            prefix.append(self.param("registers", _SMALL, (1, self.num_registers, self.width)))
+            prefix.append(self.param("registers", _SMALL, (1, self.num_registers, self.width), jnp.float32))
         batch = x.shape[0]
         prefix = [jnp.broadcast_to(p, (batch, *p.shape[1:])).astype(self.dtype) for p in prefix]
         return jnp.concatenate([*prefix, x], axis=1), sum(p.shape[1] for p in prefix)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 
 from rae_jax.build import objectives, part_weights
 from rae_jax.build import sampler as build_sampler
+from rae_jax.config import auto
 from rae_jax.config.keys import TRAINED, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.profiling import hlo_costs, jaxpr_flops
 from rae_jax.profiling.chips import GIB
-from rae_jax.runtime import sharding
+from rae_jax.runtime import health, sharding
 from rae_jax.training import loop
 
 _SCHEDULE = 1000  # steps of an epoch, for schedules in epochs: no data set is read
@@ -47,7 +48,7 @@ def programs(config, mesh, kinds=("train", "sample")):
     """
     found = []
     if "train" in kinds:
-        found += [_train(config, name, mesh) for name in config.stages if name in TRAINED]
+        found += [training_program(config, name, mesh) for name in config.stages if name in TRAINED]
     if "sample" in kinds:
         found.append(_sample(config, mesh))
     if not found:
@@ -150,23 +151,30 @@ def report(config, mesh, chip, topology, num_slices, kinds):
     """Compile, print tables and, last, one line of JSON: a list of one object per program. Returns whether all fit."""
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     results = []
-    for program in programs(config, mesh, kinds):
-        found = measure(program, mesh, chip)
+    for number, _ in enumerate(programs(config, mesh, kinds)):
+        for option in auto.options(config, mesh.devices.flat[0]):
+            program = programs(option, mesh, kinds)[number]
+            found = measure(program, mesh, chip)
+            if found["fits"]:
+                break
         hardware = f"{num_slices} slices of {topology}" if num_slices > 1 else topology
-        name = f"{program.kind} ({program.stage}) on {hardware}: batch {program.batch_size}, mesh {shape}; per device:"
+        shown = f"batch {program.batch_size}, mesh {shape}; {auto.of(option)}"
+        name = f"{program.kind} ({program.stage}) on {hardware}: {shown}; per device:"
         print("\n".join(table(name, found)), flush=True)
         identity = {"program": program.kind, "stage": program.stage, "topology": topology, "num_slices": num_slices}
-        settings = {"config": config.name, "dtype": config.dtype, "remat": config.remat}
+        settings = {"config": config.name, "dtype": config.dtype, **auto.of(option)._asdict()}
         settings |= {"batch_size": program.batch_size}
         results.append({**identity, **settings, "mesh": dict(mesh.shape), **found})
     print(json.dumps(results))
     return all(result["fits"] for result in results)
 
 
-def _train(config, name, mesh):
+def training_program(config, name, mesh):
+    """Return the train step of a stage."""
     batch_size = config[name].train.batch_size
     config = in_steps(config, name, _SCHEDULE * batch_size)
     init, step = objectives.init_and_step(config, name)
+    step = health.guarded(step, config.health.skip)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(init, key)
     frozen = part_weights.frozen(config, name, lambda part: part_weights.shapes_or_none(config, part))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax.build import models, part_weights
+from rae_jax.config import auto
 from rae_jax.config.keys import is_vae, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_float, to_uint8
@@ -47,20 +48,32 @@ def report(config, mesh, names, *, steps, warmup, profile=None):
     )
     _say(HEAD)
     for name in names:
-        try:
-            trace = None if profile is None else f"{profile}/{name}"
-            result = measure(PROGRAMS[name](config, mesh), mesh, peaks, steps=steps, warmup=warmup, trace=trace)
-        except UserError as error:
-            result = {"left_out": str(error)}
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            result = {"left_out": "it does not fit in the device's memory: lower the batch size"}
+        trace = None if profile is None else f"{profile}/{name}"
+        for option in auto.options(config, device):
+            result = _measured(name, option, mesh, peaks, steps=steps, warmup=warmup, trace=trace)
+            if result.get("left_out") != _TOO_LARGE:
+                break
         found["programs"][name] = result
         _say(row(name, result))
     _say(f"peak host memory of the process: {host.peak_memory() / chips.GIB:.2f} GiB")
     found["host_peak_bytes"] = host.peak_memory()
     _say(json.dumps(found))
+
+
+_TOO_LARGE = "it does not fit in the device's memory: lower the batch size"
+
+
+def _measured(name, config, mesh, peaks, **how):
+    """Return the settings of the config, and the result of `measure` or the reason why there is none."""
+    settings = auto.of(config)._asdict()
+    try:
+        return {**settings, **measure(PROGRAMS[name](config, mesh), mesh, peaks, **how)}
+    except UserError as error:
+        return {**settings, "left_out": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {**settings, "left_out": _TOO_LARGE}
 
 
 def measure(program, mesh, peaks, *, steps, warmup, trace=None):

@@ -5,10 +5,11 @@ import os
 import re
 import sys
 
+import jax
 from absl import flags
 
 from rae_jax.errors import UserError, one_line
-from rae_jax.runtime import processes, shutdown
+from rae_jax.runtime import atomic_files, processes, shutdown
 
 MISTAKE = 2  # exit status of a mistake that the user can fix
 RESTART = 75  # exit status: a launcher runs the same command again (EX_TEMPFAIL of sysexits.h)
@@ -18,6 +19,16 @@ def show_in_help(module):
     """Let --help list the flags that `module` defines; absl lists only the flags of the script sys.argv[0]."""
     for flag in flags.FLAGS.get_flags_for_module(module):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def use_own_jax_options():
+    """Undo options of the environment that are meant for other programs: with 64 bits other numbers would be drawn."""
+    for name, value in (
+        ("enable_x64", False),
+        ("numpy_rank_promotion", "allow"),
+        ("numpy_dtype_promotion", "standard"),
+    ):
+        jax.config.update(f"jax_{name}", value)
 
 
 class _PathParser(flags.ArgumentParser):
@@ -67,6 +78,13 @@ def peers():
             flush=True,
         )
         os._exit(RESTART)
+
+
+def fail_without_bucket(error, workdir):
+    """End the command if a package is missing that reaches the workdir's bucket; otherwise raise the error again."""
+    if "://" not in str(workdir):
+        raise error
+    fail(f"--workdir={workdir}: {atomic_files.reason(error)}; gs:// needs an extra: pip install -e '.[gcs]'")
 
 
 class Failed(SystemExit):

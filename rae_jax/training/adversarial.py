@@ -64,7 +64,7 @@ def translate(images, key):
     padded = jnp.pad(images, ((0, 0), (reach[0], reach[0]), (reach[1], reach[1]), (0, 0)))
 
     def crop(image, offset):
-        return jax.lax.dynamic_slice(image, (*offset, 0), (height, width, channels))
+        return jax.lax.dynamic_slice(image, (*offset, jnp.int32(0)), (height, width, channels))
 
     return jax.vmap(crop)(padded, offsets)
 

@@ -30,6 +30,7 @@ class Stage:
     batches: object  # this process's part of each global batch (data.pipeline.Batches)
     batch_size: int
     num_steps: int
+    begin: Callable | None = None  # new state -> state, when the stage begins: for weights to start from
 
 
 class InterruptedRun(Exception):
@@ -180,7 +181,8 @@ def _begin(stage, checkpoints, abstract, feed, key):
 
             logs.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return 0, jax.jit(stage.init, out_shardings=placed)(key)
+    state = jax.jit(stage.init, out_shardings=placed)(key)
+    return 0, stage.begin(state) if stage.begin else state
 
 
 def compiled_step(step, placed, mesh):

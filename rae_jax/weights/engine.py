@@ -30,9 +30,7 @@ def load(source, tensors, tables, shapes, shardings):
     """
     leaves = traverse_util.flatten_dict(shapes, sep="/")
     for path in sorted(leaves.keys() - tables[0].leaves.keys()):
-        raise UserError(
-            f"published weights of this kind have no {path!r}: set the keys of the config's model to theirs"
-        )
+        raise UserError(f"published weights of this kind have no {path!r}: change the config's model")
     table = max(tables, key=lambda table: _matches(tensors, table, leaves))
     tensors = _learned(_ours(tensors, table, source), table, source)
     safetensors_tree.check(source, _wanted(table, leaves), {name: tensor.shape for name, tensor in tensors.items()})

@@ -6,9 +6,10 @@ import encoder_cases
 import jax
 import numpy as np
 import pytest
-from conftest import random_like, tiny
+from conftest import one_device, random_like, tiny
 from published_cases import DINO, dino_shapes, write
 
+from configs import small
 from rae_jax.build import models, part_weights
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -84,3 +85,14 @@ def test_the_discriminator_s_backbone_sees_images_resized_bilinearly(tmp_path):
     tokens, expected = (jax.jit(backbone)(params, x) for x in (images, resized))
     assert tokens.shape == (2, 2, 16, 16)
     np.testing.assert_allclose(tokens, expected, atol=1e-4)
+
+
+def test_without_a_workdir_the_current_folder_is_no_run(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "encoder" / "6").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "encoder" / "6" / "_CHECKPOINT_METADATA").write_text("{}")
+    config = small.get_config()
+    assert part_weights.has_checkpoints(config, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for workdir in (None, ""):
+        assert not part_weights.has_checkpoints(config, workdir)
+        assert part_weights.load(config, "encoder", workdir, one_device())["pos_embed"].shape == (1, 65, 64)

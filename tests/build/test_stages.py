@@ -1,5 +1,7 @@
 """The random streams, images and steps of the stages."""
 
+import zlib
+
 import numpy as np
 import pytest
 from conftest import tiny
@@ -21,6 +23,14 @@ def test_each_stage_has_a_stream_of_its_own():
     for config.seed in (0, 7):
         found = {name: stages.stage_seed(config, name) for name in STREAMS}
         assert found == {name: _seed(config, name) for name in STREAMS} and len(set(found.values())) == len(STREAMS)
+
+
+def test_a_new_stage_has_a_stream_by_its_name_alone():
+    config = tiny()
+    found = {name: stages.stage_seed(config, name) for name in (*STREAMS, "few_step", "text")}
+    assert len(set(found.values())) == len(found)
+    expected = np.random.SeedSequence((config.seed, zlib.crc32(b"few_step"))).generate_state(1)[0]
+    assert found["few_step"] == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -213,6 +214,9 @@ def test_one_process_is_left_alone(monkeypatch):
     processes.start()
     monkeypatch.setenv("SLURM_NTASKS", "4")  # a shell next to the job's steps
     processes.start()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")  # the shell itself is a step, of one task
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    processes.start()
     processes.start("localhost:1", 1, 0)
 
 
@@ -231,6 +235,7 @@ def test_programs_of_several_cpu_devices_are_not_kept(monkeypatch, devices):
     "environment, settings",
     [
         ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, {}),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[1-2]"}, {}),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu"}, {}),
         (
@@ -239,7 +244,7 @@ def test_programs_of_several_cpu_devices_are_not_kept(monkeypatch, devices):
         ),
     ],
 )
-def test_several_are_found_by_jax_or_named(monkeypatch, environment, settings):
+def test_several_are_found_by_jax_or_named(monkeypatch, capsys, environment, settings):
     given = []
     monkeypatch.setattr("jax.distributed.initialize", lambda **found: given.append(found))
     monkeypatch.setattr("jax.config.update", lambda *_: None)
@@ -247,6 +252,9 @@ def test_several_are_found_by_jax_or_named(monkeypatch, environment, settings):
         monkeypatch.setenv(name, value)
     processes.start()
     assert given == [{**settings, "shutdown_timeout_seconds": processes.SHUTDOWN_TIMEOUT}]
+    said = capsys.readouterr().err
+    assert said.startswith("waiting for the other processes of this run (") and said.count("\n") == 1
+    assert any(value in said for value in environment.values()), said
 
 
 @pytest.mark.parametrize(
@@ -267,3 +275,20 @@ def test_settings_that_cannot_work_are_refused_in_one_line(settings, fix):
 
 if __name__ == "__main__":
     _end() if sys.argv[1:] == ["end"] else _agree()
+
+
+def test_a_process_that_waits_for_others_ends_on_sigterm(tmp_path):
+    command = [sys.executable, "-m", "rae_jax.main", "--config=small", f"--workdir={tmp_path}/run"]
+    command += ["--coordinator=localhost:1", "--num_processes=2", "--process_id=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    try:
+        while "waiting for the other processes of this run (2 in all, this is 1;" not in (
+            line := process.stderr.readline()
+        ):
+            assert line, "it ended"
+        time.sleep(1.0)
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()

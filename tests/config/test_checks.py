@@ -155,3 +155,13 @@ def test_guidance_by_labels_takes_labels(tiny_config):
         checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
     tiny_config.guidance.method = "none"
     checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+
+
+@pytest.mark.parametrize("stage", ["encoder", "judge", "decoder", "dit"])
+def test_the_learning_rate_does_not_rise_at_the_end(tiny_config, stage):
+    train = tiny_config[stage].train
+    train.learning_rate = train.final_learning_rate / 2
+    with pytest.raises(UserError, match=f"config.{stage}.train.final_learning_rate=.* must not be above config"):
+        checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+    train.final_learning_rate = train.learning_rate
+    checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))

@@ -69,3 +69,34 @@ def test_the_orientation_is_not_followed_and_the_extension_not_believed(tmp_path
     for name in ("turned.jpg", "liar.png"):
         found = decode.read_image(tmp_path / name, SIZE).astype(int)
         assert found[:6].mean() > 250 and found[-6:].mean() < 5, name
+
+
+def test_a_path_is_listed_once_until_it_changes(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    listed, iterdir = [], sources.Path.iterdir
+
+    def counted(path):
+        listed.append(path.name)
+        return iterdir(path)
+
+    monkeypatch.setattr(sources.Path, "iterdir", counted)
+    how = {"path": str(tmp_path), "heldout_path": "", "image_size": SIZE}
+    counts = [len(sources.image_folder(split=split, **how)) for split in ("train", "heldout", "train")]
+    assert counts == [5, 1, 5] and (listed.count("a"), listed.count("b")) == (1, 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "3.png")
+    assert len(sources.image_folder(split="train", **how)) == 6
+
+
+def test_the_names_of_images_do_not_depend_on_the_place(tmp_path, monkeypatch):
+    found = []
+    for place in ("one", "two/three"):
+        (tmp_path / place / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "cat" / "x.png")
+        (tmp_path / place / "list.txt").write_text("cat/x.png 0\n")
+        monkeypatch.setenv("HOME", str(tmp_path / place))
+        for path in (str(tmp_path / place), "~", str(tmp_path / place / "list.txt"), "~/list.txt"):
+            found.append(tuple(_open(path).image_names()))
+    assert set(found) == {(("/cat/x.png", 0),)}

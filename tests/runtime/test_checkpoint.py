@@ -233,3 +233,41 @@ def test_a_state_that_is_donated_at_once_is_written_as_it_was(tmp_path):
     for step in range(1, 7):
         found = harness.read_state(epath.Path(tmp_path) / str(step))
         assert (found["['kernel']"] == 6 * step - 5).all()
+
+
+def test_the_last_checkpoint_is_written_before_the_last_evaluation(tmp_path):
+    workdir, seen = epath.Path(tmp_path), []
+
+    def killed(state, step):
+        seen.append((step, checkpoint_reader.latest_step(_folder(workdir))))
+        raise KeyboardInterrupt
+
+    how = {"evaluate_every": 4, "checkpoint_every": 100, "scored": True}
+    with pytest.raises(KeyboardInterrupt):
+        toy_stage.run(workdir, 4, evaluate=killed, **how)
+    assert seen == [(4, 4)]
+    toy_stage.run(workdir, 4, evaluate=lambda state, step: {"x": 1.0, "score": 2.0}, **how)
+    assert toy_stage.rows(workdir)[-1] == {"step": 4, "eval/x": 1.0}
+    assert checkpoint_manifest.score(_folder(workdir) / "4") == 2.0
+
+
+def test_a_partial_checkpoint_that_cannot_be_removed_does_not_stop_the_next_one(tmp_path, monkeypatch, capsys):
+    """Such as one with a file that another program holds open on a network disk."""
+    workdir = epath.Path(tmp_path)
+    partial = _folder(workdir) / "4.orbax-checkpoint-tmp"
+    (partial / "state").mkdir(parents=True)
+    rmtree, broken = type(partial).rmtree, True
+
+    def refused(path, *arguments, **options):
+        if broken and (path.name.startswith(".discarded-") or path == partial):
+            raise OSError(16, "Device or resource busy")
+        return rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(type(partial), "rmtree", refused)
+    toy_stage.run(workdir, 4)
+    assert checkpoint_reader.steps(_folder(workdir)) == [2, 4]
+    assert "cannot remove the partial checkpoint" in capsys.readouterr().err
+    assert [path for path in _folder(workdir).iterdir() if path.name.startswith(".discarded-")]
+    broken = False
+    toy_stage.run(workdir, 6)
+    assert not [path for path in _folder(workdir).iterdir() if path.name.startswith(".discarded-")]

@@ -1,7 +1,9 @@
 """One run per workdir, and what becomes of the locks of the dead, by no clock."""
 
+import concurrent.futures
 import json
 import os
+import random
 import threading
 import time
 
@@ -105,3 +107,38 @@ def test_a_garbled_lock_is_nobodys(path, garbage):
 def test_a_workdir_that_cannot_be_written_is_named():
     with pytest.raises(UserError, match="cannot write to --workdir=/dev/null/run"), workdir_lock.hold("/dev/null/run"):
         pass
+
+
+@pytest.mark.parametrize("left", [{}, {"started": 1}, {"machine": "another", "host": "elsewhere"}])
+def test_of_many_starts_at_the_same_time_one_gets_the_workdir(path, left, monkeypatch):
+    """Also when they find the lock of a run that has ended, and some are slow between two steps."""
+    if left:
+        _write(path, **left)
+    create = workdir_lock.atomic_files.create
+
+    def slowly(file, text):
+        time.sleep(random.random() * 0.2)
+        return create(file, text)
+
+    monkeypatch.setattr(workdir_lock.atomic_files, "create", slowly)
+
+    def start(number):
+        try:
+            return workdir_lock.Lock(path, 10.0, 0.3)
+        except UserError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        locks = [lock for lock in pool.map(start, range(8)) if lock is not None]
+    assert len(locks) == 1 and json.loads(path.read_text())["token"] == locks[0]._mine["token"]
+    locks[0].release()
+    assert not list(path.parent.iterdir())
+
+
+def test_the_guard_of_a_killed_takeover_does_not_stay(path, monkeypatch):
+    monkeypatch.setattr(workdir_lock, "_LEFT_BEHIND", 0.2)
+    _write(path, started=1)
+    path.with_name("lock.takeover.json").write_text("{}")
+    with workdir_lock.hold(path.parent):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not list(path.parent.iterdir())

@@ -159,12 +159,21 @@ def test_evaluation_in_training_is_the_one_at_the_end(run, tmp_path):
         assert found[3]["eval/psnr"] != found[6]["eval/psnr"] or stage == "dit"
         assert len(list((workdir / "samples" / stage).glob("0000003_*.png"))) == (1 if stage == "decoder" else 2)
     assert [row for row in _rows(workdir, "decoder") if "loss" in row] == _rows(run, "decoder")
+    # A kill during the last evaluation, after the last checkpoint: the next start makes up for the evaluation.
+    file = workdir / "metrics" / "decoder.jsonl"
+    before = file.read_text()
+    *kept, last = before.splitlines(keepends=True)
+    assert "eval/psnr" in last
+    file.write_text("".join(kept))
+    _train(config, workdir)
+    assert harness.without_perf(logs.read(file))[-1] == pytest.approx(json.loads(last), rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     """One line, not a bad checkpoint, and not a wait of the host for every step."""
     config = tiny()
     config.stages, config.log_every, config.checkpoint.every = ("judge",), 100, 2
+    config.decoder.weights = ""
     config.judge.train.update({"learning_rate": 1e30, "num_steps": 20, "warmup_steps": 3, "final_learning_rate": 1e29})
     with pytest.raises(DivergedRun) as stop:
         _train(config, epath.Path(tmp_path))

@@ -1,0 +1,51 @@
+"""The fastest settings with which a stage's step fits in the memory of the devices, where the config says 'auto'."""
+
+import jax
+
+from rae_jax.config import auto
+from rae_jax.profiling import compile_ahead
+from rae_jax.profiling.chips import GIB
+from rae_jax.runtime import logs, processes
+
+MARGIN = 0.92  # part of a device's memory that a step may take; batches that wait and fragments take the rest
+
+
+def fitted(config, stage, mesh):
+    """Return the config of a stage with settings in the place of 'auto', and print them once.
+
+    Each choice is compiled until one fits, which the compilation cache keeps for the step itself. If no choice fits,
+    the last one is returned. All processes get the same choice.
+    """
+    if not auto.is_open(config):
+        return config
+    device = mesh.devices.flat[0]
+    options, size = auto.options(config, device), ""
+    limit = memory_of(device)
+    chosen = options[0] if limit is None else options[-1]
+    for option in options if limit and stage in compile_ahead.TRAINED else ():
+        needed = _needed(option, stage, mesh)
+        fits = needed is not None and needed <= MARGIN * limit
+        if processes.agreed(fits):
+            chosen, size = option, f" ({needed / GIB:.1f} of {limit / GIB:.1f} GiB)"
+            break
+    logs.say(f"{stage}: {auto.of(chosen)} on {device.device_kind}, {config.dtype}{size}")
+    return chosen
+
+
+def memory_of(device):
+    """Return the bytes that programs may use on a device; None if it does not tell, such as a CPU."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
+
+
+def _needed(config, stage, mesh):
+    """Return the bytes that the step of a stage takes on a device; None if the compiler finds that it does not fit."""
+    program = compile_ahead.training_program(config, stage, mesh)
+    try:
+        memory = program.jitted.lower(*program.arguments).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return sizes - memory.alias_size_in_bytes
