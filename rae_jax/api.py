@@ -4,10 +4,11 @@
 The functions are pure. Nothing here reads flags or keeps state.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -93,7 +94,8 @@ def encode(rae: RAE, images: ArrayLike) -> jax.Array:
         low, high = float(images.min()), float(images.max())
         if low < -_OVERSHOOT or high > 1.0 + _OVERSHOOT:
             raise UserError(f"images from {low:.3g} to {high:.3g} cannot be encoded: scale them to [0, 1]")
-    return _encode(rae, images)
+    with _usual_promotion():
+        return _encode(rae, images)
 
 
 _OVERSHOOT = 0.25  # pixels of filtered images may lie a little outside of [0, 1]
@@ -116,7 +118,8 @@ def decode(rae: RAE, latents: ArrayLike) -> jax.Array:
     width = rae.config.encoder.width
     if latents.ndim != 4 or latents.shape[-1] != width:
         raise UserError(f"latents of shape {latents.shape} cannot be decoded: they must be [B, h, w, {width}]")
-    return _decode(rae, latents)
+    with _usual_promotion():
+        return _decode(rae, latents)
 
 
 def sample(
@@ -148,7 +151,8 @@ def sample(
         _check_guide(dit, guide)
         if guidance_scale is None and dit.config.guidance.scale == 1.0:
             raise UserError("guide has no effect at the config's scale of 1: give guidance_scale, such as 1.5")
-    images = _sample(rae, dit, guide, labels, key, guidance_scale, num_steps=num_steps)
+    with _usual_promotion():
+        images = _sample(rae, dit, guide, labels, key, guidance_scale, num_steps=num_steps)
     if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
         raise UserError("the images are not finite: check the weights and the sampler's settings, or use float32")
     return images
@@ -189,31 +193,24 @@ def _check_guide(dit: DiT, guide: DiT) -> None:
             raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: load a guide that has the same")
 
 
-def _with_usual_promotion(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Let a function promote ranks and dtypes as JAX does by default, whatever the caller's program forbids itself."""
-
-    @functools.wraps(function)
-    def promoting(*arguments: Any, **options: Any) -> jax.Array:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*arguments, **options)
-
-    return promoting
+@contextlib.contextmanager
+def _usual_promotion() -> Iterator[None]:
+    """Promote ranks and dtypes as JAX does by default, whatever the caller's program forbids itself."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
-@_with_usual_promotion
 @jax.jit
 def _encode(rae: RAE, images: jax.Array) -> jax.Array:
     images = to_float(images) if images.dtype == jnp.uint8 else images
     return models.autoencoder(rae.config).encode(rae.params["encoder"], images)
 
 
-@_with_usual_promotion
 @jax.jit
 def _decode(rae: RAE, latents: jax.Array) -> jax.Array:
     return jnp.clip(models.autoencoder(rae.config).decode(rae.params["decoder"], latents), 0.0, 1.0)
 
 
-@_with_usual_promotion
 @functools.partial(jax.jit, static_argnames="num_steps")
 def _sample(
     rae: RAE,

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from rae_jax.build import part_weights, published_weights, saved_config
-from rae_jax.config import checks, command_flag
+from rae_jax.config import checks, command_flag, inputs
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, checkpoint_reader, command_line, logs, sharding
@@ -50,12 +50,25 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
             step = checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / part) if workdir else None
             if step is not None:
                 logs.say(f"{part}: weights of step {step}")
+    names = inputs.read(workdir).get("data") if workdir else None  # the names of classes, for fine-tuning
+    encoder = _encoder_of(config, trees, workdir, mesh) if form == "rae_jax" else {}
     try:
-        return {path: atomic_files.size(path) for path in _write(config, trees, epath.Path(output), form)}
+        return {
+            path: atomic_files.size(path) for path in _write(config, trees, epath.Path(output), form, names, encoder)
+        }
     except OSError as error:
         raise UserError(
             f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder that you can write to"
         ) from error
+
+
+def _encoder_of(config, trees, workdir, mesh):
+    """Return {'encoder': digest} of the encoder that the parts were made for; {} if it is not here."""
+    try:
+        params = trees.get("encoder") or part_weights.load(config, "encoder", workdir, mesh)
+    except UserError:  # such as an encoder of the hub that is not in the cache
+        return {}
+    return {"encoder": safetensors_tree.digest(params)}
 
 
 def _config_of(workdir):
@@ -65,12 +78,13 @@ def _config_of(workdir):
     return saved_config.read(workdir)
 
 
-def _write(config, trees, output, form):
+def _write(config, trees, output, form, names, encoder):
     match form:
         case "rae_jax":
             for part, tree in trees.items():
                 safetensors_tree.write(output / f"{part}.safetensors", tree)
             saved_config.write(config, output, trees)  # for rae_jax.load_rae and load_dit
+            inputs.record(output, data=names, weights=encoder)
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published_weights.write_released(config, trees, output, pickled=form == "released_pt")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from rae_jax.build import models, objectives, perceptual_networks, published_weights
+from rae_jax.build import models, objectives, perceptual_networks, provenance, published_weights
 from rae_jax.config import run_config
 from rae_jax.config.keys import input_size, latent_shape, section
 from rae_jax.errors import UserError
@@ -67,8 +67,11 @@ def has_part(config, part):
 
 
 def load_all(config, parts, workdir, mesh, step=None):
-    """Return {part: weights}, each as `load` finds it."""
-    return {part: load(config, part, workdir, mesh, step=step) for part in parts}
+    """Return {part: weights}, each as `load` finds it. Raises UserError for parts that were not made for each other."""
+    found = {part: load(config, part, workdir, mesh, step=step) for part in parts}
+    for part in found if "encoder" in found else ():
+        provenance.check_encoder(config, part, found["encoder"])
+    return found
 
 
 def load(config, part, workdir, mesh, step=None):
@@ -97,6 +100,7 @@ def load(config, part, workdir, mesh, step=None):
         train = "train this part first, or " if key == f"config.{part}.weights" else ""  # no stage trains the others
         raise UserError(f"{key}='' names no weights: {train}set the key to its weights")
     try:
+        provenance.check(config, part, weights)
         return _from_files(config, part, weights, mesh)
     except UserError as error:
         if str(error).startswith("config."):  # the message names another key

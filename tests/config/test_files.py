@@ -11,7 +11,8 @@ from rae_jax.config import command_flag
 from rae_jax.config import files as config_files
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["decoder_b", "decoder_l", "decoder_xl", "dit_b", "dit_l", "dit_s", "dit_xl", "dit_xl_512", "own_data"]
+NAMES = ["decoder_b", "decoder_l", "decoder_xl", "decoder_xl_dinov2_l", "decoder_xl_dinov2_s"]
+NAMES += ["dit_b", "dit_l", "dit_s", "dit_xl", "dit_xl_512", "own_data"]
 NAMES += ["plain_dit_xl", "quickstart", "sdvae_dit_xl", "small"]
 OWN = """
 from configs import small

@@ -27,7 +27,25 @@ FULL_SIZE = {
 
 def test_every_full_size_config_is_compared_with_the_paper():
     there = {path.stem for path in Path(small.__file__).parent.glob("*.py")}
-    assert there == {"encoders", "small", "quickstart", "own_data", *FULL_SIZE}
+    assert there == {"encoders", "small", "quickstart", "own_data", *FULL_SIZE, *OTHER_ENCODERS}
+
+
+OTHER_ENCODERS = {"decoder_xl_dinov2_s": ("small", 384), "decoder_xl_dinov2_l": ("large", 1024)}
+
+
+@pytest.mark.parametrize("name", OTHER_ENCODERS)
+def test_the_released_decoders_of_other_encoders(name):
+    """They differ from decoder_xl in the encoder and in the files (../shared/FOLLOWUPS.md, section 5)."""
+    size, width = OTHER_ENCODERS[name]
+    config, base = (importlib.import_module(f"configs.{n}").get_config() for n in (name, "decoder_xl"))
+    flat, plain = (config_keys.flatten(c.to_dict()) for c in (config, base))
+    differing = {key for key in flat if flat[key] != plain[key]}
+    sizes = {"encoder.width", "encoder.num_heads", *(["encoder.depth"] if size == "large" else [])}
+    assert differing == {"name", "encoder.weights", "decoder.weights", "statistics.weights", *sizes}
+    assert config.encoder.weights == f"facebook/dinov2-with-registers-{size}" and config.encoder.width == width
+    files = "nyu-visionx/RAE-collections"
+    assert config.decoder.weights == f"{files}:decoders/dinov2/wReg_{size}/ViTXL_n08/model.pt"
+    assert config.statistics.weights == f"{files}:stats/dinov2/wReg_{size}/imagenet1k/stat.pt"
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -1,0 +1,67 @@
+"""The encoder of the latents that decoders, statistics and DiTs were made for, as far as files and their names tell."""
+
+import json
+import os
+import re
+
+from etils import epath
+
+from rae_jax.build import saved_config
+from rae_jax.config import inputs, run_config, scopes
+from rae_jax.config.keys import flatten
+from rae_jax.errors import UserError
+from rae_jax.weights import safetensors_tree
+
+ON_LATENTS = ("decoder", "statistics", "dit")  # the parts that take or make latents
+# The released files, and the repositories of diffusers: family, registers, size.
+_NAMES = (
+    re.compile(r"(?:decoders|stats|DiTs)/(dinov2|dinov3|siglip2|mae)/(wReg_)?(small|base|large)/", re.IGNORECASE),
+    re.compile(r"/RAE-(dinov2|dinov3|siglip2|mae)-(wReg-)?(small|base|large)-", re.IGNORECASE),
+)
+_WIDTHS = {"small": 384, "base": 768, "large": 1024}
+# Keys on which latents depend, but which may differ for the same decoder: another size of images, another precision.
+_FREE = re.compile(r"dtype|data\..*|encoder\.(input_size|position_size)")
+
+
+def check(config, part, source):
+    """Raise UserError if the weights `source` of a part were made for the latents of another encoder than config's."""
+    if part not in ON_LATENTS:
+        return
+    for pattern in _NAMES:
+        if found := pattern.search(f"/{source}"):
+            _compare_name(config, *found.groups())
+    folder = epath.Path(os.path.expanduser(source))
+    if "://" not in source and (folder / run_config.FILE).exists():
+        ours, theirs = (_latent_keys(c) for c in (config, saved_config.read(folder)))
+        for key, value in theirs.items():
+            if ours[key] != value:
+                raise UserError(f"these weights are for latents of config.{key}={value!r}, not {ours[key]!r}: {_FIX}")
+
+
+_FIX = "choose encoder, decoder, statistics and DiT that were made for each other"
+
+
+def _compare_name(config, family, registers, size):
+    e = config.encoder
+    words = f"{family.lower()} {size.lower()}{' with registers' if registers else ''}"
+    ours = f"config.encoder ({e.family}, width {e.width}, {e.num_registers} registers)"
+    same = (e.family, e.width) == (family.lower(), _WIDTHS[size.lower()])
+    if not same or (family.lower() == "dinov2" and bool(registers) != bool(e.num_registers)):
+        raise UserError(
+            f"by their name these weights are for latents of {words}, not of config.encoder ({ours}): {_FIX}"
+        )
+
+
+def _latent_keys(config):
+    keys = scopes.select(flatten(json.loads(config.to_json())), scopes.LATENTS)
+    return {key: value for key, value in keys.items() if not _FREE.fullmatch(key)}
+
+
+def check_encoder(config, part, encoder_params):
+    """Raise UserError if the folder of a part's weights records another encoder than `encoder_params`."""
+    weights = config[part].weights if part in ON_LATENTS else ""
+    if not weights or part in config.stages or "://" in weights:
+        return
+    recorded = inputs.read(os.path.expanduser(weights)).get("weights", {}).get("encoder")
+    if recorded and recorded != safetensors_tree.digest(encoder_params):
+        raise UserError(f"config.{part}.weights={weights!r} are for latents of another encoder's weights: {_FIX}")
