@@ -61,9 +61,11 @@ def _called(command):
 
 def test_every_command_exists():
     """Flags, config keys and their values, extras, launchers' options: as the programs themselves see them."""
-    pages, calls, wrong = [], [], []
+    pages, calls, wrong, begun = [], [], [], {}
     for page, block, command in _all():
         name, arguments = _called(command)
+        if name in ("rae_jax.main", "rae_jax.convert"):
+            arguments = _with_config_of_run(begun, page, arguments)
         if name in LAUNCHERS:
             wrong += _dry_run(page, name, arguments)
         elif name is None:
@@ -77,6 +79,17 @@ def test_every_command_exists():
     assert modules <= {name for name, _ in calls}
     wrong += [(pages[number], *calls[number], reason) for number, reason in doc_commands.check(calls).items()]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def _with_config_of_run(begun, page, arguments):
+    """Return the arguments with the --config with which an earlier command of the page began the run in --workdir."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    run = page, given.get("--workdir")
+    if "--config" in given:
+        begun[run] = given["--config"]
+    elif run in begun:
+        return [f"--config={begun[run]}", *arguments]
+    return arguments
 
 
 def _dry_run(page, name, arguments):

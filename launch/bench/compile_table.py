@@ -26,6 +26,7 @@ FOUR_SLICES = [
     *("--num_slices=4", "--config.dit.train.batch_size=4096"),
     *(f"--config.{part}.batch_size=1024" for part in ("evaluate", "statistics")),
 ]
+SETTINGS = ["--config.attention=xla", "--config.remat=dots", "--config.unroll=False"]  # of all rows that set no other
 ROWS = {  # name: (topology, arguments)
     "latents": ("v6e:4x4", [XL, TRAIN, "--config.data.latents=unread", "--config.dit.train.batch_size=256"]),
     "v6e_8x8": ("v6e:8x8", [XL, TRAIN]),
@@ -61,7 +62,7 @@ def main():
 
 def _compile(name, folder, timeout):
     topology, arguments = ROWS[name]
-    command = [sys.executable, "-m", "rae_jax.main", "--mode=compile", f"--topology={topology}", *arguments]
+    command = [sys.executable, "-m", "rae_jax.main", "--mode=compile", f"--topology={topology}", *SETTINGS, *arguments]
     command.append("--config.dtype=bfloat16")
     print(f"{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     try:

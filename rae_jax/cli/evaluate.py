@@ -15,10 +15,12 @@ def run(config, workdir, mesh, flags):
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if part_weights.has_part(config, name)))
         parts = part_weights.load_all(config, names, workdir, mesh)
+        results.remember(config, workdir)
         results.write(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
         return
     linear_probes.check_available(config)
     parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh, step=flags.step)
+    results.remember(config, workdir)
     if flags.step is None:
         results.measure_trained(evaluator, config, parts, workdir, results.of_shipped(config, workdir))
     else:

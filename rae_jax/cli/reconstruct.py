@@ -15,6 +15,7 @@ def run(config, workdir, mesh, flags):
         raise UserError("--mode=reconstruct needs --images=PATH: name an image or a folder of images")
     names = ("encoder", "decoder", *perceptual_networks.named(config))
     parts = part_weights.load_all(config, names, workdir, mesh)
+    results.remember(config, workdir)
     folder = workdir / "samples" / "reconstructed"
     found, picture = reconstruct.reconstruct(config, parts, epath.Path(flags.images), mesh, folder)
     results.write(workdir, "reconstruct.json", found)

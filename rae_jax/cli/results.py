@@ -5,7 +5,7 @@ import time
 
 from rae_jax.build import data as build_data
 from rae_jax.build import part_weights
-from rae_jax.config import inputs
+from rae_jax.config import inputs, run_config
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid
 from rae_jax.runtime import atomic_files, processes
@@ -46,6 +46,12 @@ def write(workdir, name, results):
     width = max(map(len, results))
     for key, value in results.items():
         print(f"{key:{width}}  {value:.4f}")
+
+
+def remember(config, workdir):
+    """Write config.json if the workdir has none, so that the next command needs no --config."""
+    if not (workdir / run_config.FILE).exists():
+        run_config.save(config, workdir)
 
 
 def held_out(config):

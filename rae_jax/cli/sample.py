@@ -24,6 +24,7 @@ def run(config, workdir, mesh, flags):
         "config": scopes.select(keys.flatten(json.loads(config.to_json())), scopes.SAMPLES),
         "weights": {name: safetensors_tree.digest(params) for name, params in parts.items() if params is not None},
     }
+    results.remember(config, workdir)
     claimed = sample_files.claim(workdir / "samples", request, labels, config, mesh)
     folder, names = claimed.folder, results.class_names(config, workdir)
     sample_files.draw(config, parts, labels, mesh, claimed, class_names=names)
