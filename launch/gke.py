@@ -166,9 +166,8 @@ def _mistakes(given):
         elif (chips := math.prod(_topology(given))) % _chips_per_host(given):
             reason = f"--topology={given.topology} has {chips} chips, choose a divisor"
             yield f"--chips_per_host={_chips_per_host(given)} cannot work: {reason}"
-    for name in ("config", "workdir"):
-        if not any(flag.startswith(f"--{name}=") for flag in given.flags):
-            yield f"--{name}=... is missing: set it after --"
+    if not any(flag.startswith("--workdir=") for flag in given.flags):  # a run that exists has a config
+        yield "--workdir=... is missing: set it after --"
     for name in given.env:
         if not os.environ.get(name):
             yield f"--env={name} is not set in this environment: export it"

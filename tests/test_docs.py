@@ -64,8 +64,9 @@ def test_every_command_exists():
     pages, calls, wrong, begun = [], [], [], {}
     for page, block, command in _all():
         name, arguments = _called(command)
+        completed = _with_config_of_run(begun, page, arguments)
         if name in ("rae_jax.main", "rae_jax.convert"):
-            arguments = _with_config_of_run(begun, page, arguments)
+            arguments = completed
         if name in LAUNCHERS:
             wrong += _dry_run(page, name, arguments)
         elif name is None:

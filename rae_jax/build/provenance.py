@@ -32,9 +32,9 @@ def check(config, part, source):
             _compare_name(config, *found.groups())
     folder = epath.Path(os.path.expanduser(source))
     if "://" not in source and (folder / run_config.FILE).exists():
-        ours, theirs = (_latent_keys(c) for c in (config, saved_config.read(folder)))
-        for key, value in theirs.items():
-            if ours[key] != value:
+        ours = _latent_keys(json.loads(config.to_json()))
+        for key, value in _latent_keys(json.loads(json.dumps(saved_config.read_nested(folder)))).items():
+            if ours.get(key, value) != value:
                 raise UserError(f"these weights are for latents of config.{key}={value!r}, not {ours[key]!r}: {_FIX}")
 
 
@@ -52,8 +52,8 @@ def _compare_name(config, family, registers, size):
         )
 
 
-def _latent_keys(config):
-    keys = scopes.select(flatten(json.loads(config.to_json())), scopes.LATENTS)
+def _latent_keys(nested):
+    keys = scopes.select(flatten(nested), scopes.LATENTS)
     return {key: value for key, value in keys.items() if not _FREE.fullmatch(key)}
 
 

@@ -15,6 +15,11 @@ def read(folder):
 
     Raises UserError if the folder has no config, or no config of an autoencoder or a DiT.
     """
+    return run_config.complete(read_nested(folder))
+
+
+def read_nested(folder):
+    """Return the keys that the config in a folder has, as nested dicts; otherwise as `read`."""
     path = epath.Path(folder) / run_config.FILE
     if not path.exists():
         raise UserError(
@@ -25,7 +30,7 @@ def read(folder):
         found = published_weights.of_diffusers(found)
     elif "encoder" not in found and "dit" not in found:
         raise UserError(f"{path} describes neither an autoencoder nor a DiT: name another folder")
-    return run_config.complete(found)
+    return found
 
 
 def write(config, folder, parts):

@@ -15,8 +15,9 @@ def run(config, workdir, mesh, flags):
     if flags.samples is not None:
         names = ("encoder", *(name for name in ("judge", "inception") if part_weights.has_part(config, name)))
         parts = part_weights.load_all(config, names, workdir, mesh)
+        found = evaluator.images(parts, flags.samples)
         results.remember(config, workdir)
-        results.write(workdir, f"{config.name}_samples.json", evaluator.images(parts, flags.samples))
+        results.write(workdir, f"{config.name}_samples.json", found)
         return
     linear_probes.check_available(config)
     parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh, step=flags.step)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from rae_jax.data.shapes import Shapes
 from rae_jax.errors import UserError
 from rae_jax.inference import sample_files
 from rae_jax.runtime import checkpoint, sharding
+from rae_jax.ui import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,6 +112,35 @@ def test_it_samples_on_fewer_devices_than_it_was_trained_on(finished, tmp_path):
     assert refused.returncode == 2 and "config.mesh.data=5" in refused.stderr
     wrong = _command(f"--workdir={workdir}", "--mode=sample", "--config.dit.width=32", devices=6)
     assert wrong.returncode == 2 and "holds a run with config.dit.width=16, not 32" in wrong.stderr
+
+
+def test_killed_sampling_resumes_with_other_threads_mesh_and_batch_to_the_same_bytes(finished, tmp_path):
+    command = ["--mode=sample", "--num_images=96", "--config.sampler.num_steps=20"]
+    for name in ("whole", "killed"):
+        shutil.copytree(finished, tmp_path / name)
+    whole = _command(f"--workdir={tmp_path / 'whole'}", *command, "--config.evaluate.batch_size=8", devices=2)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed" / "samples" / "images"
+    arguments = [sys.executable, "-m", "rae_jax.main", f"--workdir={tmp_path / 'killed'}", *command]
+    environment = {**os.environ, "XLA_FLAGS": f"{EIGHT_DEVICES.replace('8', '2')} {FAST_COMPILE}"}
+    process = subprocess.Popen([*arguments, "--config.evaluate.batch_size=8"], cwd=ROOT, env=environment)
+    while len(list(folder.glob("*.png"))) < 16 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    left = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 16 <= len(left) < 96
+    other = ["--config.data.num_threads=0", "--config.mesh.fsdp=2", "--config.evaluate.batch_size=48"]
+    resumed = _command(f"--workdir={tmp_path / 'killed'}", *command, *other, devices=4)
+    assert resumed.returncode == 0, resumed.stderr
+    found, wanted = (
+        {p.name: p.read_bytes() for p in (tmp_path / n / "samples" / "images").glob("*.png")}
+        for n in ("killed", "whole")
+    )
+    assert found == wanted and len(found) == 96
+    assert {name: (folder / name).stat().st_mtime_ns for name in left} == left
+    archives = [np.load(tmp_path / name / "samples" / "samples.npz")["arr_0"] for name in ("killed", "whole")]
+    np.testing.assert_array_equal(*archives)
 
 
 def test_the_run_s_own_mesh_and_kernel_are_adapted_but_not_those_of_the_command(tmp_path):
@@ -229,6 +261,24 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, arguments, envir
     assert done.returncode == status and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == (15 if not arguments else 1), done.stderr
     assert [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(p)] == before
+
+
+def test_a_user_without_a_name_converts_and_reports(finished, tmp_path, monkeypatch):
+    """As in a container that runs with a user id of its own."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    sizes = convert.export(workdir, tmp_path / "weights")
+    assert all(size > 1000 for size in sizes.values())
+    folder = workdir / "samples" / "dit"
+    folder.mkdir(parents=True)
+    for step in (3, 6):
+        Image.new("RGB", (8, 8)).save(folder / f"{step:07d}_samples.png")
+    assert report.write_report(workdir).exists()
 
 
 def test_the_home_directory_is_found_in_every_path(finished, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from rae_jax.runtime import logs
         (("local.sh", "--", "--config=configs/small.py"), "--workdir"),
         (("tpu_vm.sh", "--name=b1", "--zone=here", *RUN), "--type"),
         (("tpu_vm.sh", "--name=b_1", "--zone=here", *RUN), "--name=b_1"),
-        (("slurm.sh", "--nodes=2", "--", "--workdir=DIR"), "--config"),
+        (("slurm.sh", "--nodes=2", "--", "--config.seed=1"), "--workdir"),
     ],
 )
 def test_mistakes_are_one_line(command, complaint):
