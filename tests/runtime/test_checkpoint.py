@@ -249,6 +249,9 @@ def test_the_last_checkpoint_is_written_before_the_last_evaluation(tmp_path):
     toy_stage.run(workdir, 4, evaluate=lambda state, step: {"x": 1.0, "score": 2.0}, **how)
     assert toy_stage.rows(workdir)[-1] == {"step": 4, "eval/x": 1.0}
     assert checkpoint_manifest.score(_folder(workdir) / "4") == 2.0
+    whole = epath.Path(tmp_path) / "whole"
+    toy_stage.run(whole, 4, evaluate=lambda state, step: {"x": 1.0, "score": 3.0}, **how)
+    assert checkpoint_manifest.score(_folder(whole) / "4") == 3.0
 
 
 def test_a_partial_checkpoint_that_cannot_be_removed_does_not_stop_the_next_one(tmp_path, monkeypatch, capsys):
