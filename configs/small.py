@@ -22,8 +22,8 @@ def get_config():
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20  # steps between two rows of metrics
     c.wandb = ""  # project of Weights & Biases to which the metrics are also sent; '': none
-    # Unroll the blocks over depth instead of scanning them: faster steps, slower compilation. Full-size configs have
-    # 'auto' for unroll, remat and attention: the choice of docs/scale.md for the devices, that fits in their memory.
+    # Unroll the blocks over depth instead of scanning them: faster steps, slower compilation. In the full-size configs
+    # unroll, remat and attention are 'auto': chosen for the devices and their memory (docs/scale.md).
     c.unroll = True
     # Rematerialisation: activations that the backward pass computes again to save memory. none: no activation. dots:
     # all except the result of attention and the products with kernels; the product after attention is computed again

@@ -195,7 +195,7 @@ def _check_guide(dit: DiT, guide: DiT) -> None:
 
 @contextlib.contextmanager
 def _usual_promotion() -> Iterator[None]:
-    """Promote ranks and dtypes as JAX does by default, whatever the caller's program forbids itself."""
+    """Promote ranks and dtypes as JAX does by default, also if the caller's options forbid it."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -290,7 +290,7 @@ def _load(
     found = {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
     if mesh is not None:
         return found
-    # Without the mesh in their types, and free to move to the devices of the caller's other arrays.
+    # The arrays have no mesh in their types, so that JAX may move them to the devices of the caller's other arrays.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), found)
 

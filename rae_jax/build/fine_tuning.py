@@ -53,7 +53,7 @@ def begin(config, stage, mesh, class_names):
 
 
 def check(config, workdir, mesh):
-    """Raise UserError for initial weights that do not exist or do not fit, of the stages that have not begun."""
+    """Raise UserError if a stage that has not begun has initial weights that do not exist or do not fit."""
     for stage in config.stages:
         begun = checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / stage) is not None
         if _init(config, stage) and not begun:

@@ -44,7 +44,7 @@ _FIX = "choose encoder, decoder, statistics and DiT that were made for each othe
 def _compare_name(config, family, registers, size):
     e = config.encoder
     words = f"{family.lower()} {size.lower()}{' with registers' if registers else ''}"
-    ours = f"config.encoder ({e.family}, width {e.width}, {e.num_registers} registers)"
+    ours = f"{e.family}, width {e.width}, {e.num_registers} registers"
     same = (e.family, e.width) == (family.lower(), _WIDTHS[size.lower()])
     if not same or (family.lower() == "dinov2" and bool(registers) != bool(e.num_registers)):
         raise UserError(

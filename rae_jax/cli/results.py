@@ -63,7 +63,7 @@ def held_out(config):
 
 
 def class_names(config, workdir):
-    """Return the names of the classes, from the record of the run or from the data if it is here; or their numbers."""
+    """Return the names of the classes, from the run's record or the data on this machine; otherwise their numbers."""
     names = inputs.read(workdir).get("data", {}).get("class_names")
     if names is None or len(names) != config.data.num_classes:
         found = held_out(config)

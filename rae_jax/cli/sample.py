@@ -14,7 +14,7 @@ from rae_jax.weights import safetensors_tree
 
 
 def run(config, workdir, mesh, flags):
-    """Write {sampled.png, images/, samples.npz} to samples/, or to a folder in it if it holds another request.
+    """Write {sampled.png, images/, samples.npz} to samples/, or inside it if samples/ holds another request.
 
     An interrupted request resumes if it is repeated, on any devices.
     """

@@ -7,7 +7,7 @@ from rae_jax.config.keys import latent_shape
 
 KEYS = ("attention", "remat", "unroll")
 AUTO = "auto"
-FLASH_FROM = 1024  # tokens from which the TPU's flash kernel pays, see docs/benchmark.md
+FLASH_FROM = 1024  # tokens from which 'auto' takes the TPU's flash kernel; its speed was not measured
 _BOOLS = {"True": True, "true": True, "False": False, "false": False}  # --config.unroll=True of a key that is 'auto'
 
 

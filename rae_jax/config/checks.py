@@ -60,7 +60,7 @@ _FRACTIONS = ("dit.train.label_dropout", "discriminator.augment.prob", "discrimi
 
 
 def check(config, mesh, *, trains=True, evaluates=True):
-    """Raise UserError for the first value that cannot work, in any case or on the devices of `mesh`: see machine."""
+    """Raise UserError for the first value that cannot work, anywhere or on the devices of `mesh` (machine.check)."""
     _check_values(config)
     machine.check(config, mesh, trains=trains, evaluates=evaluates)
 

@@ -18,7 +18,7 @@ PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # the platform of each kind of att
 def adapted(config, workdir):
     """Return the config for a mode that does not train, with a mesh and a kernel that the devices here have.
 
-    Only values of the run itself are replaced, which may come from another machine; a value of the command line stays.
+    Values that the run has saved, perhaps on another machine, are replaced; values of the command line stay.
     """
     path = epath.Path(workdir) / run_config.FILE
     run = run_config.read_json(path) if path.exists() else {}
@@ -26,7 +26,9 @@ def adapted(config, workdir):
     with config.unlocked():
         if config.mesh.to_dict() == run.get("mesh") and not _fits(config.mesh):
             config.mesh.update({"data": -1, "fsdp": 1 if config.mesh.fsdp == 1 else -1, "tensor": 1})
-            logs.say(f"the run's mesh {run['mesh']} does not fit the {jax.device_count()} devices here: all are used")
+            logs.say(
+                f"config.mesh={run['mesh']} of the run does not fit the {jax.device_count()} devices here: all are used"
+            )
         if config.attention == run.get("attention"):
             config.attention = portable(config.attention)
     return config

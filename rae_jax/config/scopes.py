@@ -10,8 +10,8 @@ MODEL = "model"  # the shapes and the meaning of trained weights
 
 _ON_LATENTS = ("decoder", "statistics", "dit")  # the stages that take latents
 
-# Ordered (regex over the whole key, the stages and other results that depend on the key): the first match decides, and
-# No result depends on how it is computed: devices, kernels, threads, batches of evaluations.
+# Ordered pairs (regex over the whole key, stages and other results that depend on the key): the first match decides.
+# No result depends on devices, kernels, threads or batches of evaluations.
 RULES = (
     (r"name|log_every|wandb|compilation_cache|unroll|remat|attention", ()),
     (r"(mesh|checkpoint|health|evaluate)\..*", ()),
@@ -39,7 +39,7 @@ RULES = (
     (r".*", (*STAGES, SAMPLES, LATENTS, MODEL)),  # a key of another version of this package
 )
 
-# Keys of places. A run may be resumed with other places if they hold the same: see inputs.
+# Keys of places. A run may be resumed with other places: see inputs for what is compared.
 PLACES = re.compile(r"data\.(path|heldout_path|latents)|.*\.train\.init")
 WEIGHTS = re.compile(r".*\.weights|lpips\.(vgg|linear)")
 

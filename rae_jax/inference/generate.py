@@ -23,7 +23,7 @@ def make_sampler(config, mesh):
 def sampler(config):
     """Return the pure function (parts, key, indices [B], labels [B]) -> (uint8 images [B, H, W, 3], finite [B]).
 
-    `finite` is False for an image that was not a number somewhere, which uint8 cannot show. All random
+    `finite` is False for an image with a value that is not finite, which uint8 cannot show. All random
     numbers of image i are a function of (key, i) alone. `parts`: see part_weights.parts_of_sampling.
     """
     autoencoder = models.autoencoder(config)
@@ -37,7 +37,7 @@ def sampler(config):
 
 
 def random_key(seed):
-    """Return the key of a seed of at most 64 bits: JAX's key of the low 32 bits, and with the high ones folded in."""
+    """Return JAX's key of the low 32 bits of a seed; the high 32 bits, unless they are 0, are folded in."""
     key = jax.random.key(seed % 2**32)
     return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
@@ -83,7 +83,7 @@ def euler_step(config, parts, x, t, t_next, labels, scale):
 def batches(sample, parts, labels, mesh, *, batch_size, seed, present=frozenset()):
     """Yield (indices [<= B], uint8 images [<= B, H, W, 3]) for labels [N], one batch of B computed ahead.
 
-    `sample` is the result of make_sampler. B is `batch_size`, which the mesh must divide: see even_batch. A batch is
+    `sample` is the result of make_sampler. B is `batch_size`, a multiple of sharding.ways(mesh). A batch is
     left out if all its indices are in `present`; the other batches do not change. Raises UserError for an image that
     is not finite.
     """

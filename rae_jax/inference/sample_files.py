@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
 
 def claim(folder, request, labels, config, mesh):
-    """Return the Request of the images of `labels` in `folder`, or in a folder inside it if it holds other images.
+    """Return the Request of the images of `labels` in `folder`, or inside it if `folder` holds other images.
 
     `request` is plain data: 'config' {key: value} and 'weights' {part: digest}, on which the images depend. A request
     whose images exist is resumed, with more or fewer labels; no image is ever deleted or replaced. All processes call
@@ -131,7 +131,7 @@ def draw(config, parts, labels, mesh, claimed, *, class_names):
     """Write FOLDER/images/NNNNNN.png, samples.npz (arr_0; labels are arr_1: as ADM's) and sampled.png, a picture.
 
     `claimed`: the Request of `claim`. Only the first process writes. The bytes of an image do not depend on the batch,
-    the number of processes and interruptions, nor on the axes data and fsdp of the mesh.
+    the processes, the interruptions, or the axes data and fsdp of the mesh.
     """
     folder, writes = claimed.folder, processes.is_first()
     sampler, batch_size = generate.make_sampler(config, mesh), claimed.rows * sharding.ways(mesh)

@@ -13,7 +13,7 @@ MARGIN = 0.92  # part of a device's memory that a step may take; batches that wa
 def fitted(config, stage, mesh):
     """Return the config of a stage with settings in the place of 'auto', and print them once.
 
-    Each choice is compiled until one fits, which the compilation cache keeps for the step itself. If no choice fits,
+    The choices are compiled until one fits; the compilation cache keeps this program for the step. If no choice fits,
     the last one is returned. All processes get the same choice.
     """
     if not auto.is_open(config):

@@ -32,7 +32,7 @@ def use_own_jax_options():
 
 
 class _PathParser(flags.ArgumentParser):
-    """Parses a path; ~ is the user's home, which shells leave alone in --flag=~/folder."""
+    """Parses a path; ~ is the user's home, which shells do not expand in --flag=~/folder."""
 
     syntactic_help = "a path"
 

@@ -59,7 +59,7 @@ def start(coordinator=None, num_processes=None, process_id=None):
         f"waiting for the other processes of this run ({_in_words(settings, os.environ)})", file=sys.stderr, flush=True
     )
     try:
-        with _default_signals():  # the wait is deaf to Python's handlers
+        with _default_signals():  # Python's handlers do not run during the wait
             jax.distributed.initialize(**settings, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         flags = ", ".join(f"--{flag}" for flag in SETTINGS)

@@ -120,7 +120,7 @@ class _Loop:
             if step % self.log_every == 0 or last:
                 self.observers.log(step, metrics)
             # An evaluation comes after the checkpoint: it may take longer than the grace period of a preempted machine,
-            # and a resumed run makes up for it. It comes before a checkpoint that its score decides on.
+            # and a resumed run runs the missing evaluation. It comes before a checkpoint that its score decides on.
             due = self.evaluations.due(step)
             early = due and self.scored and not (last or stop.value)
             score = self.evaluations.run(step, state) if early else None

@@ -68,7 +68,7 @@ def test_an_interrupted_request_is_completed_with_the_same_bytes_on_any_devices(
 
 
 def test_batch_and_devices_do_not_matter(draw, tmp_path):
-    """Except for the last bits, which depend on the batch of a device, as long as no request is resumed."""
+    """The images are equal except for their last bits, which depend on the batch of a device."""
     found = []
     for devices, batch_size in ((8, 64), (1, 7)):
         folder, _ = draw(tmp_path / str(devices), np.arange(64) % 10, devices=devices, batch_size=batch_size)

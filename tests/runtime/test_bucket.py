@@ -1,4 +1,4 @@
-"""Exclusive creation on gs://, against a server on this machine that keeps objects and preconditions as the store does."""
+"""Exclusive creation on gs://, with a server on this machine that keeps objects and preconditions as the store does."""
 
 import concurrent.futures
 import http.server
@@ -98,7 +98,7 @@ def test_one_of_many_creates_an_object(bucket):
 
 
 def test_one_run_gets_a_workdir_in_a_bucket(bucket):
-    with workdir_lock.hold(bucket):
-        with pytest.raises(UserError, match="is in use by process"), workdir_lock.hold(bucket):
-            pass
+    use = pytest.raises(UserError, match="is in use by process")
+    with workdir_lock.hold(bucket), use, workdir_lock.hold(bucket):
+        pass
     assert "run/lock.json" not in _Store.objects

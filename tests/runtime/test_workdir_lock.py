@@ -111,7 +111,7 @@ def test_a_workdir_that_cannot_be_written_is_named():
 
 @pytest.mark.parametrize("left", [{}, {"started": 1}, {"machine": "another", "host": "elsewhere"}])
 def test_of_many_starts_at_the_same_time_one_gets_the_workdir(path, left, monkeypatch):
-    """Also when they find the lock of a run that has ended, and some are slow between two steps."""
+    """One start gets the workdir, also if all find the lock of a run that has ended and some are slow."""
     if left:
         _write(path, **left)
     create = workdir_lock.atomic_files.create
