@@ -22,9 +22,7 @@ def get_config():
     c.name = "dit_b"
     c.stages = ("dit",)
     c.log_every = 100
-    c.attention = c.remat = "auto"
-    with c.ignore_type():
-        c.unroll = "auto"
+    c.attention = c.remat = c.unroll = "auto"
     c.mesh.fsdp = -1  # at most 16 devices; the others are on the axis data
     c.checkpoint.every = 10 * epoch(1024)
     c.data.update({"source": "image_folder", "image_size": 256, "num_classes": 1000, "num_threads": 16})

@@ -7,7 +7,7 @@ The comment of a key stands above the key or behind it. docs/config.md is made f
 `python -m launch.config_page`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 
 def get_config():
@@ -24,7 +24,7 @@ def get_config():
     c.wandb = ""  # project of Weights & Biases to which the metrics are also sent; '': none
     # Unroll the blocks over depth instead of scanning them: faster steps, slower compilation. In the full-size configs
     # unroll, remat and attention are 'auto': chosen for the devices and their memory (docs/scale.md).
-    c.unroll = True
+    c.unroll = FieldReference(True, field_type=object)
     # Rematerialisation: activations that the backward pass computes again to save memory. none: no activation. dots:
     # all except the result of attention and the products with kernels; the product after attention is computed again
     # too. full: all, with a third more work. One of 'none', 'dots', 'full', 'auto'.

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -73,7 +73,7 @@ def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
     config, workdir = _open(source, ("statistics", "dit"), dtype)
     parts = _load(config, workdir, ("statistics", "dit"), mesh)
     weaker = "guide" in part_weights.parts_of_sampling(config)
-    guide = part_weights.load(config, "guide", None, _mesh(mesh)) if weaker else None
+    guide = _load(config, None, ("guide",), mesh)["guide"] if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
 
 
@@ -90,12 +90,11 @@ def encode(rae: RAE, images: ArrayLike) -> jax.Array:
         raise UserError(
             f"images of {size[0]}x{size[1]} px cannot be encoded: the encoder takes multiples of {multiple}"
         )
-    if not isinstance(images, jax.core.Tracer) and images.dtype != jnp.uint8:
+    if not isinstance(images, jax.core.Tracer) and images.dtype != jnp.uint8 and images.size:
         low, high = float(images.min()), float(images.max())
-        if low < -_OVERSHOOT or high > 1.0 + _OVERSHOOT:
+        if not (low >= -_OVERSHOOT and high <= 1.0 + _OVERSHOOT):  # also of NaN
             raise UserError(f"images from {low:.3g} to {high:.3g} cannot be encoded: scale them to [0, 1]")
-    with _usual_promotion():
-        return _encode(rae, images)
+    return _of_any_number(functools.partial(_encode, rae), images)
 
 
 _OVERSHOOT = 0.25  # pixels of filtered images may lie a little outside of [0, 1]
@@ -118,8 +117,7 @@ def decode(rae: RAE, latents: ArrayLike) -> jax.Array:
     width = rae.config.encoder.width
     if latents.ndim != 4 or latents.shape[-1] != width:
         raise UserError(f"latents of shape {latents.shape} cannot be decoded: they must be [B, h, w, {width}]")
-    with _usual_promotion():
-        return _decode(rae, latents)
+    return _of_any_number(functools.partial(_decode, rae), latents)
 
 
 def sample(
@@ -151,8 +149,9 @@ def sample(
         _check_guide(dit, guide)
         if guidance_scale is None and dit.config.guidance.scale == 1.0:
             raise UserError("guide has no effect at the config's scale of 1: give guidance_scale, such as 1.5")
-    with _usual_promotion():
-        images = _sample(rae, dit, guide, labels, key, guidance_scale, num_steps=num_steps)
+    images = _of_any_number(
+        lambda labels: _sample(rae, dit, guide, labels, key, guidance_scale, num_steps=num_steps), labels
+    )
     if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
         raise UserError("the images are not finite: check the weights and the sampler's settings, or use float32")
     return images
@@ -191,6 +190,15 @@ def _check_guide(dit: DiT, guide: DiT) -> None:
     for key, value in ours.items():
         if theirs[key] != value:
             raise UserError(f"the guide has {key}={theirs[key]!r}, the DiT {value!r}: load a guide that has the same")
+
+
+def _of_any_number(function: Callable[[jax.Array], jax.Array], batch: jax.Array) -> jax.Array:
+    """Return function(batch), also for a batch of no examples."""
+    with _usual_promotion():
+        if len(batch):
+            return function(batch)
+        one = jax.eval_shape(function, jax.ShapeDtypeStruct((1, *batch.shape[1:]), batch.dtype))
+        return jnp.zeros((0, *one.shape[1:]), one.dtype)
 
 
 @contextlib.contextmanager
@@ -239,6 +247,7 @@ def _sample(
 
 def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[ConfigDict, epath.Path | str | None]:
     """Return (config, workdir or None) of a source."""
+    sharding.all_devices()
     config, workdir = _find(source, parts)
     if dtype is not None:
         config.dtype = dtype
@@ -247,7 +256,7 @@ def _open(source: Source, parts: Sequence[str], dtype: str | None) -> tuple[Conf
         workdir = None
     if not workdir:
         config.stages = ()
-    config.attention = machine.portable(config.attention)
+    config.attention = machine.portable(config)
     checks.check(config, _mesh(None), trains=False, evaluates=False)
     return config, workdir
 
@@ -287,7 +296,7 @@ def _take_weights_from(config: ConfigDict, parts: Sequence[str], folder: epath.P
 def _load(
     config: ConfigDict, workdir: epath.Path | str | None, parts: Sequence[str], mesh: jax.sharding.Mesh | None
 ) -> dict[str, Any]:
-    found = {part: part_weights.load(config, part, workdir, _mesh(mesh)) for part in parts}
+    found = part_weights.load_all(config, parts, workdir, _mesh(mesh))
     if mesh is not None:
         return found
     # The arrays have no mesh in their types, so that JAX may move them to the devices of the caller's other arrays.

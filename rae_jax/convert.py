@@ -63,12 +63,13 @@ def export(workdir, output, *, config=None, parts=None, form="rae_jax"):
 
 
 def _encoder_of(config, trees, workdir, mesh):
-    """Return {'encoder': digest} of the encoder that the parts were made for; {} if it is not here."""
-    try:
-        params = trees.get("encoder") or part_weights.load(config, "encoder", workdir, mesh)
-    except UserError:  # such as an encoder of the hub that is not in the cache
-        return {}
-    return {"encoder": safetensors_tree.digest(params)}
+    """Return {'encoder': digest} of the encoder that the parts were made for; {} if that needs a fetch."""
+    if "encoder" in trees:
+        return {"encoder": safetensors_tree.digest(trees["encoder"])}
+    if workdir and "encoder" in config.stages:
+        return {"encoder": safetensors_tree.digest(part_weights.load(config, "encoder", workdir, mesh))}
+    recorded = inputs.read(workdir).get("weights", {}).get("encoder") if workdir else None
+    return {"encoder": recorded} if recorded else {}
 
 
 def _config_of(workdir):
@@ -84,7 +85,7 @@ def _write(config, trees, output, form, names, encoder):
             for part, tree in trees.items():
                 safetensors_tree.write(output / f"{part}.safetensors", tree)
             saved_config.write(config, output, trees)  # for rae_jax.load_rae and load_dit
-            inputs.record(output, data=names, weights=encoder)
+            inputs.write(output, data=names, weights=encoder)
             return [output / f"{part}.safetensors" for part in trees]
         case "released" | "released_pt":
             return published_weights.write_released(config, trees, output, pickled=form == "released_pt")
@@ -113,12 +114,15 @@ def _run(argv):
     given = flags.FLAGS
     command_line.use_own_jax_options()
     try:
-        if given.config is None and given.workdir is None:
+        workdir = given.workdir or None
+        if given.config is None and workdir is None:
             raise UserError("no weights are named: name a run by --workdir, or weights by --config")
-        if given.config is not None:
-            checks.check(given.config, sharding.make_mesh(_ALL_DEVICES), trains=False, evaluates=False)
-        options = {"config": given.config, "parts": given.parts, "form": given["format"].value}
-        for path, size in export(given.workdir, given.output, **options).items():
+        config = given.config
+        if config is not None:
+            config = ConfigDict({**config, "attention": "xla"})  # nothing is computed here
+            checks.check(config, sharding.make_mesh(_ALL_DEVICES), trains=False, evaluates=False)
+        options = {"config": config, "parts": given.parts, "form": given["format"].value}
+        for path, size in export(workdir, given.output, **options).items():
             print(f"{path}  {size / 1e6:.2f} MB")
     except UserError as error:
         command_line.fail(str(error))

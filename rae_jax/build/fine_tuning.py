@@ -94,6 +94,12 @@ def _given(config, stage, mesh):
 
 def _source(config, stage, source):
     """Return (config of the weights, workdir of their run or None, names of their classes or None)."""
+    theirs, workdir, names = _found(config, stage, source)
+    theirs.attention = "xla"  # no attention is computed, and the run's may be for another machine
+    return theirs, workdir, names
+
+
+def _found(config, stage, source):
     folder = run_config.SHIPPED if source == "small" else epath.Path(os.path.expanduser(source))
     if not (folder / run_config.FILE).exists():
         return _described_by_file(config, stage, source), None, None
@@ -113,7 +119,11 @@ def _described_by_file(config, stage, source):
     theirs[stage].weights = source
     shapes = _shapes_in_file(theirs, stage, source)
     if stage == "dit" and _TABLE in shapes:
-        theirs.data.num_classes = shapes[_TABLE][0] - 1
+        theirs.dit.class_conditional = shapes[_TABLE][0] > 1
+        theirs.data.num_classes = max(shapes[_TABLE][0] - 1, 1)
+    if stage == "dit" and _POSITIONS in shapes:
+        side = math.isqrt(shapes[_POSITIONS][1]) * theirs.dit.patch_size
+        theirs.encoder.input_size = side * theirs.encoder.patch_size
     if stage == "encoder" and _POSITIONS in shapes:
         side = math.isqrt(math.prod(shapes[_POSITIONS][:-1]))  # with or without the row of the class token
         theirs.encoder.position_size = side * theirs.encoder.patch_size

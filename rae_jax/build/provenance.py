@@ -32,8 +32,12 @@ def check(config, part, source):
             _compare_name(config, *found.groups())
     folder = epath.Path(os.path.expanduser(source))
     if "://" not in source and (folder / run_config.FILE).exists():
+        try:
+            theirs = saved_config.read_nested(folder)
+        except UserError:  # the config.json of another program tells nothing
+            return
         ours = _latent_keys(json.loads(config.to_json()))
-        for key, value in _latent_keys(json.loads(json.dumps(saved_config.read_nested(folder)))).items():
+        for key, value in _latent_keys(json.loads(json.dumps(theirs))).items():
             if ours.get(key, value) != value:
                 raise UserError(f"these weights are for latents of config.{key}={value!r}, not {ours[key]!r}: {_FIX}")
 

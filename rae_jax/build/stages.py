@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from rae_jax.build import data, fine_tuning, objectives, part_weights
+from rae_jax.build import data, fine_tuning, objectives, part_weights, provenance
 from rae_jax.config import scopes
 from rae_jax.config.keys import flatten, in_steps
 from rae_jax.data import pipeline
@@ -47,6 +47,8 @@ def stage(config, name, workdir, mesh):
             **reading,
         )
     frozen = part_weights.frozen(config, name, lambda part: _load_frozen(config, part, workdir, mesh))
+    for part in frozen if "encoder" in frozen else ():
+        provenance.check_encoder(config, part, frozen["encoder"])
     init, step = objectives.init_and_step(config, name)
     begin = None if name == "statistics" else fine_tuning.begin(config, name, mesh, images.class_names)
     return Stage(name, init, step, frozen, batches, batch_size, num_steps, begin)

@@ -1,14 +1,15 @@
 """--mode=train: the stages of a config in order, then an evaluation and the report."""
 
+import dataclasses
 import functools
 import time
 
 import jax
 
 from rae_jax.build import data as build_data
-from rae_jax.build import fine_tuning, part_weights, perceptual_networks, stages
+from rae_jax.build import fine_tuning, objectives, part_weights, perceptual_networks, stages
 from rae_jax.cli import results
-from rae_jax.config import inputs, run_config
+from rae_jax.config import auto, checks, inputs, keys, run_config
 from rae_jax.errors import UserError
 from rae_jax.inference import image_grid, linear_probes
 from rae_jax.inference.evaluator import Evaluator
@@ -36,11 +37,13 @@ def in_workdir(config, workdir, mesh, work):
     Missing data and networks raise UserError before anything is written. If `work` meets a damaged checkpoint of a
     finished stage, the checkpoint is set aside and `work` is called again.
     """
+    if not part_weights.has_checkpoints(config, workdir):
+        checks.check_schedules(config)
     build_data.source(config, "heldout")
     data = build_data.identity(build_data.source(config, "train"))
-    inputs.compare_data(workdir, data, f"config.data.path={config.data.path!r}")
     if config.data.latents:
-        stages.packed_latents(config, mesh)
+        data["latents"] = build_data.identity(stages.packed_latents(config, mesh))["names"]
+    inputs.compare_data(workdir, data, f"config.data.path={config.data.path!r}")
     perceptual_networks.check_available(config)
     linear_probes.check_available(config)
     evaluator = Evaluator(config, mesh)  # one for all evaluations: it compiles each program once
@@ -85,7 +88,6 @@ def run_stages(config, workdir, mesh, evaluator):
 
 
 def _run_stage(config, name, workdir, mesh, evaluator, tracker):
-    config = fitting.fitted(config, name, mesh)
     stage = stages.stage(config, name, workdir, mesh)
     evaluate_every = config.evaluate.every if name in _EVALUATED else 0
     if latest_step(workdir / "checkpoints" / name) == stage.num_steps:
@@ -94,6 +96,7 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
             logs.say(f"{name}: already finished")
             return
     _record_weights(config, stage, workdir)
+    stage = _fitted(config, stage, mesh)
     logs.say(f"{name}: compiling the step, which may take minutes; then {stage.num_steps} steps")
     began = time.monotonic()
     fit(
@@ -111,6 +114,15 @@ def _run_stage(config, name, workdir, mesh, evaluator, tracker):
         tracker=tracker,
     )
     logs.say(f"{name}: {time.monotonic() - began:.0f} s")
+
+
+def _fitted(config, stage, mesh):
+    """Return the stage with a step that fits in the devices' memory, where the config says 'auto'."""
+    if not auto.is_open(config) or stage.name not in keys.TRAINED:
+        return stage
+    config = keys.in_steps(config, stage.name, stage.batches.identity["num_images"])
+    init, step = objectives.init_and_step(fitting.fitted(config, stage.name, mesh), stage.name)
+    return dataclasses.replace(stage, init=init, step=step)
 
 
 def _record_weights(config, stage, workdir):

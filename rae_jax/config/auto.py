@@ -8,7 +8,6 @@ from rae_jax.config.keys import latent_shape
 KEYS = ("attention", "remat", "unroll")
 AUTO = "auto"
 FLASH_FROM = 1024  # tokens from which 'auto' takes the TPU's flash kernel; its speed was not measured
-_BOOLS = {"True": True, "true": True, "False": False, "false": False}  # --config.unroll=True of a key that is 'auto'
 
 
 class Choice(NamedTuple):
@@ -42,7 +41,7 @@ def choices(config, device):
 
 def options(config, device):
     """Return the config once for each Choice, with the Choice's values in the place of 'auto'."""
-    fixed = {key: _BOOLS.get(config[key], config[key]) for key in KEYS if config[key] != AUTO}
+    fixed = {key: config[key] for key in KEYS if config[key] != AUTO}
     found = [Choice(**{**choice._asdict(), **fixed}) for choice in choices(config, device)]
     return [_with(config, choice) for choice in dict.fromkeys(found)]
 

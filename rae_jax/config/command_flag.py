@@ -10,7 +10,7 @@ from etils import epath
 
 from rae_jax.config import files, run_config
 from rae_jax.errors import UserError
-from rae_jax.runtime import command_line
+from rae_jax.runtime import atomic_files, command_line
 
 
 class FlagParser(flags.ArgumentParser):
@@ -38,6 +38,10 @@ def parser(config_flag, values=flags.FLAGS):
             command_line.fail(f"unknown config key {command_line.words_of(error)}")
         except (TypeError, ValueError) as error:
             command_line.fail(f"a flag --config cannot be used: {command_line.words_of(error)}")
+        except Exception as error:  # of many kinds, if a bucket cannot be reached
+            if not isinstance(error, OSError) and "://" not in str(_value(argv, "workdir")):
+                raise
+            command_line.fail(f"--workdir={_value(argv, 'workdir')}: {atomic_files.reason(error)}")
 
     return parse
 
@@ -52,9 +56,10 @@ def _with_config_of_run(argv):
 
 
 def _value(argv, name):
-    """Return the value of a flag in arguments that are not parsed yet; None without the flag."""
+    """Return the last value of a flag in arguments that are not parsed yet; None without the flag."""
+    found = None
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, assigned, value = argument.partition("=")
         if flag in (f"-{name}", f"--{name}"):
-            return value if assigned else following
-    return None
+            found = value if assigned else following
+    return found

@@ -22,7 +22,7 @@ def compare_data(workdir, data, given):
     """Raise UserError if the run has recorded other data; `given`: the key and value that name the data."""
     recorded = read(workdir).get("data", data)
     for key, value in recorded.items():
-        if data[key] != value:
+        if data.get(key) != value:
             raise UserError(
                 f"{workdir} holds a run on other data than {given}: {_in_words(recorded)}, not {_in_words(data)}; "
                 f"name the run's data, or use another --workdir"
@@ -50,7 +50,13 @@ def record(workdir, *, data=None, weights=None):
     recorded = read(workdir)
     new = {"data": data or recorded.get("data", {}), "weights": {**recorded.get("weights", {}), **(weights or {})}}
     if new != recorded:
-        atomic_files.write_text(epath.Path(workdir) / run_config.INPUTS, json.dumps(new, indent=1) + "\n")
+        write(workdir, **new)
+
+
+def write(folder, *, data, weights):
+    """Write the record of a folder."""
+    text = json.dumps({"data": data or {}, "weights": weights}, indent=1)
+    atomic_files.write_text(epath.Path(folder) / run_config.INPUTS, text + "\n")
 
 
 def _in_words(data):

@@ -12,8 +12,6 @@ from rae_jax.config.keys import TRAINED, is_vae, require, value_of
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 
-PLATFORMS = {"cudnn": "gpu", "flash": "tpu"}  # the platform of each kind of attention that only one platform has
-
 
 def adapted(config, workdir):
     """Return the config for a mode that does not train, with a mesh and a kernel that the devices here have.
@@ -30,13 +28,17 @@ def adapted(config, workdir):
                 f"config.mesh={run['mesh']} of the run does not fit the {jax.device_count()} devices here: all are used"
             )
         if config.attention == run.get("attention"):
-            config.attention = portable(config.attention)
+            config.attention = portable(config)
     return config
 
 
-def portable(attention):
-    """Return the kind of attention, or 'xla' if it is for another platform than the one here."""
-    return "xla" if PLATFORMS.get(attention, jax.default_backend()) != jax.default_backend() else attention
+def portable(config):
+    """Return the config's kind of attention, or 'xla' if the devices or the dtype here do not suit it."""
+    try:
+        check_attention(config, jax.local_devices()[0])
+    except UserError:
+        return "xla"
+    return config.attention
 
 
 def _fits(mesh):

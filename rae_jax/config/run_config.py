@@ -3,7 +3,7 @@
 import json
 
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from rae_jax.config import scopes
 from rae_jax.config.keys import flatten
@@ -43,7 +43,8 @@ def complete(found):
 
     A key that is younger than a run has a value in configs/small.py with which the run computes what it computed.
     """
-    return ConfigDict(_merged(json.loads((SHIPPED / FILE).read_text()), found))
+    whole = _merged(json.loads((SHIPPED / FILE).read_text()), found)
+    return ConfigDict({**whole, "unroll": FieldReference(whole["unroll"], field_type=object)})  # True, False or 'auto'
 
 
 def check(config, workdir, *results):

@@ -24,7 +24,7 @@ from PIL import Image
 
 from rae_jax.data import decode, packed_images, shard_writer, sources
 from rae_jax.errors import UserError
-from rae_jax.runtime import atomic_files, command_line, host, logs
+from rae_jax.runtime import atomic_files, command_line, host, logs, sharding
 
 SPLITS = ("train", "heldout")
 ENCODINGS = ("jpeg", "png")
@@ -200,6 +200,7 @@ def _run_command(argv):
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
+        sharding.all_devices()
         index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
     except UserError as error:
         command_line.fail(str(error))

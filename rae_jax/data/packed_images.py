@@ -66,6 +66,7 @@ class PackedImages:
         shards = [shard for shard in index["splits"][split] if shard_exists(folder / shard["file"], shard, on_error)]
         if not sum(shard["num_images"] for shard in shards):
             raise UserError(f"config.data.path={path!r} holds no images of the split {split}: pack it again")
+        self._shards = [(shard["file"], shard["num_images"]) for shard in index["splits"][split]]
         self._records = Records([str(folder / s["file"]) for s in shards], [s["num_images"] for s in shards])
 
     def __len__(self):
@@ -79,8 +80,8 @@ class PackedImages:
         return self._example(index, lambda image: decode.random_square(image, self._size, rng))
 
     def image_names(self):
-        """Return (): only reading all records tells the names of the images."""
-        return ()
+        """Return the names and sizes of the shards: only reading all records tells the names of the images."""
+        return self._shards
 
     def _example(self, index, crop, sides=None):
         name = self._records.name(index)

@@ -38,6 +38,8 @@ class PackedLatents:
         if mirrored and not index["mirrored"]:
             raise UserError(f"{given} holds no mirrored latents: pack again, or set config.dit.train.flip=False")
         self.class_names = tuple(index["class_names"])
+        shards = [(shard["file"], shard["num_images"]) for shard in index["shards"]]
+        self._identity = [*sorted(index["form"].items()), ("dtype", index["dtype"]), *shards]
         self._dtype, self._shape = jnp.dtype(index["dtype"]), tuple(index["shape"])
         self._each = 2 if index["mirrored"] else 1
         exists = packed_images.shard_exists
@@ -52,6 +54,10 @@ class PackedLatents:
 
     def __getitem__(self, index):
         return self._example(self._each * index)
+
+    def image_names(self):
+        """Return the names and sizes of the shards, and the form and the type of the latents."""
+        return self._identity
 
     def mirrored(self, index):
         """Return self[index] of the mirrored image."""

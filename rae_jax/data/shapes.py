@@ -110,8 +110,8 @@ class Shapes:
         return self._num_images
 
     def image_names(self):
-        """Return (): the images have no names."""
-        return ()
+        """Return the numbers that the images are drawn by."""
+        return (((self._seed, self._stream), self._num_images),)
 
     def __getitem__(self, index):
         label = int(index) % len(CLASS_NAMES)

@@ -53,7 +53,7 @@ class ImageSource:
         return self._store.name(index)
 
     def image_names(self):
-        """Return the names and labels of all images, without the place of the data; () if only reading tells them."""
+        """Return the names and labels of all images without the place of the data, as far as they are known."""
         return self._store.image_names()
 
 
@@ -238,7 +238,7 @@ class _Tfds:
         return f"{self._name}, record {index}"
 
     def image_names(self):
-        return ()
+        return ((self._name, len(self._records)),)
 
 
 def tfds(*, name, data_dir, split, image_size):

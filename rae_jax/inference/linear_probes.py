@@ -10,7 +10,7 @@ from rae_jax.build import data as build_data
 from rae_jax.build import models
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
-from rae_jax.inference import metrics
+from rae_jax.inference import generate, metrics
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import logs, sharding
 
@@ -32,7 +32,7 @@ def probes(config, parts, images, labels, mesh):
     encoder = models.autoencoder(config)
     size = config.data.image_size
     blank = encoder.encoder_input(jnp.zeros((1, size, size, 3), jnp.float32))
-    random = encoder.encoder.init(jax.random.key(config.seed), blank)["params"]
+    random = encoder.encoder.init(generate.random_key(config.seed), blank)["params"]
     replicated = sharding.replicated(mesh)  # so that every process can read the features
     pooled = jax.jit(lambda params, x: encoder.encode(params, x).mean((1, 2)), out_shardings=replicated)
     random = jax.device_put(random, sharding.shardings(random, mesh))

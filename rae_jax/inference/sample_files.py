@@ -14,7 +14,7 @@ from rae_jax.config import scopes
 from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
-from rae_jax.runtime import atomic_files, checkpoint_reader, logs, processes, sharding
+from rae_jax.runtime import atomic_files, checkpoint_reader, logs, processes, sharding, workdir_lock
 
 _REQUEST = decode.SAMPLES.split("/")[1]
 
@@ -62,8 +62,7 @@ def claim(folder, request, labels, config, mesh):
     rows = sharding.even_batch(len(labels), config.evaluate.batch_size, mesh) // sharding.ways(mesh)
     found = None
     if processes.is_first():
-        found = _existing(folder, request, labels) or _new(folder, request, labels)
-        found = found._replace(rows=found.rows or rows)
+        found = _existing(folder, request, labels, rows) or _new(folder, request, labels, rows)
         _write_request(found, request, labels)
     marks = np.isin(np.arange(len(labels)), list(found.present if found else ()))
     rows, *marks = processes.agreed(np.array([found.rows if found else 0, *marks], np.int64)).tolist()
@@ -71,33 +70,52 @@ def claim(folder, request, labels, config, mesh):
     return Request(found.folder if found else folder, rows, frozenset(i for i, mark in enumerate(marks) if mark))
 
 
-def _existing(folder, request, labels):
-    """Return the Request whose images exist already, in `folder` or in a folder inside it; None without one."""
+def _existing(folder, request, labels, rows):
+    """Return the Request that exists already, in `folder` or in a folder inside it; None without one.
+
+    As long as no image exists, `rows` may change: the first number may be too large for the memory.
+    """
     for place in (folder, *sorted(checkpoint_reader.inside(folder))):
         saved = _read_request(place)
         if saved is None or not _is_same(saved["request"], request):
             continue
         count = min(len(labels), len(saved["labels"]))
         if saved["labels"][:count] == labels[:count].tolist():
-            images = {int(file.stem) for file in (place / "images").glob("*.png") if file.stem.isdecimal()}
+            images = _images(place)
             if more := sum(i >= len(labels) for i in images):
                 logs.say(f"{place / 'images'} holds {more} more images of the same request: they stay")
-            return Request(place, saved.get("rows", 0), frozenset(images))
+            return Request(place, saved.get("rows", rows) if images else rows, frozenset(images))
     return None
 
 
-def _new(folder, request, labels):
+def _new(folder, request, labels, rows):
     """Claim `folder` if it holds no images, otherwise a new folder inside it, named by the request."""
     name = hashlib.sha256(json.dumps([request, labels.tolist()]).encode()).hexdigest()
     for place in (folder, *(folder / name[:length] for length in range(8, len(name)))):
-        images = place / "images"
-        images.mkdir(parents=True, exist_ok=True)
-        empty = not any(file.stem.isdecimal() for file in images.glob("*.png"))
-        if empty and atomic_files.create(images / _REQUEST, "{}\n"):  # two commands may start at the same time
+        (place / "images").mkdir(parents=True, exist_ok=True)
+        found = Request(place, rows, frozenset())
+        if not _images(place) and _take(found, request, labels):
             if place != folder:
                 logs.say(f"{folder} holds images of another request: these images go to {place}")
-            return Request(place, 0, frozenset())
+            return found
     raise UserError(f"{folder} holds no free name for another request: remove folders in it")
+
+
+def _take(found, request, labels):
+    """Return whether this command gets a folder without images; of two commands at the same time one gets it."""
+    path, text = found.folder / "images" / _REQUEST, _text(found, request, labels)
+    if atomic_files.create(path, text):
+        return True
+    saved = _read_request(found.folder)
+    if saved is None or not workdir_lock.has_ended(saved.get("by")):
+        return False
+    path.unlink(missing_ok=True)  # of a command that ended before its first image
+    return atomic_files.create(path, text)
+
+
+def _images(place):
+    """Return the indices of the images in a folder of samples."""
+    return {int(file.stem) for file in (place / "images").glob("*.png") if file.stem.isdecimal()}
 
 
 def _is_same(saved, request):
@@ -122,9 +140,13 @@ def _read_request(place):
 def _write_request(found, request, labels):
     """Write the request with the labels of all its images, also of images beyond the number of labels."""
     saved = _read_request(found.folder) or {"labels": []}
-    kept = labels.tolist() + saved["labels"][len(labels) :]
-    text = json.dumps({"request": request, "labels": kept, "rows": found.rows})
-    atomic_files.write_text(found.folder / "images" / _REQUEST, text + "\n")
+    kept = np.concatenate([labels, np.asarray(saved["labels"][len(labels) :], labels.dtype)])
+    atomic_files.write_text(found.folder / "images" / _REQUEST, _text(found, request, kept))
+
+
+def _text(found, request, labels):
+    saved = {"request": request, "labels": labels.tolist(), "rows": found.rows, "by": workdir_lock.this_process()}
+    return json.dumps(saved) + "\n"
 
 
 def draw(config, parts, labels, mesh, claimed, *, class_names):

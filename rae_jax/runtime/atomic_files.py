@@ -1,6 +1,7 @@
 """Writing of files that are complete or do not exist, even if the write is interrupted."""
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -9,6 +10,8 @@ from etils import epath
 
 from rae_jax.errors import one_line
 
+# Errors of file systems that have no hard links, such as mounted buckets and drives.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 SETTLE = 2.0  # seconds until writers of an object without a precondition see each other
 
 
@@ -41,9 +44,22 @@ def create(path, text):
         os.link(unfinished, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_without_link(path, text)
     finally:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             unfinished.unlink()
+    return True
+
+
+def _create_without_link(path, text):
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
     return True
 
 

@@ -222,7 +222,7 @@ class Checkpoints:
                 except Exception as error:  # of many kinds, if a bucket cannot be reached
                     if not path.name.startswith(_DISCARDED):
                         logs.say(f"cannot remove the partial checkpoint {path} ({atomic_files.reason(error)})")
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(Exception):
                             path.rename(path.with_name(f"{_DISCARDED}{secrets.token_hex(4)}"))
 
     def _remove_old(self):

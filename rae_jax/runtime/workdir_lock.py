@@ -58,7 +58,7 @@ class Lock:
 
     def __init__(self, path, beat, stale_after):
         self._path, self._every = path, beat
-        self._mine = {**_self(), "token": secrets.token_hex(8), "beat": 0}
+        self._mine = {**this_process(), "token": secrets.token_hex(8), "beat": 0}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             while not atomic_files.create(path, self._text()):
@@ -106,7 +106,7 @@ def _await_stale(path, stale_after):
     text = _text_of(path)
     if text is None:
         return None
-    theirs, mine, folder = _parsed(text), _self(), path.parent
+    theirs, mine, folder = _parsed(text), this_process(), path.parent
     if theirs.get("machine") == mine["machine"]:
         if theirs.get("started") == _started(theirs.get("pid")) and theirs.get("pid") is not None:
             raise _in_use(path, theirs)
@@ -128,10 +128,13 @@ def _await_stale(path, stale_after):
 
 def _remove(path, stale):
     """Remove a stale lock, unless another process has done it, and has perhaps created its own lock already."""
-    guard = path.with_name("lock.takeover.json")
-    began = time.monotonic()
-    while not atomic_files.create(guard, "{}\n"):
-        if time.monotonic() - began > _LEFT_BEHIND:
+    guard, mine = path.with_name("lock.takeover.json"), secrets.token_hex(8)
+    began, seen = time.monotonic(), None
+    while not atomic_files.create(guard, mine):
+        theirs = _text_of(guard)
+        if theirs != seen:
+            began, seen = time.monotonic(), theirs
+        elif time.monotonic() - began > _LEFT_BEHIND:
             guard.unlink(missing_ok=True)
         time.sleep(0.1)
     try:
@@ -139,6 +142,12 @@ def _remove(path, stale):
             path.unlink(missing_ok=True)
     finally:
         guard.unlink(missing_ok=True)
+
+
+def has_ended(theirs):
+    """Return whether the process of `this_process()` has ended; False if it is not known, as of another machine."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    return theirs.get("machine") == _machine() and theirs.get("started") != _started(theirs.get("pid"))
 
 
 def _in_use(path, theirs):
@@ -150,7 +159,8 @@ def _owner(theirs):
     return f"process {theirs.get('pid')} on {theirs.get('host')} (since {theirs.get('since')})"
 
 
-def _self():
+def this_process():
+    """Return a dict that names this process among all processes of all machines."""
     pid = os.getpid()
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "started": _started(pid), "since": since}

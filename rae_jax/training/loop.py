@@ -108,6 +108,8 @@ class _Loop:
     def run(self, start, state, step_fn):
         """Take the steps after `start`. Raises InterruptedRun after a checkpoint."""
         stop, clock = self.stop, self.observers.clock
+        if start >= self.stage.num_steps and (number := stop.at_the_end()):  # only an evaluation was missing
+            raise InterruptedRun(f"interrupted after stage {self.stage.name!r}", number)
         if start < self.stage.num_steps:
             clock.wait_for(self.feed.fetch)
         for step in range(start + 1, self.stage.num_steps + 1):

@@ -1,6 +1,7 @@
 """Stages that start from given weights: what is taken over, what is not, and what is said about it."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,28 @@ def test_a_released_file_of_another_number_of_classes(converted, tmp_path, pickl
     np.testing.assert_array_equal(found.pop("label_embed/table"), wanted.pop("label_embed/table")[[0, 1, 2, 10]])
     for path, value in found.items():
         np.testing.assert_allclose(value, wanted[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"data.image_size": 64}, {"dit.class_conditional": False}], ids=str)
+def test_a_released_dit_for_another_grid_and_without_classes(converted, tmp_path, changes):
+    dit = converted[1]["dit"]
+    (file,) = published_weights.write_released(tiny(), {"dit": dit}, tmp_path, pickled=False)
+    config = _config("dit", file, **{**changes, "guidance.method": "none"})
+    fine_tuning.check(config, tmp_path, one_device())
+    _, state = _begun(config, "dit")
+    found, wanted = _flat(state["params"]), _flat(dit)
+    if "dit.class_conditional" in changes:
+        wanted["label_embed/table"] = wanted["label_embed/table"][10:]
+    for path, value in wanted.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-6)
+
+
+def test_a_run_of_another_machine_s_kernel_is_a_start(converted, tmp_path):
+    folder, _ = converted
+    shutil.copytree(folder, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention": "cudnn", "dtype": "bfloat16"}))
+    fine_tuning.check(_config("dit", tmp_path / "theirs"), tmp_path, one_device())
 
 
 def test_a_released_decoder_for_another_grid_and_other_patches(converted, tmp_path, capfd):

@@ -164,6 +164,27 @@ def test_images_of_other_types_and_ranges_are_refused(loaded, plain):
         rae_jax.decode(rae, np.zeros((1, 8, 8, 16), np.uint8))
 
 
+def test_no_images_and_images_that_are_not_numbers(loaded):
+    rae, dit, images = loaded
+    assert rae_jax.encode(rae, images[:0]).shape == (0, 8, 8, 16)
+    assert rae_jax.decode(rae, np.zeros((0, 8, 8, 16), np.float32)).shape == (0, 32, 32, 3)
+    assert rae_jax.sample(rae, dit, np.zeros(0, int)).shape == (0, 32, 32, 3)
+    with pytest.raises(rae_jax.UserError, match="images from nan to nan cannot be encoded"):
+        rae_jax.encode(rae, images * np.nan)
+
+
+def test_the_guide_of_a_config_is_free_of_the_project_s_mesh(tmp_path):
+    config = ConfigDict(tiny().to_dict())
+    guide = random_like({"dit": part_weights.shapes(config, "dit")}, seed=2, scale=0.2)["dit"]
+    safetensors_tree.write(tmp_path / "dit.safetensors", guide)
+    config.dit.weights, config.statistics.weights, config.stages = str(tmp_path), "none", ()
+    config.guidance.method = "autoguidance"
+    config.guidance.dit.update({key: config.dit[key] for key in config.guidance.dit})
+    dit = rae_jax.load_dit(config)
+    shardings = {type(leaf.sharding) for leaf in jax.tree.leaves((dit.guide, dit.params["dit"]))}
+    assert shardings == {jax.sharding.SingleDeviceSharding}
+
+
 def test_a_guide_needs_a_scale(loaded):
     rae, dit, _ = loaded
     config = ConfigDict(dit.config.to_dict())

@@ -5,8 +5,9 @@ import types
 import pytest
 from conftest import one_device, tiny
 
-from configs import decoder_xl, dit_xl, dit_xl_512
-from rae_jax.config import auto, checks, command_flag
+from configs import decoder_xl, dit_xl, dit_xl_512, small
+from rae_jax.build import models
+from rae_jax.config import auto, checks, command_flag, run_config
 from rae_jax.errors import UserError
 from rae_jax.profiling import compile_ahead, fitting
 
@@ -65,16 +66,27 @@ def test_values_of_the_user_stay(monkeypatch):
     checks.check(values.config, one_device(), trains=False)
     config = dit_xl.get_config()
     config.unroll = "perhaps"
-    with pytest.raises(UserError, match="config.unroll='perhaps' cannot work: choose one of True, False, auto"):
+    with pytest.raises(UserError, match="config.unroll='perhaps' cannot work: choose one of True, False, 'auto'"):
         checks.check(config, one_device(), trains=False)
+
+
+def test_unroll_takes_every_kind_of_value_in_every_config():
+    for module in (dit_xl, small):
+        config = module.get_config()
+        for config.unroll in (True, False, "auto"):
+            checks.check(config, one_device(), trains=False)
+        config.update({"attention": "xla", "remat": "dots", "unroll": False})
+        assert not auto.is_open(config) and models.dit(config).unroll is False
+    found = run_config.complete({"unroll": False})
+    found.unroll = "auto"
+    assert auto.is_open(found)
 
 
 def test_a_stage_gets_the_first_choice_that_fits(monkeypatch, capfd):
     """Measured by the compiler on this machine, with a limit between the memory of two choices."""
     config, mesh = tiny(), one_device()
     config.dit.depth, config.dit.train.batch_size = 4, 64
-    with config.ignore_type():
-        config.update({"attention": "auto", "remat": "auto", "unroll": "auto"})
+    config.update({"attention": "auto", "remat": "auto", "unroll": "auto"})
     settings = (
         {"attention": "xla", "remat": "none", "unroll": False},
         {"attention": "xla", "remat": "full", "unroll": False},
@@ -82,8 +94,8 @@ def test_a_stage_gets_the_first_choice_that_fits(monkeypatch, capfd):
     monkeypatch.setattr(auto, "choices", lambda *_: [auto.Choice(**values) for values in settings])
     sizes = [fitting._needed(option, "dit", mesh) for option in auto.options(config, mesh.devices.flat[0])]
     assert sizes[0] > 1.1 * sizes[1]
-    for limit, chosen in ((None, 0), (sizes[0], 0), ((sizes[0] + sizes[1]) / 2, 1), (1000, 1)):
-        monkeypatch.setattr(fitting, "memory_of", lambda device, limit=limit: limit and limit / fitting.MARGIN)
+    for limit, chosen in ((0, 0), (sizes[0], 0), ((sizes[0] + sizes[1]) / 2, 1), (1000, 1)):
+        monkeypatch.setattr(fitting, "memory_of", lambda device, limit=limit: limit / fitting.MARGIN)
         found = fitting.fitted(config, "dit", mesh)
         assert auto.of(found)._asdict() == settings[chosen]
         said = capfd.readouterr().err

@@ -162,6 +162,7 @@ def test_the_learning_rate_does_not_rise_at_the_end(tiny_config, stage):
     train = tiny_config[stage].train
     train.learning_rate = train.final_learning_rate / 2
     with pytest.raises(UserError, match=f"config.{stage}.train.final_learning_rate=.* must not be above config"):
-        checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+        checks.check_schedules(tiny_config)
+    checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))  # a run of an older version may have it
     train.final_learning_rate = train.learning_rate
-    checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))
+    checks.check_schedules(tiny_config)

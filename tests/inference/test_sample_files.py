@@ -111,6 +111,24 @@ def test_an_older_version_s_request_is_resumed(draw, tmp_path):
     assert draw(tmp_path, [0] * 8)[0] != folder
 
 
+def test_a_request_without_an_image_may_get_another_batch_and_gives_way_to_another_request(tmp_path):
+    """As after an end for lack of memory, or a kill before the first image."""
+    config, labels = tiny(), np.zeros(64, int)
+    mesh = sharding.make_mesh(config.mesh)
+
+    def claim(batch_size, request=REQUEST):
+        config.evaluate.batch_size = batch_size
+        return sample_files.claim(epath.Path(tmp_path), request, labels, config, mesh)
+
+    assert claim(64).rows == 8 and claim(16) == (epath.Path(tmp_path), 2, frozenset())
+    assert claim(16, _with(REQUEST, seed=1)).folder != epath.Path(tmp_path)  # the first command still runs
+    path = tmp_path / "images" / "request.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "by": {**saved["by"], "pid": 2**22 + 1}}))
+    assert claim(16, _with(REQUEST, seed=2)) == (epath.Path(tmp_path), 2, frozenset())
+    assert json.loads(path.read_text())["request"]["config"]["seed"] == 2
+
+
 def test_two_commands_at_the_same_time_do_not_share_a_folder(tmp_path):
     config, labels = tiny(), np.zeros(4, int)
     mesh, requests = sharding.make_mesh(config.mesh), [_with(REQUEST, seed=seed) for seed in range(4)]

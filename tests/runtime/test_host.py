@@ -1,5 +1,6 @@
 """Facts of the computer on Linux and on macOS, and in containers whose user has no name."""
 
+import errno
 import os
 import pwd
 import resource
@@ -55,3 +56,11 @@ def test_one_of_many_creates_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(OSError):
         atomic_files.create("/dev/null/file", "text")
+
+
+def test_a_file_is_created_on_file_systems_without_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refused)
+    test_one_of_many_creates_a_file(tmp_path)

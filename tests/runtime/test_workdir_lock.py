@@ -15,7 +15,7 @@ from rae_jax.runtime import workdir_lock
 
 
 def _write(path, **changes):
-    theirs = {**workdir_lock._self(), "token": "theirs", "beat": 0, **changes}
+    theirs = {**workdir_lock.this_process(), "token": "theirs", "beat": 0, **changes}
     path.write_text(json.dumps(theirs))
     return theirs
 
