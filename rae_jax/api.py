@@ -92,7 +92,7 @@ def encode(rae: RAE, images: ArrayLike) -> jax.Array:
         )
     if not isinstance(images, jax.core.Tracer) and images.dtype != jnp.uint8 and images.size:
         low, high = float(images.min()), float(images.max())
-        if not (low >= -_OVERSHOOT and high <= 1.0 + _OVERSHOOT):  # also of NaN
+        if low < -_OVERSHOOT or high > 1.0 + _OVERSHOOT or not bool(jnp.isfinite(images).all()):
             raise UserError(f"images from {low:.3g} to {high:.3g} cannot be encoded: scale them to [0, 1]")
     return _of_any_number(functools.partial(_encode, rae), images)
 

@@ -169,7 +169,7 @@ def test_no_images_and_images_that_are_not_numbers(loaded):
     assert rae_jax.encode(rae, images[:0]).shape == (0, 8, 8, 16)
     assert rae_jax.decode(rae, np.zeros((0, 8, 8, 16), np.float32)).shape == (0, 32, 32, 3)
     assert rae_jax.sample(rae, dit, np.zeros(0, int)).shape == (0, 32, 32, 3)
-    with pytest.raises(rae_jax.UserError, match="images from nan to nan cannot be encoded"):
+    with pytest.raises(rae_jax.UserError, match="images from .* cannot be encoded"):
         rae_jax.encode(rae, images * np.nan)
 
 
