@@ -209,11 +209,15 @@ def _resized(table, shape):
 
 
 def _other_settings(stage, theirs, ours):
-    """Return what the weights were trained for in their run, where this config differs."""
+    """Return what the weights were trained with in their run, where this one has something else."""
     keys = {"dit": ("path", "prediction")}.get(stage, ())
     found = [f"config.{stage}.{key}={theirs[stage][key]!r}" for key in keys if theirs[stage][key] != ours[stage][key]]
     if stage != "encoder" and latent_shape(theirs) != latent_shape(ours):
         found.append(f"positions of latents {latent_shape(theirs)}")
+    if stage == "encoder":
+        found.append("the heads for pixels and classes")
+    if stage == "decoder" and ours.decoder.train.adversarial_weight:
+        found.append("the discriminator")
     return found
 
 
