@@ -161,8 +161,7 @@ def test_evaluation_in_training_is_the_one_at_the_end(run, tmp_path):
     assert [row for row in _rows(workdir, "decoder") if "loss" in row] == _rows(run, "decoder")
     # A kill during the last evaluation, after the last checkpoint: the next start makes up for the evaluation.
     file = workdir / "metrics" / "decoder.jsonl"
-    before = file.read_text()
-    *kept, last = before.splitlines(keepends=True)
+    *kept, last = file.read_text().splitlines(keepends=True)
     assert "eval/psnr" in last
     file.write_text("".join(kept))
     _train(config, workdir)
