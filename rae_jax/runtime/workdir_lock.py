@@ -184,13 +184,26 @@ def _started(pid):
     if not isinstance(pid, int):
         return None
     if not Path("/proc/self/stat").exists():  # macOS
-        found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        return found.stdout.strip() or None
+        try:
+            found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+            return found.stdout.strip() or None
+        except OSError:  # no ps: at least whether it runs
+            return "unknown" if _runs(pid) else None
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def _text_of(path):

@@ -38,6 +38,8 @@ def test_a_machine_without_proc_has_one_name(monkeypatch):
     started = workdir_lock._started(os.getpid())
     assert started is not None and started == workdir_lock._started(os.getpid())
     assert workdir_lock._started(2**22 + 1) is None
+    monkeypatch.setenv("PATH", "")  # nor ps
+    assert workdir_lock._started(os.getpid()) == "unknown" and workdir_lock._started(2**22 + 1) is None
 
 
 def test_a_file_s_size_needs_no_name_of_its_owner(tmp_path, monkeypatch):
