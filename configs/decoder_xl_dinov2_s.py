@@ -1,20 +1,12 @@
-"""The released ViT-XL decoder on DINOv2-S with registers, 256 px. It encodes and decodes photographs by
+"""decoder_xl on DINOv2-S with registers. The released weights encode and decode photographs by
 
-    python -m rae_jax.main --config=configs/decoder_xl_dinov2_s.py --workdir=runs/dinov2_s --mode=reconstruct \\
-        --images=FOLDER
-
-and trains such a decoder as configs/decoder_xl.py does.
+    python -m rae_jax.main --config=configs/decoder_xl_dinov2_s.py --workdir=runs/dinov2_s \
+        --mode=reconstruct --images=FOLDER
 """
 
-from configs import decoder_xl, encoders
-from configs.dit_b import RELEASED
+from configs import decoder_xl
 
 
 def get_config():
-    """Return decoder_xl on another encoder."""
-    c = decoder_xl.get_config()
-    c.name = "decoder_xl_dinov2_s"
-    c.encoder.update(encoders.dinov2("small"))
-    c.decoder.weights = f"{RELEASED}:decoders/dinov2/wReg_small/ViTXL_n08/model.pt"
-    c.statistics.weights = f"{RELEASED}:stats/dinov2/wReg_small/imagenet1k/stat.pt"
-    return c
+    """decoder_xl on the small encoder."""
+    return decoder_xl.on_dinov2("small", name="decoder_xl_dinov2_s")

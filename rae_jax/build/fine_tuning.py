@@ -6,7 +6,6 @@ taken over keeps its random initial value and is named in one line.
 
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +99,7 @@ def _source(config, stage, source):
 
 
 def _found(config, stage, source):
-    folder = run_config.SHIPPED if source == "small" else epath.Path(os.path.expanduser(source))
+    folder = saved_config.folder_of(source, stage)
     if not (folder / run_config.FILE).exists():
         return _described_by_file(config, stage, source), None, None
     theirs = saved_config.read(folder)
@@ -138,7 +137,7 @@ def _described_by_file(config, stage, source):
 
 def _shapes_in_file(config, stage, source):
     """Return {our path, or the file's own name: shape} of the tensors in a file."""
-    path = epath.Path(os.path.expanduser(source)) / f"{stage}.safetensors"
+    path = saved_config.folder_of(source, stage) / f"{stage}.safetensors"
     if path.exists():
         return {name: tensor.shape for name, tensor in hub.open_checkpoint(str(path)).items()}
     found = {}

@@ -4,14 +4,11 @@ A part is the model that one stage trains (keys.STAGES), 'guide' (AutoGuidance's
 discriminator's), or a network of perceptual_networks.PARTS.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from rae_jax.build import models, objectives, perceptual_networks, provenance, published_weights
-from rae_jax.config import run_config
+from rae_jax.build import models, objectives, perceptual_networks, provenance, published_weights, saved_config
 from rae_jax.config.keys import input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, sharding
@@ -127,9 +124,7 @@ def shapes_or_none(config, part):
 
 
 def _from_files(config, part, weights, mesh):
-    path = (
-        run_config.SHIPPED if weights == "small" else epath.Path(os.path.expanduser(weights))
-    ) / f"{part}.safetensors"
+    path = saved_config.folder_of(weights, part) / f"{part}.safetensors"
     tree = shapes(config, part)
     placed = sharding.shardings(tree, mesh)
     if path.exists() or "://" in weights or not published_weights.tables_of(config, part):

@@ -1,10 +1,7 @@
 """The encoder of the latents that decoders, statistics and DiTs were made for, as far as files and their names tell."""
 
 import json
-import os
 import re
-
-from etils import epath
 
 from rae_jax.build import saved_config
 from rae_jax.config import inputs, run_config, scopes
@@ -30,7 +27,7 @@ def check(config, part, source):
     for pattern in _NAMES:
         if found := pattern.search(f"/{source}"):
             _compare_name(config, *found.groups())
-    folder = epath.Path(os.path.expanduser(source))
+    folder = saved_config.folder_of(source, part)
     if "://" not in source and (folder / run_config.FILE).exists():
         try:
             theirs = saved_config.read_nested(folder)
@@ -66,6 +63,6 @@ def check_encoder(config, part, encoder_params):
     weights = config[part].weights if part in ON_LATENTS else ""
     if not weights or part in config.stages or "://" in weights:
         return
-    recorded = inputs.read(os.path.expanduser(weights)).get("weights", {}).get("encoder")
+    recorded = inputs.read(saved_config.folder_of(weights, part)).get("weights", {}).get("encoder")
     if recorded and recorded != safetensors_tree.digest(encoder_params):
         raise UserError(f"config.{part}.weights={weights!r} are for latents of another encoder's weights: {_FIX}")

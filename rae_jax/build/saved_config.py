@@ -1,6 +1,7 @@
 """Configs in folders of weights: of runs, of rae_jax.convert, and of diffusers."""
 
 import json
+import os
 
 from etils import epath
 from flax import traverse_util
@@ -8,6 +9,16 @@ from flax import traverse_util
 from rae_jax.build import published_weights
 from rae_jax.config import keys, run_config, scopes
 from rae_jax.errors import UserError
+from rae_jax.weights import safetensors_tree
+
+
+def folder_of(weights, part):
+    """Return the folder that a value of a key `weights` names; of a file PART.safetensors of ours, its folder."""
+    if weights == "small":
+        return run_config.SHIPPED
+    path = epath.Path(os.path.expanduser(weights))
+    ours = path.name == f"{part}.safetensors" and "://" not in weights and safetensors_tree.is_tree(path)
+    return path.parent if ours else path
 
 
 def read(folder):

@@ -18,7 +18,7 @@ class FlagParser(flags.ArgumentParser):
 
     def parse(self, text):
         if text.endswith(f"/{run_config.FILE}") and epath.Path(text).exists():
-            return run_config.complete(run_config.read_json(text)).lock()
+            return run_config.read(epath.Path(text).parent).lock()
         source, *arguments = text.split(":", 1)
         return files.load(source, *arguments).lock()
 

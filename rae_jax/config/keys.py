@@ -1,4 +1,4 @@
-"""Stages, sizes and counts of a config."""
+"""Stages, sizes and counts of a config; values by key, and the message about a value that cannot work."""
 
 from rae_jax.errors import UserError
 

@@ -38,6 +38,17 @@ def read_json(path):
         raise UserError(f"{path} is truncated or not JSON ({error}): restore it, or name another folder") from error
 
 
+def read(workdir):
+    """Return the config of the run in a folder. Raises UserError if the folder's config.json is not a run's."""
+    folder = epath.Path(workdir)
+    found = read_json(folder / FILE)
+    weights = any(folder.glob("*.safetensors")) and not (folder / "checkpoints").exists()
+    if weights or not {"encoder", "dit", "stages"} <= found.keys():
+        kind = "weights" if weights else "the config.json of another program"
+        raise UserError(f"{folder} holds {kind}, not a run: name a config by --config")
+    return complete(found)
+
+
 def complete(found):
     """Return the config with the values of a nested dict; keys that the dict lacks have the values of configs/small.py.
 

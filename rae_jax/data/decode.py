@@ -26,7 +26,7 @@ try:
 except ImportError:  # an extra
     simplejpeg = None
 
-SAMPLES = "images/request.json"  # in a folder of samples; see inference.sample_files
+SAMPLES = "images/request.json"  # is in each folder of samples; see inference.sample_files
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _FAST = "fast"  # key in the `info` of an image that simplejpeg decoded, and of images derived from it
 ENLARGED = 1.5  # short side of an image over the side of its random crop
@@ -207,7 +207,7 @@ def find_images(path):
     """
     path = epath.Path(path)
     if (path / SAMPLES).exists():
-        path = path / SAMPLES.split("/")[0]
+        path = (path / SAMPLES).parent
     elif path.name == "samples" and (path.parent / "config.json").exists():
         raise UserError(f"{path} holds pictures of several images each: run --mode=sample first, or name other images")
     inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)

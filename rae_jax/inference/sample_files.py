@@ -16,8 +16,6 @@ from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
 from rae_jax.runtime import atomic_files, checkpoint_reader, logs, processes, sharding, workdir_lock
 
-_REQUEST = decode.SAMPLES.split("/")[1]
-
 
 def labels_of(kind, num_images, num_classes, seed):
     """Return labels [num_images]: 'balanced' (classes in turn), 'random', or from a text file with one label a line.
@@ -103,7 +101,7 @@ def _new(folder, request, labels, rows):
 
 def _take(found, request, labels):
     """Return whether this command gets a folder without images; of two commands at the same time one gets it."""
-    path, text = found.folder / "images" / _REQUEST, _text(found, request, labels)
+    path, text = found.folder / decode.SAMPLES, _text(found, request, labels)
     if atomic_files.create(path, text):
         return True
     saved = _read_request(found.folder)
@@ -131,7 +129,7 @@ def _is_same(saved, request):
 def _read_request(place):
     """Return the saved request of a folder, a dict with 'request' and 'labels'; None if the folder has none."""
     try:
-        saved = json.loads((place / "images" / _REQUEST).read_text())
+        saved = json.loads((place / decode.SAMPLES).read_text())
         return saved if isinstance(saved["request"], dict) and isinstance(saved["labels"], list) else None
     except (OSError, ValueError, KeyError, TypeError):  # also of a file in the place of a folder
         return None
@@ -141,7 +139,7 @@ def _write_request(found, request, labels):
     """Write the request with the labels of all its images, also of images beyond the number of labels."""
     saved = _read_request(found.folder) or {"labels": []}
     kept = np.concatenate([labels, np.asarray(saved["labels"][len(labels) :], labels.dtype)])
-    atomic_files.write_text(found.folder / "images" / _REQUEST, _text(found, request, kept))
+    atomic_files.write_text(found.folder / decode.SAMPLES, _text(found, request, kept))
 
 
 def _text(found, request, labels):

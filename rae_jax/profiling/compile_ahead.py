@@ -5,6 +5,7 @@ data, no devices.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import tempfile
@@ -46,11 +47,16 @@ def programs(config, mesh, kinds=("train", "sample")):
 
     Raises UserError if no stage is trained, or the sampler has no fixed number of steps.
     """
+    return [make(config, mesh) for make in _makers(config, kinds)]
+
+
+def _makers(config, kinds):
+    """Return the functions (config, mesh) -> Program of the run's programs."""
     found = []
     if "train" in kinds:
-        found += [training_program(config, name, mesh) for name in config.stages if name in TRAINED]
+        found += [functools.partial(training_program, stage=name) for name in config.stages if name in TRAINED]
     if "sample" in kinds:
-        found.append(_sample(config, mesh))
+        found.append(_sample)
     if not found:
         raise UserError(f"config.stages={tuple(config.stages)} trains nothing: name a stage to compile its train step")
     return found
@@ -151,9 +157,9 @@ def report(config, mesh, chip, topology, num_slices, kinds):
     """Compile, print tables and, last, one line of JSON: a list of one object per program. Returns whether all fit."""
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     results = []
-    for number, _ in enumerate(programs(config, mesh, kinds)):
+    for make in _makers(config, kinds):
         for option in auto.options(config, mesh.devices.flat[0]):
-            program = programs(option, mesh, kinds)[number]
+            program = make(option, mesh)
             found = measure(program, mesh, chip)
             if found["fits"]:
                 break
@@ -169,20 +175,20 @@ def report(config, mesh, chip, topology, num_slices, kinds):
     return all(result["fits"] for result in results)
 
 
-def training_program(config, name, mesh):
+def training_program(config, mesh, stage):
     """Return the train step of a stage."""
-    batch_size = config[name].train.batch_size
-    config = in_steps(config, name, _SCHEDULE * batch_size)
-    init, step = objectives.init_and_step(config, name)
+    batch_size = config[stage].train.batch_size
+    config = in_steps(config, stage, _SCHEDULE * batch_size)
+    init, step = objectives.init_and_step(config, stage)
     step = health.guarded(step, config.health.skip)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(init, key)
-    frozen = part_weights.frozen(config, name, lambda part: part_weights.shapes_or_none(config, part))
+    frozen = part_weights.frozen(config, stage, lambda part: part_weights.shapes_or_none(config, part))
     state, frozen = sharding.abstract(shapes, mesh), sharding.abstract(frozen, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    arguments = (state, frozen, _batch(config, name, batch_size, mesh), _replicated_shape(key, mesh))
-    plain_step = objectives.init_and_step(plain(config), name)[1]
-    return Program("train", name, batch_size, loop.compiled_step(step, placed, mesh), plain_step, arguments)
+    arguments = (state, frozen, _batch(config, stage, batch_size, mesh), _replicated_shape(key, mesh))
+    plain_step = objectives.init_and_step(plain(config), stage)[1]
+    return Program("train", stage, batch_size, loop.compiled_step(step, placed, mesh), plain_step, arguments)
 
 
 def _sample(config, mesh):

@@ -39,7 +39,7 @@ def memory_of(device):
 
 def _needed(config, stage, mesh):
     """Return the bytes that the step of a stage takes on a device; infinity if the compiler refuses it."""
-    program = compile_ahead.training_program(config, stage, mesh)
+    program = compile_ahead.training_program(config, mesh, stage)
     try:
         memory = program.jitted.lower(*program.arguments).compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

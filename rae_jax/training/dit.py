@@ -32,9 +32,8 @@ def make(
 
     def init(key):
         conditions = condition.zeros(1)
-        params = dit.init(key, jnp.zeros((1, *latent_shape), jnp.float32), jnp.ones(1, jnp.float32), conditions)[
-            "params"
-        ]
+        x, t = jnp.zeros((1, *latent_shape), jnp.float32), jnp.ones(1, jnp.float32)
+        params = dit.init(key, x, t, conditions)["params"]
         return optim.init_state(params, optimiser, len(more_ema_decays))
 
     def loss(params, examples):

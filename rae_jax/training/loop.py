@@ -72,15 +72,15 @@ def fit(
     feed = _Feed(iter(stage.batches), mesh)
 
     kept = checkpoint.Checkpoints(workdir / "checkpoints" / stage.name, keep=keep, every=checkpoint_every, **saving)
-    with kept as checkpoints, _Signals() as signals, contextlib.closing(feed), contextlib.ExitStack() as open_files:
+    with kept as checkpoints, _Signals() as signals, contextlib.closing(feed):
         start, state = _begin(stage, checkpoints, abstract, feed, key)
         step_fn = compiled_step(stage.step, placed, mesh)
-        metrics_file = open_files.enter_context(logs.Metrics(workdir, stage.name, step=start, tracker=tracker))
+        metrics_file = logs.Metrics(workdir, stage.name, step=start, tracker=tracker)
         settings, incidents = health_settings, health.Incidents(workdir, stage.name)
         watch = health.Watch(stage, settings, incidents, checkpoints.newest_in_words)
         beats = heartbeat.Heartbeat(workdir, stage, start=start, every=settings.heartbeat, stalled=settings.stalled)
         progress = logs.Progress(stage.name, total=stage.num_steps, start=start)
-        with progress, beats, contextlib.closing(Clock(stage.batch_size)) as clock:
+        with metrics_file, progress, beats, contextlib.closing(Clock(stage.batch_size)) as clock:
             observers = _Observers(clock, watch, beats, metrics_file, progress)
             evaluations = _Evaluations(evaluate, evaluate_every, metrics_file, beats, clock)
             if evaluations.due(start) and logs.lacks_evaluation(workdir, stage.name, start):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from rae_jax.errors import UserError
@@ -38,6 +38,15 @@ def read(path, shapes):
     check(path, {key: leaf.shape for key, leaf in wanted.items()}, {key: value.shape for key, value in found.items()})
     dtypes = {key: found[key].astype(leaf.dtype) for key, leaf in wanted.items()}
     return traverse_util.unflatten_dict(jax.tree.map(np.asarray, dtypes), sep="/")
+
+
+def is_tree(path):
+    """Return whether a file is a safetensors file with a tree that `write` wrote: its keys are paths."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return any("/" in key for key in file.keys())  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError):
+        return False
 
 
 def check(source, wanted, found):

@@ -55,6 +55,19 @@ def converted(tmp_path_factory):
     return folder, parts
 
 
+def test_the_file_of_a_part_is_as_good_as_its_folder(converted, tmp_path):
+    """A file of this name with the names of the released files is read as one of these."""
+    folder, parts = converted
+    _, state = _begun(_config("dit", folder / "dit.safetensors", **{"data.num_classes": 4}), "dit", "abcd")
+    np.testing.assert_array_equal(state["params"]["label_embed"]["table"][:4], parts["dit"]["label_embed"]["table"][:4])
+    (released,) = published_weights.write_released(tiny(), {"decoder": parts["decoder"]}, tmp_path, pickled=False)
+    for path in (folder / "decoder.safetensors", released.rename(tmp_path / "decoder.safetensors")):
+        config = tiny()
+        config.decoder.weights, config.stages = str(path), ()
+        found = part_weights.load(config, "decoder", None, one_device())
+        np.testing.assert_allclose(found["cls_token"], parts["decoder"]["cls_token"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("stage", ["encoder", "decoder", "dit"])
 def test_parameters_and_averages_are_the_given_ones_and_moments_are_zero(converted, capfd, stage):
     folder, parts = converted

@@ -43,9 +43,15 @@ def test_released_files_of_other_encoders_are_told_by_their_names(source):
     provenance.check(_config("decoder_xl"), "encoder", source)
 
 
-@pytest.mark.parametrize("source", ["/data/mae_base/run", "somebody/dinov2_small_experiments:decoder.pt", "small", ""])
+@pytest.mark.parametrize("source", ["/data/mae_base/run", "somebody/dinov2_small_experiments:decoder.pt", ""])
 def test_other_names_tell_nothing(source):
     provenance.check(_config("decoder_xl"), "decoder", source)
+
+
+def test_the_shipped_weights_are_for_the_shipped_encoder():
+    provenance.check(_config("quickstart"), "decoder", "small")
+    with pytest.raises(UserError, match="for latents of config.encoder.family='small', not 'dinov2'"):
+        provenance.check(_config("decoder_xl"), "decoder", "small")
 
 
 @pytest.fixture

@@ -98,6 +98,18 @@ def test_a_workdir_alone_names_the_config(finished, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("kind", ["weights", "another program", "a truncated file"])
+def test_a_folder_that_holds_no_run_names_no_config(finished, tmp_path, kind):
+    """Otherwise the weights that its config names, such as the shipped ones, would be taken for the folder's own."""
+    if kind == "weights":
+        convert.export(finished, tmp_path, parts=["dit"])
+    else:
+        (tmp_path / "config.json").write_text('{"hidden_size": 768}' if kind == "another program" else '{"encoder": ')
+    words = "truncated or not JSON" if kind == "a truncated file" else "not a run: name a config by --config"
+    with pytest.raises(UserError, match=words):
+        command_flag.FlagParser().parse(f"{tmp_path}/config.json")
+
+
 def test_it_samples_on_fewer_devices_than_it_was_trained_on(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)

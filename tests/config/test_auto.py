@@ -101,4 +101,4 @@ def test_a_stage_gets_the_first_choice_that_fits(monkeypatch, capfd):
         said = capfd.readouterr().err
         assert said.startswith(f"dit: {auto.of(found)} on cpu, float32") and said.count("\n") == 1
     assert fitting.fitted(found, "dit", mesh) is found and capfd.readouterr().err == ""
-    assert compile_ahead.training_program(found, "dit", mesh).batch_size == 64
+    assert compile_ahead.training_program(found, mesh, "dit").batch_size == 64
