@@ -3,11 +3,12 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from rae_jax.errors import UserError
-from rae_jax.weights import safetensors_tree
+from rae_jax.weights import checks
 from rae_jax.weights.tables import Layout
 
 
@@ -25,20 +26,25 @@ def load(source, tensors, tables, shapes, shardings):
 
     Of several tables the table that has most of the file's names is used. Parameters are put on their devices one by
     one: the host never holds a second copy of all. Raises UserError that names a tensor that is missing, unknown,
-    contained twice, of another shape, or not equal to its fixed values; and for a parameter of ours that no file of
-    this kind has.
+    contained twice, of another shape, not finite, or not equal to its fixed values; and for a parameter of ours that
+    no file of this kind has.
     """
     leaves = traverse_util.flatten_dict(shapes, sep="/")
     for path in sorted(leaves.keys() - tables[0].leaves.keys()):
         raise UserError(f"published weights of this kind have no {path!r}: change the config's model")
     table = max(tables, key=lambda table: _matches(tensors, table, leaves))
-    tensors = _learned(_ours(tensors, table, source), table, source)
-    safetensors_tree.check(source, _wanted(table, leaves), {name: tensor.shape for name, tensor in tensors.items()})
+    file, tensors = tensors, _ours(tensors, table, source)
+    fixed = {name: table.fixed[name] for name in sorted(tensors.keys() & table.fixed.keys())}
+    wanted = _wanted(table, leaves) | {name: value.shape for name, value in fixed.items()}
+    checks.same_tensors(source, wanted, _shapes(tensors), _shapes(file))
+    for name, value in fixed.items():
+        _check_fixed(source, name, tensors[name].read(), value)
 
     def read(path, leaf, sharding):
         array = np.zeros(leaf.shape, leaf.dtype)
         for piece in _pieces(table, path, leaf.shape):
             array[piece.index] = piece.layout.convert(tensors[piece.name].read())
+            checks.finite(source, piece.name, array[piece.index])
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index]).block_until_ready()
 
     placed = traverse_util.flatten_dict(shardings, sep="/")
@@ -79,17 +85,17 @@ def _ours(tensors, table, source):
     return ours
 
 
-def _learned(tensors, table, source):
-    """Return the tensors without the fixed tensors, which may be missing but must have the right values."""
-    for name in tensors.keys() & table.fixed.keys():
-        found, fixed = tensors[name], table.fixed[name]
-        if found.shape != fixed.shape:
-            raise UserError(f"{source}: {name!r} has shape {found.shape}, the config's model needs {fixed.shape}")
-        if not np.allclose(found.read(), fixed, atol=1e-4):
-            raise UserError(
-                f"{source}: {name!r} has other values than this project computes: it was made for another model"
-            )
-    return {name: tensor for name, tensor in tensors.items() if name not in table.fixed}
+def _shapes(tensors):
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _check_fixed(source, name, found, fixed):
+    """Raise UserError if a tensor that is not learned has other values than ours, at the precision of the file."""
+    rounding = jnp.finfo(found.dtype).eps if jnp.issubdtype(found.dtype, jnp.floating) else 0
+    if not np.allclose(found.astype(np.float32), fixed, rtol=max(1e-5, float(rounding)), atol=1e-4):
+        raise UserError(
+            f"{source}: {name!r} has other values than this project computes: it was made for another model"
+        )
 
 
 def _pieces(table, path, shape):

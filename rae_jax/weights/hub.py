@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,26 +14,29 @@ from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from rae_jax.errors import UserError
-from rae_jax.weights import safetensors_tree
+from rae_jax.weights import safetensors_tree, torch_files
 
 # Files that a folder or a repository may hold, the preferred file first.
 WHOLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# Names of torch's wrappers around a model: of DistributedDataParallel and AveragedModel, of torch.compile; and a
+# tensor of AveragedModel itself.
+_WRAPPERS, _COUNTER = ("module.", "_orig_mod."), "n_averaged"
 
 
 class Tensor(NamedTuple):
     """A tensor that is not read from its file yet."""
 
     shape: tuple
-    read: Any  # () -> numpy array
+    read: Any  # () -> numpy array, in the file's precision
 
 
 def open_checkpoint(source):
     """Return {name: Tensor} of a checkpoint. `source`: a file, a folder, a hub id, or 'ID:PATH' of a file on the hub.
 
-    The hub's library caches the files that it fetches. Raises UserError if no checkpoint exists, if a file is damaged,
-    or if two files hold the same tensor.
+    Names are those of the model itself, without torch's wrappers. The hub's library caches the files that it fetches.
+    Raises UserError if no checkpoint exists, if a file is damaged, or if two files hold the same tensor.
     """
     try:
         path = Path(source).expanduser()
@@ -55,7 +57,7 @@ def open_checkpoint(source):
     for find in finders:
         for name in names:
             if found := find(name):
-                return _open(found, finders)
+                return _unwrapped(_open(found, finders))
     raise UserError(f"{repo} holds none of {', '.join(names)}: put the model's weights there, or name another file")
 
 
@@ -79,9 +81,7 @@ def write(path, tensors, *, pickled):
     """Write {name: array} as safetensors, or `pickled` as a torch file. Raises UserError if torch is not installed."""
     if not pickled:
         return safetensors_tree.write(path, tensors)
-    torch = _torch(f"writing {path}", "write safetensors instead")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: None if a is None else torch.from_numpy(a.copy()) for name, a in tensors.items()}, path)
+    torch_files.write(path, tensors)
 
 
 def _open(path, finders):
@@ -89,7 +89,8 @@ def _open(path, finders):
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if path.suffix != ".json":
-        return _torch_tensors(path)
+        arrays = torch_files.read(path)
+        return {name: Tensor(array.shape, functools.partial(np.asarray, array)) for name, array in arrays.items()}
     try:
         shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError) as error:
@@ -113,38 +114,28 @@ def _safetensors(path):
         file = safe_open(path, "numpy")
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
+
+    def read(name):
+        try:
+            return file.get_tensor(name)
+        except (AttributeError, TypeError, KeyError) as error:  # NumPy has no such type
+            kind = file.get_slice(name).get_dtype()
+            raise UserError(f"{path}: {name!r} has the type {kind}: write it as F32, F16 or BF16") from error
+
     return {
-        name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(file.get_tensor, name))
+        name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(read, name))
         for name in file.keys()  # noqa: SIM118  not a dict
     }
 
 
-# The errors of torch's reader of plain tensors for files that are cut off, garbled, or hold other objects.
-_GARBLED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-def _torch_tensors(path):
-    torch = _torch(f"reading {path}", f"put {WHOLE} next to it")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        whole = next((key for key in ("ema", "model", "state_dict") if key in state), None)
-        state = state[whole] if whole else state  # a training checkpoint: the weights that are evaluated
-        return {
-            name: Tensor(tuple(tensor.shape), functools.partial(np.asarray, tensor.detach().float()))
-            for name, tensor in state.items()
-            if tensor is not None
-        }
-    except _GARBLED as error:
-        raise UserError(f"{path} is not a whole file of tensors: fetch it again") from error
-
-
-def _torch(task, instead):
-    """Return the module torch. Raises UserError that names a task, and another way, if torch is not installed."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{task} needs torch: install it, or {instead}") from error
-    return torch
+def _unwrapped(tensors):
+    """Return the tensors by the model's own names. A wrapper's name is removed if all names begin with it."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != _COUNTER}
+    while prefix := next((p for p in _WRAPPERS if tensors and all(name.startswith(p) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    # torch.compile of a part of the model puts its name in the middle.
+    short = {re.sub(r"(?<=\.)_orig_mod\.", "", name): tensor for name, tensor in tensors.items()}
+    return short if len(short) == len(tensors) else tensors
 
 
 def _in_folder(folder, name):

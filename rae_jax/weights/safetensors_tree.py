@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize, safe_open
+from safetensors.numpy import save
 
 from rae_jax.errors import UserError
+from rae_jax.weights import checks
+
+_TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
 def write(path, tree):
@@ -25,19 +28,29 @@ def write(path, tree):
 def read(path, shapes):
     """Read a tree of exactly these shapes.
 
-    Raises UserError that names the file and the key, for a missing file or key, an unknown key, or another shape.
+    Raises UserError that names the file and the key, for a missing file or key, an unknown key, another shape, or
+    values that are not finite.
     """
     path = epath.Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist: name a folder that holds this file")
     try:
-        found = load(path.read_bytes())
+        found = dict(deserialize(path.read_bytes()))
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): fetch it again") from error
     wanted = traverse_util.flatten_dict(shapes, sep="/")
-    check(path, {key: leaf.shape for key, leaf in wanted.items()}, {key: value.shape for key, value in found.items()})
-    dtypes = {key: found[key].astype(leaf.dtype) for key, leaf in wanted.items()}
-    return traverse_util.unflatten_dict(jax.tree.map(np.asarray, dtypes), sep="/")
+    shapes_of = {key: leaf.shape for key, leaf in wanted.items()}
+    checks.same_tensors(path, shapes_of, {key: tuple(tensor["shape"]) for key, tensor in found.items()})
+    arrays = {key: _array(path, key, found[key]).astype(leaf.dtype) for key, leaf in wanted.items()}
+    for key, array in arrays.items():
+        checks.finite(path, key, array)
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def _array(path, key, tensor):
+    if tensor["dtype"] not in _TYPES:
+        raise UserError(f"{path}: {key!r} has the type {tensor['dtype']}: write it as F32, F16 or BF16")
+    return np.frombuffer(tensor["data"], _TYPES[tensor["dtype"]]).reshape(tensor["shape"])
 
 
 def is_tree(path):
@@ -47,16 +60,6 @@ def is_tree(path):
             return any("/" in key for key in file.keys())  # noqa: SIM118  not a dict
     except (OSError, SafetensorError):
         return False
-
-
-def check(source, wanted, found):
-    """Raise UserError for the first key that differs between {key: shape} of the model and of `source`."""
-    for key in sorted(wanted.keys() ^ found.keys()):
-        kind = "lacks" if key in wanted else "has an unknown"
-        raise UserError(f"{source} {kind} tensor {key!r}: it was made for another model than the config's")
-    for key, shape in wanted.items():
-        if found[key] != shape:
-            raise UserError(f"{source}: {key!r} has shape {found[key]}, the config's model needs {shape}")
 
 
 def digest(tree):

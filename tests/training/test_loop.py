@@ -220,7 +220,7 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
     convert.export(run, tmp_path)
     config = tiny()
     config.decoder.width = 32
-    with pytest.raises(UserError, match="decoder.safetensors: 'blocks/.*' has shape"):
+    with pytest.raises(UserError, match="an RAE decoder .* width 16, .* needs .* width 32, .*'blocks/.*' has shape"):
         safetensors_tree.read(tmp_path / "decoder.safetensors", part_weights.shapes(config, "decoder"))
     with pytest.raises(UserError, match="lacks tensor"):
         safetensors_tree.read(tmp_path / "judge.safetensors", part_weights.shapes(config, "decoder"))

@@ -33,7 +33,10 @@ DAMAGE = {
     "lacks tensor": lambda arrays: arrays.pop(_first(set(arrays) - {"mean"})),
     "unknown tensor": lambda arrays: arrays.update({"something.weight": np.zeros(3, np.float32)}),
     "has shape": _other_shape,
-    "made for another model": lambda arrays: (arrays.clear(), arrays.update({"layer.0.norm1.bias": np.zeros(3)})),
+    "holds tensors such as 'layer.0.norm1.bias'": lambda arrays: (
+        arrays.clear(),
+        arrays.update({"layer.0.norm1.bias": np.zeros(3)}),
+    ),
 }
 
 
@@ -96,7 +99,7 @@ def test_torch_files_take_torch_and_must_be_whole(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     assert "not a whole file" in _refused("decoder", tmp_path / "file.pt")
     torch.save([1, 2], tmp_path / "file.pt")
-    assert "not a whole file" in _refused("decoder", tmp_path / "file.pt")
+    assert "holds no dict of tensors: save the state dict" in _refused("decoder", tmp_path / "file.pt")
 
 
 @pytest.mark.parametrize(
