@@ -1,6 +1,7 @@
 """The published encoders as values of config.encoder; this file is not a config.
 
     c.encoder.update(encoders.dinov2("base"))
+    c.encoder.update(encoders.described("facebook/dinov2-with-registers-base"))  # the same, from its config.json
 
 The weights come from the hub. c.encoder.weights may also name a folder that has the same files. The hub gives DINOv3's
 weights only to users who have accepted its terms there.
@@ -14,6 +15,21 @@ _SIZES = {
     "giant": {"width": 1536, "depth": 40, "num_heads": 24},
 }
 _MLP = {"mlp": "gelu", "mlp_ratio": 4.0}
+
+
+def described(weights, *, input_size=0):
+    """Return the values that `weights`, a folder or a hub id, has in its config.json and preprocessor_config.json.
+
+    Known families: those below, of any size. `input_size`: 0 is the size for 16x16 tokens; a VAE resizes no images.
+    Raises UserError for weights without a description, and for models that are not supported.
+    """
+    from rae_jax.build import encoder_description  # late: the other functions are data alone
+    from rae_jax.errors import UserError
+
+    values = encoder_description.read(weights)
+    if values is None:
+        raise UserError(f"{weights} has no config.json of transformers or diffusers: name a folder or a hub id")
+    return {"input_size": input_size or 16 * values["patch_size"], **values, "weights": str(weights)}
 
 
 def dinov2(size, *, registers=True, input_size=224):

@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from rae_jax.build import part_weights, published_weights, saved_config
+from rae_jax.build import command_line_weights, part_weights, published_weights, saved_config
 from rae_jax.config import checks, command_flag, inputs
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
@@ -97,7 +97,7 @@ def _write(config, trees, output, form, names, encoder):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command_flag.parser(_define_flags()))
+    app.run(_run, flags_parser=command_flag.parser(_define_flags(), command_line_weights.complete))
 
 
 def _define_flags():

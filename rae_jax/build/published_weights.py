@@ -127,7 +127,7 @@ def _of_autoencoder_rae(d):
         raise UserError(f"encoder_type={family!r} of AutoencoderRAE is not supported: choose from {', '.join(fixed)}")
     size = d["encoder_input_size"]
     encoder = {"width": width, "depth": depth, "num_heads": width // 64, "patch_size": patch, "input_size": size}
-    mean, std = (d.get(f"encoder_norm_{key}") or _IMAGENET[key] for key in ("mean", "std"))
+    mean, std = (d.get(f"encoder_norm_{key}") or IMAGENET[key] for key in ("mean", "std"))
     return {
         "unroll": False,
         "data": {"image_size": d["patch_size"] * (size // patch)},
@@ -142,7 +142,7 @@ def _of_autoencoder_rae(d):
     }
 
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def _of_autoencoder_kl(d):

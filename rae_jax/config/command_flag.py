@@ -17,19 +17,28 @@ class FlagParser(flags.ArgumentParser):
     """Parses --config=SOURCE, --config=SOURCE:ARGUMENT, which calls get_config(ARGUMENT), and a run's config.json."""
 
     def parse(self, text):
-        if text.endswith(f"/{run_config.FILE}") and epath.Path(text).exists():
+        if _is_of_run(text):
             return run_config.read(epath.Path(text).parent).lock()
         source, *arguments = text.split(":", 1)
         return files.load(source, *arguments).lock()
 
 
-def parser(config_flag, values=flags.FLAGS):
-    """Return absl's parser for a command with the flag `config_flag`; a mistake ends the command with one line."""
+def parser(config_flag, complete, values=flags.FLAGS):
+    """Return absl's parser for a command with the flag `config_flag`; a mistake ends the command with one line.
+
+    `complete(config, given, run, resumed=)` sets further keys of the config: see build/command_line_weights.
+    """
     values[config_flag.name].parser = FlagParser()
 
     def parse(argv):
         try:
-            return command_line.plain_parser(_with_config_of_run(argv), values)
+            argv = _with_config_of_run(argv)
+            rest = command_line.plain_parser(argv, values)
+            flag = values[config_flag.name]
+            if flag.value is not None:
+                run, resumed = _run(argv)
+                complete(flag.value, set(flag.override_values), run, resumed=resumed)
+            return rest
         except UserError as error:
             command_line.fail(str(error))
         except ImportError as error:
@@ -53,6 +62,19 @@ def _with_config_of_run(argv):
         return argv
     path = epath.Path(os.path.expanduser(workdir)) / run_config.FILE
     return [argv[0], f"--config={path.parent}/{path.name}", *argv[1:]] if path.exists() else argv
+
+
+def _is_of_run(config):
+    """Return whether a value of --config is the config.json of a run."""
+    return config.endswith(f"/{run_config.FILE}") and epath.Path(config).exists()
+
+
+def _run(argv):
+    """Return the folder of the run that --config or --workdir may name, or None; and whether --config names it."""
+    config, workdir = _value(argv, "config"), _value(argv, "workdir")
+    if config and _is_of_run(config):
+        return os.path.dirname(config), True
+    return (os.path.expanduser(workdir) if workdir else None), False
 
 
 def _value(argv, name):

@@ -57,7 +57,7 @@ def load(source, *arguments):
         except Exception as error:  # of any kind: the file is the user's program
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
             place = f"line {lines[-1]}: " if lines else ""
-            kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, OSError | UserError) else f"{type(error).__name__}: "
             raise UserError(f"cannot load the config {source}: {place}{kind}{one_line(error)}") from error
     if not isinstance(config, ConfigDict) or "stages" not in config:
         raise UserError(

@@ -6,7 +6,7 @@ import pytest
 from conftest import one_device, tiny
 
 from configs import decoder_xl, dit_xl, dit_xl_512, small
-from rae_jax.build import models
+from rae_jax.build import command_line_weights, models
 from rae_jax.config import auto, checks, command_flag, run_config
 from rae_jax.errors import UserError
 from rae_jax.profiling import compile_ahead, fitting
@@ -60,7 +60,7 @@ def test_values_of_the_user_stay(monkeypatch):
 
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=command)
-    command_flag.parser(flag, values)(command)
+    command_flag.parser(flag, command_line_weights.complete, values)(command)
     (option,) = auto.options(values.config, DEVICES["A100"])
     assert auto.of(option) == ("xla", "full", False)
     checks.check(values.config, one_device(), trains=False)
