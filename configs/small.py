@@ -111,14 +111,19 @@ def _evaluate():
 def _data():
     return {
         # Kind of data set. One of 'shapes' (drawn, nothing to download), 'image_folder', 'array_record' (packed by
-        # rae_jax.data.pack), 'tfds'.
+        # rae_jax.data.pack), 'tfds', 'webdataset' (tar files), 'parquet' (needs pyarrow).
         "source": "shapes",
-        # image_folder: a folder with one subfolder of images per class, a .zip archive of such a folder, or a text
-        # file with a line `IMAGE LABEL` for each image. array_record: the packed folder. tfds: its data_dir, ''
-        # for the default of TFDS.
+        # Place of the data set (docs/data.md). image_folder: a folder of class folders, a .zip archive or a list.
+        # webdataset, parquet: a folder of shards, or a pattern. array_record: the packed folder. tfds: its data_dir.
         "path": "",
-        # image_folder: folder, archive or list of the images for evaluation; '': every 20th image of `path`.
+        # Images for evaluation, named as in `path`; '': every 20th image of `path`. Not for array_record and tfds.
         "heldout_path": "",
+        "heldout_labels": "",  # file with the labels of a flat `heldout_path` (docs/data.md); '': none
+        "fields": {
+            "image": "",  # parquet: column of the images; '': the usual name, here and below
+            "label": "",  # webdataset: extension, such as 'cls', or 'json.KEY'; parquet: column
+            "caption": "",  # webdataset: extension, such as 'txt', or 'json.KEY'; parquet: column
+        },
         "tfds": {
             "name": "",  # name of the data set, such as 'imagenet2012'
             "split": "train",  # split for training

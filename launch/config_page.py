@@ -20,6 +20,7 @@ SECTIONS = {
     "": ("get_config",),
     "mesh": ("get_config.mesh",),
     "data": ("_data",),
+    "data.fields": ("_data.fields",),
     "data.tfds": ("_data.tfds",),
     "encoder": ("_VIT", "_encoder"),
     "encoder.train": ("_encoder_train",),

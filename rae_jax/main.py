@@ -14,10 +14,12 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from rae_jax.build import command_line_weights
 from rae_jax.cli import benchmark, demo, evaluate, reconstruct, sample, train
 from rae_jax.cli import compile as compile_mode
 from rae_jax.config import checks, command_flag, machine, run_config, scopes
 from rae_jax.config import files as config_files
+from rae_jax.data import shard_index
 from rae_jax.errors import UserError, one_line
 from rae_jax.profiling import timing
 from rae_jax.runtime import command_line, host_allocator, processes, sharding, shutdown
@@ -58,7 +60,7 @@ def main():
         sys.exit(command_line.MISTAKE)
     config = _define_flags()
     command_line.show_in_help(__name__)
-    app.run(_run, flags_parser=command_flag.parser(config))
+    app.run(_run, flags_parser=command_flag.parser(config, command_line_weights.complete))
 
 
 def _define_flags():
@@ -146,6 +148,8 @@ def _run_mode(given):
         shutdown.watch()
         _keep_compiled(config.compilation_cache)
         workdir = epath.Path(given.workdir) if given.workdir else None  # --mode=benchmark needs none
+        if workdir is not None:
+            shard_index.keep_in(workdir / "index", copies=True)
         config, mesh = _checked(config, workdir, given.mode)
         with command_line.peers():
             processes.wait_for_all("checked")  # before process 0 writes to the workdir

@@ -20,11 +20,11 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from rae_jax.build import command_line_weights, models, part_weights, stages
 from rae_jax.build import data as build_data
-from rae_jax.build import models, part_weights, stages
 from rae_jax.config import checks, command_flag
 from rae_jax.config import keys as config_keys
-from rae_jax.data import packed_images, packed_latents, pipeline, shard_writer
+from rae_jax.data import packed_images, packed_latents, pipeline, shard_index, shard_writer
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import to_float
 from rae_jax.runtime import atomic_files, command_line, host_allocator, logs, sharding
@@ -112,7 +112,7 @@ def _records(iterator, encode, numbers, batch_size, progress):
 
 def main():
     """Define the flags and run the command."""
-    app.run(_run, flags_parser=command_flag.parser(_define_flags()))
+    app.run(_run, flags_parser=command_flag.parser(_define_flags(), command_line_weights.complete))
 
 
 def _define_flags():
@@ -133,6 +133,7 @@ def _run(argv):
     command_line.use_own_jax_options()
     try:
         host_allocator.keep_freed_memory()
+        shard_index.keep_in(Path(given.output) / shard_writer.INDEX_OF_SHARDS, copies=False)
         config = ConfigDict({**given.config, "stages": ()})  # nothing is trained here
         mesh = sharding.make_mesh(config.mesh)
         checks.check(config, mesh, trains=False, evaluates=False)

@@ -16,18 +16,18 @@ def source(config, split, crop=None):
     Raises UserError if the number of its classes is not config.data.num_classes.
     """
     data = config.data
+    places = {"path": data.path, "heldout_path": data.heldout_path, "heldout_labels": data.heldout_labels}
+    images = {**places, "split": split, "image_size": data.image_size, "num_classes": data.num_classes}
     match data.source:
         case "shapes":
             num_images = {"train": data.num_train, "heldout": data.num_heldout}[split]
             found = Shapes(split=split, num_images=num_images, image_size=data.image_size, seed=config.seed)
         case "image_folder":
-            found = sources.image_folder(
-                path=data.path,
-                heldout_path=data.heldout_path,
-                split=split,
-                image_size=data.image_size,
-                num_classes=data.num_classes,
-            )
+            found = sources.image_folder(**images, on_error=data.on_error)
+        case "webdataset":
+            found = sources.webdataset(**images, fields=data.fields.to_dict())
+        case "parquet":
+            found = sources.parquet(**images, fields=data.fields.to_dict())
         case "array_record":
             options = {"image_size": data.image_size, "crop": crop, "on_error": data.on_error}
             found = PackedImages(path=data.path, split=split, **options)
@@ -58,8 +58,9 @@ def identity(source):
 def _checked_classes(source, expected):
     count = len(source.class_names)
     if count != expected:
+        names = ", ".join(source.class_names[:3]) + ", ..." * (count > 3)
         raise UserError(
-            f"config.data.num_classes={expected} cannot work: the data has {count} classes, set "
+            f"config.data.num_classes={expected} cannot work: the data has {count} classes ({names}), set "
             f"--config.data.num_classes={count}"
         )
     return source

@@ -16,7 +16,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "xla", "cudnn", "flash"),
     "remat": ("auto", "none", "dots", "full"),
-    "data.source": ("shapes", "image_folder", "array_record", "tfds"),
+    "data.source": ("shapes", "image_folder", "array_record", "tfds", "webdataset", "parquet"),
     "data.on_error": ("stop", "skip"),
     "checkpoint.best_is": ("lowest", "highest"),
     "checkpoint.on_error": ("continue", "stop"),

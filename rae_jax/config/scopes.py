@@ -40,7 +40,7 @@ RULES = (
 )
 
 # Keys of places. A run may be resumed with other places: see inputs for what is compared.
-PLACES = re.compile(r"data\.(path|heldout_path|latents)|.*\.train\.init")
+PLACES = re.compile(r"data\.(path|heldout_path|heldout_labels|latents)|.*\.train\.init")
 WEIGHTS = re.compile(r".*\.weights|lpips\.(vgg|linear)")
 
 

@@ -1,30 +1,36 @@
 """Images a second and core: this project's pipeline compared with torch's DataLoader and Pillow, on the same files.
 
     python -m rae_jax.data.benchmark --path=IMAGENET/train [--packed=PACKED] [--num_images=500] [--rounds=3]
+    python -m rae_jax.data.benchmark --source=webdataset --path='SHARDS/train-{000..146}.tar'
 
 Each side reads --num_images images in random order, cropped at the centre and flipped at random, into batches. It uses
 one core: its own process without further workers or threads. The sides take turns in each round. The command prints the
 medians of the rates of all rounds, and of the ratios within a round. Rates are by CPU time, which varies less than the
 clock on a shared machine. The DataLoader yields float32 [B, 3, H, W] in [0, 1], as in the published recipe;
-`torch_uint8` leaves this conversion out, as our pipeline does. Without torch, only our sides are measured. The last
-line printed is one JSON object.
+`torch_uint8` leaves this conversion out, as our pipeline does. It reads tar files by the package webdataset, and
+parquet files by the package datasets. Without these and torch, only our sides are measured. The last line printed is
+one JSON object.
 """
 
 import functools
+import io
 import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 
 import numpy as np
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax.data import pipeline, sources
+from rae_jax.data import pipeline, shard_index, shards, sources
 from rae_jax.data.packed_images import PackedImages
 from rae_jax.errors import UserError
 from rae_jax.runtime import command_line, host_allocator, logs
+
+SOURCES = {"image_folder": sources.image_folder, "webdataset": sources.webdataset, "parquet": sources.parquet}
 
 
 def _ours(source, batch_size, num_batches):
@@ -36,40 +42,79 @@ def _ours(source, batch_size, num_batches):
         yield next(iterator)["image"]
 
 
-class _Photographs:
-    """Torch data set of image files, read as in the published recipe: Pillow, ADM's crop, flip, tensor."""
+def _tensor(image, size, as_float):
+    """Return the tensor of a PIL image, as in the published recipe: ADM's crop, flip, tensor."""
+    import torch
 
-    def __init__(self, files, size, *, as_float):
-        self._files, self._size, self._as_float = files, size, as_float
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
+    pixels = np.array(image)
+    top, left = ((side - size) // 2 for side in pixels.shape[:2])
+    pixels = pixels[top : top + size, left : left + size]
+    if torch.rand(()) < 0.5:
+        pixels = pixels[:, ::-1]
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+    return tensor.permute(2, 0, 1).contiguous().float().div(255) if as_float else tensor
+
+
+class _Files:
+    """Torch data set of image files."""
+
+    def __init__(self, files, transform):
+        self._files, self._transform = files, transform
 
     def __len__(self):
         return len(self._files)
 
     def __getitem__(self, index):
-        import torch
-
         with open(self._files[index], "rb") as file:
-            image = Image.open(file).convert("RGB")
-        while min(image.size) >= 2 * self._size:
-            image = image.resize(tuple(side // 2 for side in image.size), resample=Image.Resampling.BOX)
-        scale = self._size / min(image.size)
-        image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.Resampling.BICUBIC)
-        pixels = np.array(image)
-        top, left = ((side - self._size) // 2 for side in pixels.shape[:2])
-        pixels = pixels[top : top + self._size, left : left + self._size]
-        if torch.rand(()) < 0.5:
-            pixels = pixels[:, ::-1]
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels))
-        return tensor.permute(2, 0, 1).contiguous().float().div(255) if self._as_float else tensor
+            return self._transform(Image.open(file))
 
 
-def _torch(files, image_size, batch_size, num_batches, *, as_float):
-    """Yield batches of torch's DataLoader."""
+def _tars(files, transform):
+    """Return the data set of the package webdataset, which takes random images from a buffer."""
+    import webdataset
+
+    images = webdataset.WebDataset(files, shardshuffle=len(files), empty_check=False).shuffle(1000)
+    return images.to_tuple("jpg;jpeg;png").map(lambda row: transform(Image.open(io.BytesIO(row[0]))))
+
+
+def _parquets(files, transform, copies):
+    """Return the data set of the package datasets, which copies parquet files to the folder `copies` once."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    found = datasets.load_dataset("parquet", data_files=list(files), split="train", cache_dir=copies)
+    column = next(name for name, kind in found.features.items() if isinstance(kind, datasets.Image))
+    found = found.select_columns([column])
+    found.set_transform(lambda rows: {column: [transform(image) for image in rows[column]]})
+    return _Column(found, column)
+
+
+class _Column:
+    """A column of a data set."""
+
+    def __init__(self, rows, column):
+        self._rows, self._column = rows, column
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index][self._column]
+
+
+def _torch(dataset, image_size, batch_size, num_batches, *, as_float):
+    """Yield batches of torch's DataLoader over dataset(transform)."""
     import torch
 
     torch.set_num_threads(1)
-    dataset = _Photographs(files, image_size, as_float=as_float)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True)
+    images = dataset(functools.partial(_tensor, size=image_size, as_float=as_float))
+    options = {} if isinstance(images, torch.utils.data.IterableDataset) else {"shuffle": True}
+    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, drop_last=True, **options)
     done = 0
     while done < num_batches:
         for batch in loader:
@@ -79,11 +124,9 @@ def _torch(files, image_size, batch_size, num_batches, *, as_float):
                 break
 
 
-def _sides(path, packed, image_size, batch_size):
+def _sides(source, path, packed, image_size, batch_size, copies):
     """Return the sides to measure, {name: function(num_batches) -> batches}."""
-    originals = sources.image_folder(
-        split="train", path=path, heldout_path=path, image_size=image_size, named=sources.FLAGS
-    )
+    originals = SOURCES[source](split="train", path=path, heldout_path=path, image_size=image_size, named=sources.FLAGS)
     if len(originals) < batch_size:
         raise UserError(f"--batch_size={batch_size} is more than the {len(originals)} images of --path: lower it")
     sides = {"originals": functools.partial(_ours, originals, batch_size)}
@@ -92,18 +135,33 @@ def _sides(path, packed, image_size, batch_size):
         if len(images) < batch_size:
             raise UserError(f"--batch_size={batch_size} is more than the {len(images)} packed images: lower it")
         sides["packed"] = functools.partial(_ours, images, batch_size)
-    files = [originals.name(index) for index in range(len(originals))]
     try:
-        import torch  # noqa: F401
-    except ImportError:
-        logs.say("torch is not installed: only our sides are measured")
+        dataset = _peer(source, path, list(originals.names()), copies)
+    except ImportError as error:
+        logs.say(f"{error.name} is not installed: only our sides are measured")
         return sides
-    if not all(os.path.exists(file) for file in files):
+    if dataset is None:
         logs.say("torch is not measured, because its side reads files: name a folder by --path")
         return sides
     for name, as_float in (("torch", True), ("torch_uint8", False)):
-        sides[name] = functools.partial(_torch, files, image_size, batch_size, as_float=as_float)
+        sides[name] = functools.partial(_torch, dataset, image_size, batch_size, as_float=as_float)
     return sides
+
+
+def _peer(source, path, names, copies):
+    """Return the function transform -> data set for torch's DataLoader; None if it cannot read the images."""
+    import torch  # noqa: F401
+
+    match source:
+        case "webdataset":
+            import webdataset  # noqa: F401
+
+            return functools.partial(_tars, shards.files_at(path, "--path", ".tar"))
+        case "parquet":
+            import datasets  # noqa: F401
+
+            return functools.partial(_parquets, shards.files_at(path, "--path", ".parquet"), copies=copies)
+    return functools.partial(_Files, names) if all(map(os.path.exists, names)) else None
 
 
 def _measure(side, name, num_batches, connection):
@@ -131,9 +189,8 @@ def _in_own_process(side, name, num_batches):
 
 def main():
     """Define the flags and run the command."""
-    flags.DEFINE_string(
-        "path", None, "The original images: a path as config.data.path of image folders.", required=True
-    )
+    flags.DEFINE_enum("source", "image_folder", tuple(SOURCES), "Kind of data at --path.")
+    flags.DEFINE_string("path", None, "The original images: a path as config.data.path.", required=True)
     flags.DEFINE_string("packed", None, "The same images, packed by rae_jax.data.pack.")
     flags.DEFINE_integer("image_size", 256, "Side of the crops, in pixels.", lower_bound=1)
     flags.DEFINE_integer("num_images", 500, "Images that are read in one round.", lower_bound=1)
@@ -148,8 +205,12 @@ def _run(argv):
     host_allocator.keep_freed_memory()  # as in training; for all sides
     num_batches = -(-given.num_images // given.batch_size)
     try:
-        sides = _sides(given.path, given.packed, given.image_size, given.batch_size)
-        runs = [_in_own_process(side, name, num_batches) for _ in range(given.rounds) for name, side in sides.items()]
+        with tempfile.TemporaryDirectory() as copies:
+            shard_index.keep_in(copies, copies=True)
+            kind = given["source"].value
+            sides = _sides(kind, given.path, given.packed, given.image_size, given.batch_size, copies)
+            order = [item for _ in range(given.rounds) for item in sides.items()]
+            runs = [_in_own_process(side, name, num_batches) for name, side in order]
     except UserError as error:
         command_line.fail(str(error))
     rates = {name: [run["images"] / run["cpu"] for run in runs if run["name"] == name] for name in sides}

@@ -202,15 +202,15 @@ def _to_rgb(image):
 def find_images(path):
     """Return the image files at `path`, sorted: the file itself, or the files in a folder and in its subfolders.
 
-    A folder that --mode=sample has written also holds a picture of several images, which is left out. Raises UserError
-    if `path` holds no image.
+    Hidden files and folders are left out. A folder that --mode=sample has written also holds a picture of several
+    images, which is left out. Raises UserError if `path` holds no image.
     """
     path = epath.Path(path)
     if (path / SAMPLES).exists():
         path = (path / SAMPLES).parent
     elif path.name == "samples" and (path.parent / "config.json").exists():
         raise UserError(f"{path} holds pictures of several images each: run --mode=sample first, or name other images")
-    inside = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path,)
+    inside = (*path.glob("[!.]*"), *path.glob("[!.]*/[!.]*")) if path.is_dir() else (path,)
     files = sorted(file for file in inside if file.suffix.lower() in SUFFIXES and file.exists())
     if not files:
         raise UserError(f"{path} holds no image: name a {', '.join(sorted(SUFFIXES))} file, or a folder of such files")

@@ -1,6 +1,7 @@
 """Sets of images in the formats of evaluators: ADM's .npz files with images or moments of features, and folders."""
 
 import struct
+import tokenize
 import zipfile
 import zlib
 
@@ -16,7 +17,7 @@ _LOCAL_HEADER = 30  # bytes of the header of a zip member, before its name and i
 # The errors of numpy and zipfile for files that are cut off, garbled, encrypted or of another kind.
 _DAMAGED = (
     *(OSError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RuntimeError, SyntaxError, TypeError),
-    *(struct.error, zipfile.BadZipFile, zlib.error),
+    *(struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 
 

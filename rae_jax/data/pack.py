@@ -1,11 +1,12 @@
 """Pack images once, so that training reads them fast: cropped or resized, encoded again, in ArrayRecord shards.
 
     python -m rae_jax.data.pack --path=IMAGENET/train --heldout_path=IMAGENET/val --output=PACKED
+    python -m rae_jax.data.pack --source=webdataset --path='SHARDS/train-{000..146}.tar' --output=PACKED
     python -m rae_jax.data.pack --tfds=imagenet2012 --output=PACKED --crop=random
 
---path takes the same as config.data.path for image folders: a folder with one subfolder per class, a .zip archive of
-such a folder, or a list. --crop=centre keeps ADM's crop at --image_size; --crop=random keeps whole training images,
-with a short side of 1.5 times --image_size, for random crops in training. To train on the result, set
+--source and --path take the same as config.data.source and config.data.path. --crop=centre keeps ADM's crop at
+--image_size; --crop=random keeps whole training images, with a short side of 1.5 times --image_size, for random crops
+in training. Captions of webdataset and parquet files are kept. To train on the result, set
 config.data.source='array_record' and config.data.path. The command uses all cores. Each shard is read back and compared
 before it counts. The same command resumes interrupted work.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from PIL import Image
 
-from rae_jax.data import decode, packed_images, shard_writer, sources
+from rae_jax.data import decode, packed_images, shard_index, shard_writer, sources
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, command_line, host, logs, sharding
 
@@ -40,19 +41,15 @@ def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard
     """
     output = Path(output)
     form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
-    shard_writer.claim(output, {**form, "images_per_shard": images_per_shard, "images": _digest(parts)})
-    jobs = []
-    for split, source in parts.items():
-        count = -(-len(source) // images_per_shard)
-        for shard in range(count):
-            rows = range(shard * images_per_shard, min(len(source), (shard + 1) * images_per_shard))
-            file = output / shard_writer.name(split, shard, count)
-            jobs.append((split, functools.partial(_pack_shard, source, rows, file, _Form(split=split, **form))))
+    unlabelled = {"unlabelled": found} if (found := [s for s, source in parts.items() if not source.labelled]) else {}
+    request = {**form, "images_per_shard": images_per_shard, **unlabelled}
+    shard_writer.claim(output, {**request, "images": _digest(parts)})
+    packer = _Packer(parts, output, images_per_shard, form)
     packed_shards = {split: [] for split in parts}
-    for (split, _), shard in zip(jobs, _run([job for _, job in jobs], parts, num_workers), strict=True):
+    for (split, _), shard in zip(packer.jobs(), _run(packer, num_workers), strict=True):
         packed_shards[split].append(shard)
     class_names = list(parts["train"].class_names)
-    index = {"image_size": image_size, "crop": crop, "class_names": class_names, "splits": packed_shards}
+    index = {"image_size": image_size, "crop": crop, "class_names": class_names, **unlabelled, "splits": packed_shards}
     atomic_files.write_text(output / packed_images.INDEX, json.dumps(index, indent=1))
     return index
 
@@ -61,32 +58,32 @@ def _digest(parts):
     """Return a digest of the names of all images: packing is resumed only with the same images."""
     digest = hashlib.sha256()
     for split, source in parts.items():
-        for index in range(len(source)):
-            digest.update(f"{split} {source.name(index)}\n".encode())
+        for name in source.names():
+            digest.update(f"{split} {name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _run(jobs, parts, num_workers):
-    """Run the jobs, show progress, and return their results in the order of the jobs."""
-    total = sum(len(source) for source in parts.values())
+def _run(packer, num_workers):
+    """Run the packer's jobs, show progress, and return their results in the order of the jobs."""
     results, done = {}, 0
-    with logs.Progress("pack", total=total, unit="image") as progress:
-        for number, result in _finished(jobs, num_workers):
-            results[number] = result
+    with logs.Progress("pack", total=packer.num_images, unit="image") as progress:
+        for job, result in _finished(packer, num_workers):
+            results[job] = result
             done += result["num_images"] + len(result["skipped"])
             progress.update(done)
             for report in result["skipped"]:
                 logs.say(f"skipped: {report}")
-    return [results[number] for number in range(len(jobs))]
+    return [results[job] for job in packer.jobs()]
 
 
-def _finished(jobs, num_workers):
-    """Yield (number of the job, result) as the jobs finish."""
+def _finished(packer, num_workers):
+    """Yield (job, result) as the jobs finish."""
     if num_workers == 1:
-        yield from ((number, job()) for number, job in enumerate(jobs))
+        yield from ((job, packer(*job)) for job in packer.jobs())
         return
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(job): number for number, job in enumerate(jobs)}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin_worker, initargs=(packer,)) as pool:
+        futures = {pool.submit(_work, *job): job for job in packer.jobs()}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -97,6 +94,63 @@ def _finished(jobs, num_workers):
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(packer):
+    """Keep the packer in this process: sent with each job, the names of a million images would take a second a job."""
+    global _packer
+    _packer = packer
+
+
+def _work(split, number):
+    return _packer(split, number)
+
+
+class _Packer:
+    """Writes shards: packer(split, number) -> the shard's entry of the index."""
+
+    def __init__(self, parts, output, images_per_shard, form):
+        self._parts, self._output, self._images_per_shard = parts, output, images_per_shard
+        self._forms = {split: _Form(split=split, **form) for split in parts}
+        self.num_images = sum(len(source) for source in parts.values())
+
+    def jobs(self):
+        """Yield (split, number of the shard) of all shards."""
+        for split in self._parts:
+            yield from ((split, number) for number in range(self._count(split)))
+
+    def _count(self, split):
+        return -(-len(self._parts[split]) // self._images_per_shard)
+
+    def __call__(self, split, number):
+        """Write a shard unless it is finished already, and return its entry of the index."""
+        source, form = self._parts[split], self._forms[split]
+        file = self._output / shard_writer.name(split, number, self._count(split))
+        done = shard_writer.finished(file)
+        if done is not None:
+            return done
+        skipped, first = [], number * self._images_per_shard
+        rows = range(first, min(len(source), first + self._images_per_shard))
+        records = _records(source, rows, form, skipped)
+        count = shard_writer.write(
+            file, records, lambda data: decode.decode(packed_images.parse(data)[2], file, decode.pixels)
+        )
+        return shard_writer.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
+
+
+def _records(source, rows, form, skipped):
+    """Yield the records of some images; add reports on images that cannot be read to `skipped`."""
+    for row in rows:
+        try:
+            example = source.example(row, form.crop)
+            captions = source.captions(row)
+        except UserError as error:
+            if not form.skips:
+                raise
+            skipped.append(str(error))
+            continue
+        label = int(example.get("label", packed_images.UNLABELLED))
+        yield packed_images.record(label, source.name(row), form.encode(example["image"]), captions)
 
 
 class _Form:
@@ -123,30 +177,6 @@ class _Form:
         return file.getvalue()
 
 
-def _pack_shard(source, rows, file, form):
-    """Write one shard unless it is finished already, and return its entry of the index."""
-    done = shard_writer.finished(file)
-    if done is not None:
-        return done
-    skipped = []
-
-    def records():
-        for row in rows:
-            try:
-                example = source.example(row, form.crop)
-            except UserError as error:
-                if not form.skips:
-                    raise
-                skipped.append(str(error))
-                continue
-            yield packed_images.record(int(example["label"]), source.name(row), form.encode(example["image"]))
-
-    count = shard_writer.write(
-        file, records(), lambda data: decode.decode(packed_images.parse(data)[2], file, decode.pixels)
-    )
-    return shard_writer.finish(file, {"file": file.name, "num_images": count, "skipped": skipped})
-
-
 def _sources(given):
     """Return {split: source} of the images that the flags name."""
     size = given.image_size
@@ -155,8 +185,15 @@ def _sources(given):
             "--path and --tfds: exactly one of them is needed; name images by --path, or a data set by --tfds"
         )
     if given.tfds is None:
-        options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size, "named": sources.FLAGS}
-        return {split: sources.image_folder(split=split, **options) for split in SPLITS}
+        options = {"path": given.path, "heldout_path": given.heldout_path, "heldout_labels": given.heldout_labels}
+        options |= {"image_size": size, "named": sources.FLAGS}
+        fields = {name: given[f"{name}_field"].value for name in sources.NO_FIELDS}
+        kinds = {
+            "image_folder": functools.partial(sources.image_folder, on_error=given.on_error),
+            "webdataset": functools.partial(sources.webdataset, fields=fields),
+            "parquet": functools.partial(sources.parquet, fields=fields),
+        }
+        return {split: kinds[given["source"].value](split=split, **options) for split in SPLITS}
     if len(given.tfds_splits) != 2:
         raise UserError(
             f"--tfds_splits={','.join(given.tfds_splits)} cannot work: name two splits, for train and heldout"
@@ -172,10 +209,17 @@ def main():
 
 
 def _define_flags():
+    flags.DEFINE_enum("source", "image_folder", ("image_folder", "webdataset", "parquet"), "Kind of data at --path.")
     flags.DEFINE(
-        command_line.PATH, "path", None, "A folder of class folders, a .zip archive of such a folder, or a list."
+        command_line.PATH,
+        "path",
+        None,
+        "A folder of class folders, a .zip archive of such a folder, a list, or shards.",
     )
     flags.DEFINE(command_line.PATH, "heldout_path", "", "The same for evaluation. Empty: every 20th image of --path.")
+    flags.DEFINE(command_line.PATH, "heldout_labels", "", "The value of config.data.heldout_labels.")
+    for field in sources.NO_FIELDS:
+        flags.DEFINE_string(f"{field}_field", "", f"The value of config.data.fields.{field}.")
     flags.DEFINE_string("tfds", None, "A TFDS data set prepared as array_record, instead of --path.")
     flags.DEFINE(command_line.PATH, "data_dir", "", "TFDS' data folder. Empty: TFDS' default.")
     flags.DEFINE_list("tfds_splits", ["train", "validation"], "TFDS' names of the train and heldout splits.")
@@ -201,6 +245,7 @@ def _run_command(argv):
     given = flags.FLAGS
     try:
         sharding.all_devices()
+        shard_index.keep_in(Path(given.output) / shard_writer.INDEX_OF_SHARDS, copies=False)
         index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
     except UserError as error:
         command_line.fail(str(error))

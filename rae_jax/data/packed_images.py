@@ -1,8 +1,9 @@
 """The packed form: images cropped or resized once, encoded again, in ArrayRecord shards.
 
 A folder holds SPLIT-NNNNN-of-NNNNN.array_record and index.json: 'image_size', 'crop', 'class_names', and for each of
-the splits 'train' and 'heldout' a list of {'file', 'num_images', 'skipped'}. A record is the label (int32) and the
-length of the key (uint32), both little-endian, the key (UTF-8) and the encoded image.
+the splits 'train' and 'heldout' a list of {'file', 'num_images', 'skipped'}. A record is the label (int32; -1: unknown)
+and the length of the key (uint32), both little-endian, the key (UTF-8) and the encoded image. The key of an image with
+captions is followed by a zero byte and the captions, a JSON list.
 """
 
 import bisect
@@ -24,29 +25,43 @@ INDEX = "index.json"
 _HEAD = struct.Struct("<iI")
 
 
-def record(label, key, image):
+UNLABELLED = -1
+
+
+def record(label, key, image, captions=()):
     """Return the bytes of a record."""
-    key = key.encode()
+    key = (f"{key}\0{json.dumps(captions)}" if captions else key).encode(errors="surrogateescape")
     return _HEAD.pack(label, len(key)) + key + image
 
 
 def parse(data):
     """Return (label, key, encoded image) of the bytes of a record. Raises ValueError if they are no record."""
+    label, key, image = _split(data)
+    return label, key.partition("\0")[0], image
+
+
+def captions_of(data):
+    """Return the captions, a list of strings, of the bytes of a record. Raises ValueError if they are no record."""
+    captions = _split(data)[1].partition("\0")[2]
+    return json.loads(captions) if captions else []
+
+
+def _split(data):
     if len(data) < _HEAD.size:
         raise ValueError("it is too short")
     label, length = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if len(body) <= length:
         raise ValueError("it is too short")
-    return label, body[:length].decode(), body[length:]
+    return label, body[:length].decode(errors="surrogateescape"), body[length:]
 
 
 class PackedImages:
     """Random-access source of {'image': uint8 [size, size, 3], 'label': int32} from a packed split.
 
-    Training images are packed for one `crop`, 'centre' or 'random'; None accepts both, if they are not trained on.
-    Raises UserError if the images were packed for another size or crop, and for missing shards. With `on_error`='skip'
-    missing shards are reported instead, and their images are left out.
+    Examples have no 'label' if `labelled` is False. Training images are packed for one `crop`, 'centre' or 'random';
+    None accepts both, if they are not trained on. Raises UserError if the images were packed for another size or crop,
+    and for missing shards. With `on_error`='skip' missing shards are reported instead, and their images are left out.
     """
 
     def __init__(self, *, path, split, image_size, crop=None, on_error="stop"):
@@ -68,6 +83,7 @@ class PackedImages:
             raise UserError(f"config.data.path={path!r} holds no images of the split {split}: pack it again")
         self._shards = [(shard["file"], shard["num_images"]) for shard in index["splits"][split]]
         self._records = Records([str(folder / s["file"]) for s in shards], [s["num_images"] for s in shards])
+        self.labelled = split not in index.get("unlabelled", ())
 
     def __len__(self):
         return len(self._records)
@@ -83,15 +99,20 @@ class PackedImages:
         """Return the names and sizes of the shards: only reading all records tells the names of the images."""
         return self._shards
 
+    def captions(self, index):
+        """Return the captions of image `index`, a list of strings."""
+        with decode.naming(self._records.name(index)):
+            return captions_of(self._records[index])
+
     def _example(self, index, crop, sides=None):
         name = self._records.name(index)
         with decode.naming(name):
             label, key, data = parse(self._records[index])
         name = f"{name} ({key})"
-        if not 0 <= label < len(self.class_names):
+        if self.labelled and not 0 <= label < len(self.class_names):
             raise UserError(f"{name} has label {label}, outside of 0 to {len(self.class_names) - 1}: pack it again")
         image = decode.decode(data, name, lambda image: crop(_of_size(image, sides)))
-        return {"image": image, "label": np.int32(label)}
+        return {"image": image, "label": np.int32(label)} if self.labelled else {"image": image}
 
 
 class Records:

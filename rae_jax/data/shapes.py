@@ -98,7 +98,7 @@ def draw_shape(rng, shape, size):
 class Shapes:
     """Random-access source of {'image': uint8 [size, size, 3], 'label': int32}; labels in turn."""
 
-    class_names = CLASS_NAMES
+    class_names, labelled = CLASS_NAMES, True
 
     def __init__(self, *, split, num_images, image_size, seed):
         self._stream = {"train": 0, "heldout": 1}[split]

@@ -11,6 +11,7 @@ from rae_jax.errors import UserError, one_line
 from rae_jax.runtime import atomic_files
 
 _REQUEST = "request.json"
+INDEX_OF_SHARDS = "index"  # folder for the index of the shards that are packed; see shard_index
 
 
 def claim(output, request):
@@ -25,7 +26,8 @@ def claim(output, request):
             raise UserError(
                 f"--output={output} holds shards of other data or with other options: choose another folder"
             )
-        own = {path, atomic_files.unfinished_of(path)}  # a killed process may have left the unfinished file
+        # A killed process may have left the unfinished file.
+        own = {path, atomic_files.unfinished_of(path), output / INDEX_OF_SHARDS}
         if not path.exists() and set(output.iterdir()) - own:
             raise UserError(f"--output={output} is not empty: choose another folder")
         atomic_files.write_text(path, json.dumps(request))

@@ -47,8 +47,8 @@ class Evaluator:
         """Return ({metric: number}, {name: uint8 picture}) of the weights `parts`, {name: params}.
 
         Metrics of the reconstructed held-out images: psnr, ssim; lpips and rfid if their networks are among the parts;
-        judge_accuracy if a judge is among the parts; with `probe`, linear probes of the encoder. If a DiT is among the
-        parts, also the metrics of `images` for generated images.
+        judge_accuracy if a judge is among the parts; with `probe`, linear probes of the encoder; both only if the
+        held-out images have labels. If a DiT is among the parts, also the metrics of `images` for generated images.
         """
         config = self._config
         is_reference = "dit" in parts and not config.evaluate.reference
@@ -61,9 +61,9 @@ class Evaluator:
             _add_pairs(pairs, out)
         labels = collector.array("label")
         results = {**reconstruct.mean_scores(collector), **reconstruct.rfid(collector)}
-        if "judge" in parts:
+        if "judge" in parts and labels is not None:
             results["judge_accuracy"] = float((collector.array("predicted") == labels).mean())
-        if probe:
+        if probe and labels is not None:
             results.update(linear_probes.probes(config, parts, collector.array("image"), labels, self._mesh))
         pictures = {"reconstructions": _picture(pairs)}
         if "dit" in parts:
@@ -94,7 +94,13 @@ class Evaluator:
 
     @functools.cached_property
     def _held_out(self):
-        return build_data.source(self._config, "heldout")
+        source, data = build_data.source(self._config, "heldout"), self._config.data
+        if not source.labelled:
+            logs.say(
+                f"the images of config.data.heldout_path={data.heldout_path!r} have no labels: judge_accuracy and linear "
+                f"probes are left out; config.data.heldout_labels may name a file of labels"
+            )
+        return source
 
     def _open_reference(self):
         """Return (source of the reference's images or None, {name: Gaussian} of the moments that it holds)."""
@@ -203,7 +209,8 @@ class Evaluator:
         """Return the outputs of held-out images and of their reconstructions."""
         latents, outputs = self._reconstruct(parts, batch["image"])
         features = self._features_and_class(parts, to_float(batch["image"]), latents)
-        return {"image": batch["image"], "label": batch["label"], **features, **outputs}
+        label = {"label": batch["label"]} if "label" in batch else {}
+        return {"image": batch["image"], **label, **features, **outputs}
 
     def _outputs_of_images(self, parts, batch):
         """Return the features of images; Inception takes images at their own size, as in ADM's evaluator."""
@@ -224,8 +231,9 @@ class Evaluator:
 
 
 def _add_pairs(pairs, out):
-    """Add the first pair of each class to {class: (image, reconstruction)}."""
-    for i, label in enumerate(out["label"].tolist()):
+    """Add the first pair of each class to {class: (image, reconstruction)}; without labels, the first pairs."""
+    labels = out["label"].tolist() if "label" in out else range(len(pairs), len(pairs) + len(out["image"]))
+    for i, label in enumerate(labels):
         if label not in pairs and len(pairs) < SHOWN:
             pairs[label] = (out["image"][i].copy(), out["decoded"][i].copy())
 

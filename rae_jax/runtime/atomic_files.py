@@ -17,13 +17,18 @@ SETTLE = 2.0  # seconds until writers of an object without a precondition see ea
 
 def write_text(path, text):
     """Write a whole file or nothing. Raises OSError if the file cannot be written; its old content then stays."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data):
+    """Write a whole file or nothing. Raises OSError if the file cannot be written; its old content then stays."""
     path = epath.Path(path)
     if "://" in str(path):  # an object store shows an object once it is complete
-        path.write_text(text)
+        path.write_bytes(data)
         return
     unfinished = unfinished_of(path)
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(data)
         unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)

@@ -171,7 +171,7 @@ def test_a_damaged_request_is_one_line(folder, tmp_path):
 class _Deadly:
     """Images that kill the process that packs them, once."""
 
-    class_names = ("only",)
+    class_names, labelled = ("only",), True
 
     def __init__(self, killed, last):
         self._killed, self._last = killed, last
@@ -181,6 +181,12 @@ class _Deadly:
 
     def name(self, index):
         return f"image {index}"
+
+    def names(self):
+        return [f"image {n}" for n in range(12)]
+
+    def captions(self, index):
+        return []
 
     def example(self, index, crop):
         if index == self._last and not self._killed.exists():

@@ -4,9 +4,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from stress import fuzz
+from stress import fuzz, fuzz_shards
 
-from rae_jax.data import sources
+from rae_jax.data import sources, stores
 from rae_jax.errors import UserError
 from rae_jax.weights import hub
 
@@ -14,6 +14,11 @@ from rae_jax.weights import hub
 def test_damaged_files_and_wrong_configs_are_accepted_or_rejected_in_one_line(tmp_path):
     for tally in (fuzz.images(120, 1), fuzz.files(60, 1, tmp_path), fuzz.configs(40, 1, tmp_path / "run")):
         assert tally.wrong == [] and tally.rejected > 10
+
+
+def test_damaged_archives_are_accepted_or_rejected_in_one_line(tmp_path):
+    tally = fuzz_shards.shards(500, 1, tmp_path / "archives")
+    assert tally.wrong == [] and tally.rejected > 100 and tally.accepted > 10
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def test_a_zip_bomb_is_rejected(tmp_path, monkeypatch):
     assert (tmp_path / "bomb.zip").stat().st_size < 10_000
     with pytest.raises(UserError, match="cannot identify image"):
         sources.image_folder(**how)[0]
-    monkeypatch.setattr(sources, "LARGEST_ENTRY", 99_999)
+    monkeypatch.setattr(stores, "LARGEST_IMAGE", 99_999)
     with pytest.raises(UserError, match="bomb.zip:a/1.png .its unpacked size is 100000 bytes"):
         sources.image_folder(**how)[0]
 

@@ -1,11 +1,12 @@
 """Read damaged images, damaged files of weights and wrong configs: each must be accepted, or rejected in one line.
 
-    python -m tests.stress.fuzz [--images=2000] [--files=500] [--configs=500] [--seed=0]
+    python -m tests.stress.fuzz [--images=2000] [--files=500] [--shards=500] [--configs=500] [--seed=0]
 
-Images go through the reader of the data pipeline; safetensors, npz and torch files through the loaders; random
-overrides of config keys through the flags' parser and the checks before training, one in ten also through the models'
-shapes. An input that raises anything but a UserError of one line, or needs more than `LIMIT` seconds of work, is
-printed with its number, and the exit status is 1.
+Images go through the reader of the data pipeline; safetensors, npz and torch files through the loaders; zip, tar and
+parquet files through the sources, and nothing may be written; random overrides of config keys through the flags' parser
+and the checks before training, one in ten also through the models' shapes. An input that raises anything but a
+UserError of one line, or needs more than `damage.LIMIT` seconds of work, is printed with its number, and the exit
+status is 1.
 """
 
 import argparse
@@ -13,37 +14,32 @@ import contextlib
 import io
 import os
 import random
-import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 from ml_collections import config_flags
-from PIL import Image
 
+from rae_jax.build import command_line_weights, part_weights
 from rae_jax.build import data as build_data
-from rae_jax.build import part_weights
 from rae_jax.config import checks, command_flag, run_config
 from rae_jax.config import keys as config_keys
 from rae_jax.data import evaluator_npz, pipeline, sources
-from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
 from rae_jax.weights import hub, safetensors_tree
 
-from . import tiny_run
-
-LIMIT = 20  # CPU seconds for one input
+from . import fuzz_shards, tiny_run
+from .damage import Tally, mutate, pictures
 
 
 def images(count, seed):
     """Read mutated images with the pipeline; return the tally."""
-    rng, originals = random.Random(seed), _pictures(np.random.default_rng(seed))
-    mutated = [_mutate(rng, rng.choice(originals)) for _ in range(count)]
+    rng, originals = random.Random(seed), pictures(np.random.default_rng(seed))
+    mutated = [mutate(rng, rng.choice(originals)) for _ in range(count)]
     source = sources.ImageSource(_InMemory(mutated), ("only",), 16)
-    tally = _Tally()
+    tally = Tally()
     for number in range(count):
         tally.attempt(f"image {number}", source.random_crop, number, np.random.default_rng(number))
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
@@ -56,11 +52,11 @@ def images(count, seed):
 
 def files(count, seed, folder):
     """Load mutated files of weights, images and moments; return the tally."""
-    rng, tally, loaders = random.Random(seed), _Tally(), _loaders(Path(folder))
+    rng, tally, loaders = random.Random(seed), Tally(), _loaders(Path(folder))
     for number in range(count):
         name, path, intact, load = loaders[number % len(loaders)]
         damaged = path.with_name(f"damaged{number}{path.suffix}")
-        damaged.write_bytes(_mutate(rng, intact))
+        damaged.write_bytes(mutate(rng, intact))
         tally.attempt(f"{name} {number}", load, damaged)
         damaged.unlink()
     return tally
@@ -68,7 +64,7 @@ def files(count, seed, folder):
 
 def configs(count, seed, folder):
     """Start up with random overrides of the keys of tiny_run.py; return the tally."""
-    rng, tally = random.Random(seed), _Tally()
+    rng, tally = random.Random(seed), Tally()
     keys = sorted(config_keys.flatten(tiny_run.get_config().to_dict()))
     for number in range(count):
         chosen = rng.sample(keys, rng.choice((1, 1, 2, 3)))
@@ -84,79 +80,10 @@ _VALUES = (
 )
 
 
-class _Tally:
-    """Count of accepted and rejected inputs; `wrong` describes the others."""
-
-    def __init__(self):
-        self.accepted, self.rejected, self.wrong = 0, 0, []
-
-    def attempt(self, name, function, *arguments):
-        """Call the function, which may return, or raise UserError, or exit with status 2."""
-        for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, _raise_too_long)
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)  # CPU time: other programs may use the machine
-        signal.alarm(20 * LIMIT)  # wall-clock time, for an endless wait
-        stderr = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(stderr):
-                function(*arguments)
-            self.accepted += 1
-        except UserError as error:
-            self._reject(name, f"error: {error}\n")
-        except SystemExit as status:
-            self._reject(name, stderr.getvalue() if status.code == 2 else f"exit status {status.code}")
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            frame = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, _TooLong) else -1]
-            line = f"{Path(frame.filename).name}:{frame.lineno}"
-            self.wrong.append(f"{name}: {type(error).__name__} {str(error)[:300]} ({line})")
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
-
-    def _reject(self, name, message):
-        self.rejected += 1
-        if not message.startswith("error: ") or message.count("\n") != 1:
-            self.wrong.append(f"{name}: not one line: {message[:300]!r}")
-
-    def __str__(self):
-        return f"{self.accepted} accepted, {self.rejected} rejected in one line, {len(self.wrong)} wrong"
-
-
-class _TooLong(BaseException):
-    pass
-
-
-def _raise_too_long(number, frame):
-    raise _TooLong(f"takes more than {LIMIT} s")
-
-
-def _mutate(rng, data):
-    data = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 4, 16))):
-        place, length = rng.randrange(max(len(data), 1)), rng.choice((1, 1, 2, 4, 8, 64))
-        if rng.random() < 0.5:
-            place = min(place, rng.randrange(64))  # damages the header
-        match rng.randrange(6):
-            case 0:
-                data[place : place + length] = rng.randbytes(length)
-            case 1:
-                data[place : place + length] = rng.choice((b"\xff", b"\x00", b"\x7f")) * length
-            case 2:
-                del data[place : len(data) if rng.random() < 0.3 else place + length]
-            case 3:
-                data[place:place] = rng.randbytes(length)
-            case 4:
-                data[place:place] = data[place : place + 64]
-            case 5:
-                if place < len(data):
-                    data[place] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
 class _InMemory:
     """A store of encoded images for pipeline sources."""
+
+    labelled = True
 
     def __init__(self, data):
         self._data = data
@@ -169,24 +96,6 @@ class _InMemory:
 
     def name(self, index):
         return f"image {index}"
-
-
-def _pictures(rng):
-    pixels = rng.integers(0, 256, (20, 28, 3), np.uint8)
-    found = []
-    kinds = {
-        **{"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "P", "RGBA", "1"), "WEBP": ("RGB", "RGBA")},
-        **{"GIF": ("P",), "BMP": ("RGB", "P"), "TIFF": ("RGB", "CMYK")},
-    }
-    for form, mode in ((form, mode) for form, modes in kinds.items() for mode in modes):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).convert(mode).save(buffer, form)
-        found.append(buffer.getvalue())
-    for form in ("PNG", "TIFF"):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(buffer, form)
-        found.append(buffer.getvalue())
-    return found
 
 
 def _loaders(folder):
@@ -219,7 +128,10 @@ def _loaders(folder):
         import torch
 
         torch.save({"mean": torch.zeros(3, 4), "var": torch.ones(3, 4)}, folder / "stat.pt")
-        kinds += [("stat.pt", theirs), ("stat.pt", theirs)]
+        half = {"module.mean": torch.zeros(3, 4).bfloat16(), "module.var": torch.ones(3, 4).half()}
+        training = {"ema": half, "args": argparse.Namespace(lr=np.float64(1e-4), path=Path("x"))}
+        torch.save(training, folder / "training.pt")
+        kinds += [("stat.pt", theirs), ("training.pt", theirs)]
     return [(name, folder / name, (folder / name).read_bytes(), load) for name, load in kinds]
 
 
@@ -233,7 +145,7 @@ def _start_up(arguments, folder, with_shapes):
     path = str(Path(tiny_run.__file__))
     holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     sys.argv = ["main", f"--config={path}", *arguments]  # ml_collections reads the overrides here
-    command_flag.parser(holder, values)(sys.argv)
+    command_flag.parser(holder, command_line_weights.complete, values)(sys.argv)
     config = holder.value
     mesh = sharding.make_mesh(config.mesh)
     checks.check(config, mesh)
@@ -245,13 +157,14 @@ def _start_up(arguments, folder, with_shapes):
             part_weights.shapes(config, part)
 
 
-def main(num_images, num_files, num_configs, seed):
+def main(num_images, num_files, num_shards, num_configs, seed):
     """Print a tally for each kind of input; return [description] of what is wrong."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
             "images": lambda: images(num_images, seed),
             "files": lambda: files(num_files, seed, folder),
+            "shards": lambda: fuzz_shards.shards(num_shards, seed, Path(folder) / "archives"),
             "configs": lambda: configs(num_configs, seed, Path(folder) / "run"),
         }
         for name, work in kinds.items():
@@ -264,10 +177,10 @@ def main(num_images, num_files, num_configs, seed):
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("images", 2000), ("files", 500), ("configs", 500)):
+    for name, default in (("images", 2000), ("files", 500), ("shards", 500), ("configs", 500)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"number of damaged {name}")
     parser.add_argument("--seed", type=int, default=0, help="of the random damage")
     args = parser.parse_args()
-    wrong = main(args.images, args.files, args.configs, args.seed)
+    wrong = main(args.images, args.files, args.shards, args.configs, args.seed)
     print("\n".join(wrong))
     sys.exit(bool(wrong))

@@ -1,0 +1,167 @@
+"""Folders, archives and lists of images as people bring them: taken as they are meant, or refused in one line."""
+
+import os
+
+import pytest
+from brought_cases import SIZE, bring, labels_of, open_images, png, refusal_of
+
+from rae_jax.build import data as build_data
+from rae_jax.data import decode, listing
+from rae_jax.errors import UserError
+
+KINDS = ("folder", "zip")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flat_folder_is_one_class(tmp_path, kind):
+    path = bring(tmp_path, kind, [f"{n:02d}.png" for n in range(40)])
+    found = open_images(path, heldout_path="", num_classes=1)
+    assert found.class_names == ("images",) and len(found) == 38 and set(labels_of(found)) == {0}
+    assert len(open_images(path, heldout_path="", split="heldout")) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_at_any_depth_belong_to_their_class_folder(tmp_path, kind):
+    found = open_images(bring(tmp_path, kind, ["ant/a/1.png", "ant/2.png", "cat/b/c/3.png", "cat/b/4.png"]))
+    assert found.class_names == ("ant", "cat") and sorted(labels_of(found)) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_files_and_folders_are_left_out(tmp_path, kind):
+    names = [
+        "ant/1.png",
+        "ant/._1.png",
+        "cat/2.png",
+        "cat/.x/3.png",
+        ".ipynb_checkpoints/4.png",
+        "__MACOSX/ant/._1.png",
+    ]
+    path = bring(tmp_path, kind, names, folders=(".empty",))
+    found = open_images(path)
+    assert found.class_names == ("ant", "cat") and labels_of(found) == [0, 1]
+    if kind == "folder":
+        assert [file.name for file in decode.find_images(path)] == ["1.png", "2.png"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_class_folder_is_counted_and_said(tmp_path, kind, capfd):
+    found = open_images(bring(tmp_path, kind, ["ant/1.png", "cat/2.png"], folders=("bee",)))
+    assert found.class_names == ("ant", "bee", "cat") and labels_of(found) == [0, 2]
+    said = capfd.readouterr().err
+    assert "class folders without images count as classes: 'bee' (1 in all)" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_outside_of_class_folders_are_left_out_and_said(tmp_path, kind, capfd):
+    found = open_images(bring(tmp_path, kind, ["ant/1.png", "cat/2.png", "preview.png"]))
+    assert labels_of(found) == [0, 1] and "1 images outside of its class folders are left out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [("train", "val"), ("Training", "test"), ("train2017", "val2017"), ("train", "dev")])
+def test_a_folder_of_splits_is_refused(tmp_path, kind, splits):
+    names = [f"{split}/{name}" for split in splits for name in ("ant/1.png", "cat/2.png")]
+    message = refusal_of(bring(tmp_path, kind, [*names, "annotations/1.xml"]), num_classes=2)
+    assert f"holds the splits {splits[0]!r} and {splits[1]!r}, not classes: " in message
+    if kind == "folder":
+        paths = [tmp_path / "images" / split for split in splits]
+        assert f"set config.data.path={paths[0]} and config.data.heldout_path={paths[1]}" in message
+    else:
+        assert "put each into an archive of its own" in message
+
+
+@pytest.mark.parametrize("names", [("train", "car"), ("express_train", "mail_train"), ("train",), ("test", "val")])
+def test_classes_that_are_called_like_a_split_are_classes(tmp_path, names):
+    found = open_images(bring(tmp_path, "folder", [f"{name}/1.png" for name in names]))
+    assert found.class_names == tuple(sorted(names))
+
+
+def test_an_archive_of_windows_is_read_as_folders(tmp_path):
+    found = open_images(bring(tmp_path, "zip", ["data\\cat\\1.png", "data\\ant\\2.png", "data\\ant\\deep\\3.png"]))
+    assert found.class_names == ("ant", "cat") and labels_of(found) == [0, 0, 1]
+
+
+def test_an_archive_of_one_class_with_folders(tmp_path):
+    path = bring(tmp_path, "zip", ["cat/a/1.png", "cat/b/2.png"])
+    assert open_images(path, num_classes=1).class_names == ("cat",)
+    assert open_images(path, num_classes=2).class_names == ("a", "b")  # a folder around the class folders
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
+    path = bring(tmp_path, "folder", ["ant/1.png"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").write_bytes(png(2))
+    os.symlink(tmp_path / "elsewhere", f"{path}/cat")
+    os.symlink(path, f"{path}/cat/again")
+    found = open_images(path)
+    assert found.class_names == ("ant", "cat") and len(found) == 2
+    (tmp_path / "images" / "ant" / "deep").mkdir()
+    (tmp_path / "images" / "ant" / "deep" / "3.png").write_bytes(png(3))
+    assert len(open_images(path)) == 3
+
+
+ENCODINGS = {
+    "plain": lambda text: text.encode(),
+    "byte order mark": lambda text: text.encode("utf-8-sig"),
+    "windows": lambda text: text.replace("\n", "\r\n").encode("utf-8-sig") + b"\r\n\r\n",
+    "utf-16": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
+    "blank lines": lambda text: b"\n \n" + text.replace("\n", "\n\n").encode() + b"\n",
+    "tabs": lambda text: text.replace(" 0", "\t0").replace(" 1", "\t1").encode(),
+    "backslashes": lambda text: text.replace("/", "\\").encode(),
+    "old mac": lambda text: text.replace("\n", "\r").encode(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_lists_of_other_editors_are_read(tmp_path, encoding):
+    bring(tmp_path, "folder", ["bär/1 a.png", "cat/2.png"])
+    text = "images/bär/1 a.png 0\nimages/cat/2.png 1\n"
+    (tmp_path / "list.txt").write_bytes(ENCODINGS[encoding](text))
+    found = open_images(str(tmp_path / "list.txt"), num_classes=2)
+    assert labels_of(found) == [0, 1] and found.name(0) == str(tmp_path / "images/bär/1 a.png")
+
+
+def test_a_list_that_names_missing_files_is_refused_at_the_start(tmp_path, capfd):
+    bring(tmp_path, "folder", [f"{n}.png" for n in range(20)])
+    lines = [f"images/{n}.png 0\n" for n in range(24)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    message = refusal_of(str(tmp_path / "list.txt"), num_classes=1)
+    first = ", ".join(str(tmp_path / "images" / f"{n}.png") for n in (20, 21, 22))
+    assert f"4 of 24 files that were looked for do not exist: {first}; correct the list, or" in message
+    assert len(open_images(str(tmp_path / "list.txt"), num_classes=1, on_error="skip")) == 24
+    assert "4 of 24 files that were looked for do not exist" in capfd.readouterr().err
+
+
+def test_the_look_at_the_files_of_a_list_is_bounded_in_time(tmp_path, monkeypatch):
+    bring(tmp_path, "folder", ["1.png"])
+    (tmp_path / "list.txt").write_text("images/1.png 0\n" * 50_000)
+    monkeypatch.setattr(listing, "LOOK_SECONDS", 0.0)
+    looked, exists = [], os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: looked.append(path) or exists(path))
+    open_images(str(tmp_path / "list.txt"), num_classes=1)
+    assert len([path for path in looked if path.endswith("1.png")]) == 1
+
+
+def test_classes_of_one_set_and_folders_of_the_other(tmp_path):
+    """Unconditional training images in one folder, held-out images in class folders: all are one class."""
+    flat = bring(tmp_path / "a", "folder", [f"{n}.png" for n in range(4)])
+    classes = bring(tmp_path / "b", "zip", ["ant/1.png", "cat/2.png"])
+    found = open_images(flat, heldout_path=classes, split="heldout")
+    assert found.class_names == ("images",) and labels_of(found) == [0, 0]
+    other = bring(tmp_path / "c", "folder", ["ant/1.png", "dog/2.png"])
+    assert "'cat' is in only one" in refusal_of(classes, heldout_path=other, split="heldout")
+
+
+def test_the_number_of_classes_is_said_with_their_names(tmp_path, tiny_config):
+    path = bring(tmp_path, "folder", [f"{c}/1.png" for c in ("ant", "bee", "cat", "dog")])
+    tiny_config.data.update({"source": "image_folder", "path": path, "heldout_path": path, "image_size": SIZE})
+    with pytest.raises(UserError, match=r"has 4 classes \(ant, bee, cat, ...\), set --config.data.num_classes=4"):
+        build_data.source(tiny_config, "train")
+
+
+@pytest.mark.parametrize("suffix, source", [(".tar", "webdataset"), (".parquet", "parquet")])
+def test_shards_as_an_image_folder_name_their_source(tmp_path, suffix, source):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / f"0{suffix}").write_bytes(b"\xff\x00")
+    for path in (tmp_path / "images", tmp_path / "images" / f"0{suffix}"):
+        assert f"set config.data.source={source!r}" in refusal_of(str(path))
