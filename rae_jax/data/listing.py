@@ -15,7 +15,7 @@ from rae_jax.data.stores import Entries, Files
 from rae_jax.errors import UserError
 from rae_jax.runtime import atomic_files, logs
 
-LOOK_SECONDS = 1.0  # for a look at whether the files of a list exist
+LOOK_SECONDS = 0.5  # for a look at whether the files of a list exist
 OTHER_SOURCES = {".tar": "webdataset", ".parquet": "parquet", ".array_record": "array_record"}
 
 
