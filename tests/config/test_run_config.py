@@ -66,6 +66,9 @@ def test_places_of_data_and_weights_may_change_once_the_run_has_recorded_what_th
             UserError, match="on other data than config.data.path='/new/images': 96 images of 2 classes"
         ):
             inputs.compare_data(workdir, {**DATA, key: value}, "config.data.path='/new/images'")
+    (workdir / "one").mkdir()
+    inputs.record(workdir / "one", data={**DATA, "class_names": [""]})
+    inputs.compare_data(workdir / "one", {**DATA, "class_names": ["images"]}, "the name of an only class")
     given = {"encoder": "config.encoder.weights='/new/encoder'", "lpips": "config.lpips.vgg=''"}
     inputs.compare_weights(workdir, {"encoder": "1234", "lpips": "5"}, given)
     with pytest.raises(UserError, match=r"other weights than config.encoder.weights='/new/encoder' .*1234, not 99"):
