@@ -97,8 +97,8 @@ class Evaluator:
         source, data = build_data.source(self._config, "heldout"), self._config.data
         if not source.labelled:
             logs.say(
-                f"the images of config.data.heldout_path={data.heldout_path!r} have no labels: judge_accuracy and linear "
-                f"probes are left out; config.data.heldout_labels may name a file of labels"
+                f"the images of config.data.heldout_path={data.heldout_path!r} have no labels: judge_accuracy and "
+                f"linear probes are left out; config.data.heldout_labels may name a file of labels"
             )
         return source
 
