@@ -59,8 +59,9 @@ def _checked_classes(source, expected):
     count = len(source.class_names)
     if count != expected:
         names = ", ".join(source.class_names[:3]) + ", ..." * (count > 3)
+        counted = f"{count} class{'es' * (count > 1)} ({names})"
         raise UserError(
-            f"config.data.num_classes={expected} cannot work: the data has {count} classes ({names}), set "
+            f"config.data.num_classes={expected} cannot work: the data has {counted}, set "
             f"--config.data.num_classes={count}"
         )
     return source

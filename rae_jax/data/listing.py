@@ -46,13 +46,13 @@ def images_at(given, key, *, num_classes, on_error):
     )
 
 
-def no_images(named, split, suffixes=()):
+def no_images(named, suffixes=()):
     """Return the UserError about a path without images. `suffixes`: the suffixes of the files that are there."""
     other = next((source for suffix, source in OTHER_SOURCES.items() if suffix in suffixes), None)
     fix = (
         f"set config.data.source={other!r}" if other else "put more into one subfolder per class, or all in one folder"
     )
-    return UserError(f"{named} holds no images of the split {split}: {fix}")
+    return UserError(f"{named} holds no images: {fix}")
 
 
 def _changed(*paths):
@@ -115,7 +115,7 @@ def _in_folder(folder, named):
             lambda train, other: f"set config.data.path={folder / train} and config.data.heldout_path={folder / other}",
         )
         if not tree.names:
-            raise no_images(named, "train", tree.suffixes)
+            raise no_images(named, tree.suffixes)
         names, labels, class_names = class_folders.arrange(tree.names, tree.folders, named)
         tree.names = []
         _trees[folder] = tree, Found(Files(folder, Names(names)), labels, class_names)
@@ -169,7 +169,7 @@ def _in_zip(path, named, one_class, changed):
     files = [name for name in shown if not name.endswith("/")]
     names = [name for name in files if PurePosixPath(name).suffix.lower() in decode.SUFFIXES]
     if not names:
-        raise no_images(named, "train", {PurePosixPath(name).suffix.lower() for name in files})
+        raise no_images(named, {PurePosixPath(name).suffix.lower() for name in files})
     outer = "" if one_class else _outer_folder(names)
     names = [name.removeprefix(outer) for name in names]
     class_folders.refuse_splits(

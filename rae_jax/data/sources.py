@@ -165,21 +165,27 @@ def _of_split(images_at, paths, split, image_size, named):
     separate = split == "heldout" and bool(heldout_path)
     given, key = (heldout_path, named[1]) if separate else (path, named[0])
     found = images_at(given, key)
-    store = stores.Store(found.images, found.labels)
-    if separate:
-        store, class_names = _with_classes_of(images_at(path, named[0]), found, paths, named)
-        return ImageSource(store, class_names, image_size)
-    if not heldout_path:
+    store, class_names = stores.Store(found.images, found.labels), found.class_names
+    if separate and len(store):
+        store, class_names = _with_classes_of(images_at, found, paths, named)
+    elif not heldout_path:
         held_out = np.arange(len(store)) % HELDOUT_EVERY == 0
         store = store.subset(np.flatnonzero(held_out == (split == "heldout")))
     if not len(store):
-        raise listing.no_images(f"{key}={given!r}", split)
-    return ImageSource(store, found.class_names, image_size)
+        raise listing.no_images(f"{key}={given!r}")
+    return ImageSource(store, class_names, image_size)
 
 
-def _with_classes_of(train, found, paths, named):
-    """Return (store, class names) of separate held-out images `found`, with the classes of the training images."""
+def _with_classes_of(images_at, found, paths, named):
+    """Return (store, class names) of separate held-out images `found`, with the classes of the training images.
+
+    If the training images are not on this machine, the held-out images have their own classes.
+    """
     path, heldout_path, heldout_labels = paths
+    try:
+        train = images_at(path, named[0])
+    except UserError:  # raised where these images are read
+        train = found
     if heldout_labels:
         given = f"{named[2]}={heldout_labels!r}"
         names = [name for name, _ in stores.Store(found.images, None).image_names()]

@@ -152,6 +152,12 @@ def test_classes_of_one_set_and_folders_of_the_other(tmp_path):
     assert "'cat' is in only one" in refusal_of(classes, heldout_path=other, split="heldout")
 
 
+def test_held_out_images_can_be_read_without_the_training_images(tmp_path):
+    path = bring(tmp_path, "folder", ["ant/1.png", "cat/2.png"])
+    found = open_images(str(tmp_path / "nowhere"), heldout_path=path, split="heldout")
+    assert found.class_names == ("ant", "cat") and labels_of(found) == [0, 1]
+
+
 def test_the_number_of_classes_is_said_with_their_names(tmp_path, tiny_config):
     path = bring(tmp_path, "folder", [f"{c}/1.png" for c in ("ant", "bee", "cat", "dog")])
     tiny_config.data.update({"source": "image_folder", "path": path, "heldout_path": path, "image_size": SIZE})

@@ -251,13 +251,14 @@ def test_members_that_are_no_images_do_not_disturb(tmp_path):
         ({"0.png": PNGS[0], "0.cls": "1", "1.png": PNGS[1]}, "0.tar:1 has no label in the field 'cls'"),
         ({"0.png": PNGS[0], "0.json": "[1"}, "0.tar:0.json is not a JSON object"),
         ({"0.png": PNGS[0], "0.json": json.dumps({"label": [1]})}, "has no label in the field 'json.label'"),
-        ({"0.md": "x"}, "holds no images of the split train"),
+        ({"0.md": "x"}, "holds no images: put more"),
     ],
 )
 def test_samples_without_what_is_needed_are_named(tmp_path, members, message):
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(UserError, match=message):
-        _tar(tmp_path / "0.tar")
+    for split in ("train", "heldout"):
+        with pytest.raises(UserError, match=message):
+            _tar(tmp_path / "0.tar", split=split)
 
 
 def test_parquet_files_without_what_is_needed(tmp_path):
