@@ -132,7 +132,9 @@ def test_shards_by_folder_file_and_pattern(tmp_path, kind):
     }
     for pattern, count in counts.items():
         assert len(source(f"{tmp_path}/{pattern}", num_classes=8)) == count, pattern
-    assert labels_of(source(tmp_path, num_classes=8)) == list(range(8))
+    found = source(tmp_path, num_classes=8)
+    assert labels_of(found) == list(range(8))
+    assert found.name(3) == f"{tmp_path}/train-009.{kind}:{'000003' if kind == 'tar' else 'row 1'}"
     assert [len(source(tmp_path, heldout_path="", split=split)) for split in ("train", "heldout")] == [7, 1]
     with pytest.raises(UserError, match=f"train-012.{kind}' does not exist .1 in all"):
         source(f"{tmp_path}/train-{{010..012}}.{kind}")
@@ -212,7 +214,7 @@ def test_captions_and_labels_are_kept_in_packs(tmp_path):
 
 
 DAMAGE = {
-    "cut in an image": (lambda data: data[:700], "'000000.png' is cut off|unexpected end"),
+    "cut in an image": (lambda data: data[:700], "unexpected end"),
     "cut in a header": (lambda data: data[: 512 * 4 + 100], "is damaged at byte|unexpected end"),
     "garbled header": (lambda data: data[:2048] + b"\x01" * 512 + data[2560:], "is damaged at byte"),
     "empty": (lambda data: b"", "is not a whole tar file"),
