@@ -213,7 +213,14 @@ def test_captions_and_labels_are_kept_in_packs(tmp_path):
         np.testing.assert_array_equal(_pixels(packed), _expected(3))
 
 
+def _of_negative_size(data):
+    member = tarfile.TarInfo("000009.png")
+    member.size = -1024
+    return data[:-10240] + member.tobuf(tarfile.GNU_FORMAT) + data[-10240:]
+
+
 DAMAGE = {
+    "negative size": (_of_negative_size, "has a negative size|not in order|damaged at byte"),
     "cut in an image": (lambda data: data[:700], "unexpected end"),
     "cut in a header": (lambda data: data[: 512 * 4 + 100], "is damaged at byte|unexpected end"),
     "garbled header": (lambda data: data[:2048] + b"\x01" * 512 + data[2560:], "is damaged at byte"),
