@@ -58,9 +58,17 @@ def _copied_parquet(folder):
 FORMS = {"zip": _zip, "list": _list, "tar": _tars, "parquet": _parquet, "copied parquet": _copied_parquet}
 
 
-def _batches(source, rows=None):
+def _batches(source, rows=None, num_workers=0):
     reading = {"batch_size": BATCH, "seed": 5, "random_crop": True, "flip": True, "num_threads": 2, "rows": rows}
+    reading["num_workers"] = num_workers
     return iter(pipeline.training_batches(source, **reading))
+
+
+@pytest.fixture(autouse=True)
+def no_index(monkeypatch):
+    """Nothing is kept from one test to the next."""
+    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
+        monkeypatch.setattr(shard_index, name, value)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +78,8 @@ def expected():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_photographs_give_the_same_batches(tmp_path, form, expected, monkeypatch):
+def test_the_same_photographs_give_the_same_batches(tmp_path, form, expected):
     """Also when reading is resumed by two processes."""
-    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
-        monkeypatch.setattr(shard_index, name, value)
     source = FORMS[form](tmp_path)
     iterator = _batches(source)
     first = [next(iterator) for _ in range(4)]
@@ -86,3 +92,14 @@ def test_the_same_photographs_give_the_same_batches(tmp_path, form, expected, mo
         np.testing.assert_array_equal(ours["image"], theirs["image"])
         np.testing.assert_array_equal(ours["label"], theirs["label"])
     assert len(source) == 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_worker_processes_read_the_same_batches(tmp_path, form, expected):
+    iterator = _batches(FORMS[form](tmp_path), num_workers=2)
+    for theirs in expected:
+        ours = next(iterator)
+        np.testing.assert_array_equal(ours["image"], theirs["image"])
+        np.testing.assert_array_equal(ours["label"], theirs["label"])
+    iterator.close()
