@@ -31,6 +31,10 @@ def arrange(names, folders, given):
     inside = [name for name in names if "/" in name]
     if len(inside) < len(names):
         logs.say(f"{given}: {len(names) - len(inside)} images outside of its class folders are left out")
+    if len(filled) == 1 and len({name.split("/")[1] for name in inside if name.count("/") > 1}) > 1:
+        logs.say(
+            f"{given}: all images are in {next(iter(filled))!r}; if the folders inside are the classes, name this folder"
+        )
     class_names = tuple(sorted(filled.union(folders)))
     empty = [name for name in class_names if name not in filled]
     if empty:

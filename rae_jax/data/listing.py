@@ -48,11 +48,14 @@ def images_at(given, key, *, num_classes, on_error):
 
 def no_images(named, suffixes=()):
     """Return the UserError about a path without images. `suffixes`: the suffixes of the files that are there."""
-    other = next((source for suffix, source in OTHER_SOURCES.items() if suffix in suffixes), None)
-    fix = (
-        f"set config.data.source={other!r}" if other else "put more into one subfolder per class, or all in one folder"
-    )
+    fix = other_source(suffixes) or "put more into one subfolder per class, or all in one folder"
     return UserError(f"{named} holds no images: {fix}")
+
+
+def other_source(suffixes):
+    """Return the words that name the source for files with some of these suffixes; None if no source has them."""
+    found = [(suffix, source) for suffix, source in OTHER_SOURCES.items() if suffix in suffixes]
+    return f"for its {found[0][0]} files set source={found[0][1]!r}" if found else None
 
 
 def _changed(*paths):
@@ -127,8 +130,7 @@ def _in_list(path, named, num_classes, on_error, changed):
     try:
         names, labels = label_files.read_list(path, num_classes)
     except ValueError as error:
-        source = OTHER_SOURCES.get(path.suffix.lower())
-        fix = f"set config.data.source={source!r}" if source else "name one of these"
+        fix = other_source([path.suffix.lower()]) or "name one of these"
         raise UserError(f"{named} is neither a folder, a .zip archive nor a text file: {fix}") from error
     plain = [name if _is_plain(name) else str(PurePosixPath(name)) for name in names]
     images = Files(path.parent, Names(plain))

@@ -65,8 +65,7 @@ def _fix(*suffixes):
     """Return what to do about files with other suffixes."""
     if {".gz", ".tgz", ".bz2", ".xz", ".zst"} & set(suffixes):
         return "compressed shards cannot be read at random places: decompress them once (gunzip)"
-    source = next((listing.OTHER_SOURCES[suffix] for suffix in suffixes if suffix in listing.OTHER_SOURCES), None)
-    return f"set config.data.source={source or 'image_folder'!r}, or name other files"
+    return listing.other_source(suffixes) or "for images in folders set source='image_folder'"
 
 
 def _expanded(pattern):

@@ -26,6 +26,12 @@ def test_images_at_any_depth_belong_to_their_class_folder(tmp_path, kind):
     assert found.class_names == ("ant", "cat") and sorted(labels_of(found)) == [0, 0, 1, 1]
 
 
+def test_a_folder_around_the_class_folders_is_one_class_and_said(tmp_path, capfd):
+    found = open_images(bring(tmp_path, "folder", ["test/ant/1.png", "test/cat/2.png"]))
+    assert found.class_names == ("test",)
+    assert "all images are in 'test'; if the folders inside are the classes, name this folder" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_files_and_folders_are_left_out(tmp_path, kind):
     names = [
@@ -170,4 +176,4 @@ def test_shards_as_an_image_folder_name_their_source(tmp_path, suffix, source):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / f"0{suffix}").write_bytes(b"\xff\x00")
     for path in (tmp_path / "images", tmp_path / "images" / f"0{suffix}"):
-        assert f"set config.data.source={source!r}" in refusal_of(str(path))
+        assert f"for its {suffix} files set source={source!r}" in refusal_of(str(path))
