@@ -32,9 +32,8 @@ def arrange(names, folders, given):
     if len(inside) < len(names):
         logs.say(f"{given}: {len(names) - len(inside)} images outside of its class folders are left out")
     if len(filled) == 1 and len({name.split("/")[1] for name in inside if name.count("/") > 1}) > 1:
-        logs.say(
-            f"{given}: all images are in {next(iter(filled))!r}; if the folders inside are the classes, name this folder"
-        )
+        (outer,) = filled
+        logs.say(f"{given}: all images are in {outer!r}; if the folders inside are the classes, name this folder")
     class_names = tuple(sorted(filled.union(folders)))
     empty = [name for name in class_names if name not in filled]
     if empty:
