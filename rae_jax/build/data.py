@@ -16,14 +16,15 @@ def source(config, split, crop=None):
     Raises UserError if the number of its classes is not config.data.num_classes.
     """
     data = config.data
-    places = {"path": data.path, "heldout_path": data.heldout_path, "heldout_labels": data.heldout_labels}
-    images = {**places, "split": split, "image_size": data.image_size, "num_classes": data.num_classes}
+    images = {"path": data.path, "heldout_path": data.heldout_path, "split": split}
+    images |= {"image_size": data.image_size, "num_classes": data.num_classes}
     match data.source:
         case "shapes":
             num_images = {"train": data.num_train, "heldout": data.num_heldout}[split]
             found = Shapes(split=split, num_images=num_images, image_size=data.image_size, seed=config.seed)
         case "image_folder":
-            found = sources.image_folder(**images, on_error=data.on_error)
+            options = {"heldout_labels": data.heldout_labels, "on_error": data.on_error}
+            found = sources.image_folder(**images, **options)
         case "webdataset":
             found = sources.webdataset(**images, fields=data.fields.to_dict())
         case "parquet":

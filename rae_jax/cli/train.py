@@ -34,8 +34,8 @@ def run(config, workdir, mesh, flags):
 def in_workdir(config, workdir, mesh, work):
     """Call `work(config, workdir, mesh, evaluator)` while this run owns the workdir.
 
-    Missing data and networks raise UserError before anything is written. If `work` meets a damaged checkpoint of a
-    finished stage, the checkpoint is set aside and `work` is called again.
+    Missing data and networks raise UserError before anything but the index of the data is written. If `work` meets a
+    damaged checkpoint of a finished stage, the checkpoint is set aside and `work` is called again.
     """
     if not part_weights.has_checkpoints(config, workdir):
         checks.check_schedules(config)

@@ -156,11 +156,13 @@ def _peer(source, path, names, copies):
         case "webdataset":
             import webdataset  # noqa: F401
 
-            return functools.partial(_tars, shards.files_at(path, "--path", ".tar"))
+            return functools.partial(_tars, shards.files_at(path, "--path", ".tar", sources.FLAGS))
         case "parquet":
             import datasets  # noqa: F401
 
-            return functools.partial(_parquets, shards.files_at(path, "--path", ".parquet"), copies=copies)
+            return functools.partial(
+                _parquets, shards.files_at(path, "--path", ".parquet", sources.FLAGS), copies=copies
+            )
     return functools.partial(_Files, names) if all(map(os.path.exists, names)) else None
 
 

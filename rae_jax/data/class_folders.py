@@ -8,8 +8,8 @@ from rae_jax.errors import UserError
 from rae_jax.runtime import logs
 
 ONE_CLASS = ("images",)  # the name of the class of images without class folders
-_TRAIN, _OTHERS = r"train(?:ing)?", r"val(?:id(?:ation)?)?|test(?:ing)?|eval(?:uation)?|dev|held[-_]?out"
-_SPLIT = re.compile(rf"(?:.*[-_.])?(?:(?P<train>{_TRAIN})|{_OTHERS})(?:[-_.]?\d.*)?", re.IGNORECASE)
+_WORDS = r"(?P<train>train(?:ing)?)|val(?:id(?:ation)?)?|test(?:ing)?|eval(?:uation)?|dev|held[-_]?out"
+_SPLIT = re.compile(rf"(?<![a-zA-Z])(?i:{_WORDS})(?![a-z])")
 
 
 def is_hidden(name):
@@ -30,8 +30,8 @@ def arrange(names, folders, given):
         return names, np.zeros(len(names), np.int32), ONE_CLASS
     inside = [name for name in names if "/" in name]
     if len(inside) < len(names):
-        logs.say(f"{given}: {len(names) - len(inside)} images outside of its class folders are left out")
-    if len(filled) == 1 and len({name.split("/")[1] for name in inside if name.count("/") > 1}) > 1:
+        logs.say(f"{given}: images outside of its class folders are left out ({len(names) - len(inside)} in all)")
+    if len(filled) == 1 and len(_second_folders(inside)) > 1:
         (outer,) = filled
         logs.say(f"{given}: all images are in {outer!r}; if the folders inside are the classes, name this folder")
     class_names = tuple(sorted(filled.union(folders)))
@@ -44,16 +44,41 @@ def arrange(names, folders, given):
     return inside, labels, class_names
 
 
-def splits(names):
-    """Return the names if they are the names of splits, such as train and val, and not of classes; otherwise None."""
-    found = [_SPLIT.fullmatch(name) for name in names]
-    if not found or not all(found) or len({match["train"] is None for match in found}) < 2:
-        return None
-    return sorted(names, key=lambda name: (_SPLIT.fullmatch(name)["train"] is None, name))
+def refuse_splits_of_tree(names, given, fix):
+    """Raise UserError if the class folders of images `names` are splits, or the folders in their only folder.
+
+    `fix(train, other)`: what to do about the two folders.
+    """
+    tops = {name.partition("/")[0] for name in names if "/" in name}
+    refuse_splits(tops, given, fix)
+    if len(tops) == 1:
+        (outer,) = tops
+        inside = _second_folders(names)
+        refuse_splits(inside, given, lambda *both: fix(*(f"{outer}/{name}" for name in both)))
 
 
 def refuse_splits(names, given, fix):
-    """Raise UserError if names of class folders, or of shards, are names of splits. `fix`: what to do about it."""
-    found = splits(names)
-    if found:
-        raise UserError(f"{given} holds the splits {' and '.join(map(repr, found))}, not classes: {fix(*found[:2])}")
+    """Raise UserError if two names are those of a training and of another split, such as train and val.
+
+    They are, if they are equal but for the word of the split and for numbers. `fix(train, other)`: what to do.
+    """
+    trains, others = {}, {}
+    for name in sorted(names):
+        if match := _SPLIT.search(name):
+            rest = re.sub(r"\d+", "", name[: match.start()] + "/" + name[match.end() :])
+            (others if match["train"] is None else trains).setdefault(rest, name)
+    for rest, train in trains.items():
+        if rest in others:
+            both = train, others[rest]
+            raise UserError(f"{given} holds the splits {both[0]!r} and {both[1]!r}, not classes: {fix(*both)}")
+
+
+def pattern_of_split(name):
+    """Return the pattern of the names of a split's shards, from one of them: numbers after the split's word are '*'."""
+    end = _SPLIT.search(name).end()
+    return name[:end] + re.sub(r"\d+", "*", name[end:])
+
+
+def _second_folders(names):
+    """Return the names of the folders in the folders at the top."""
+    return {name.split("/")[1] for name in names if name.count("/") > 1}

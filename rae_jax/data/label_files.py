@@ -3,6 +3,7 @@
 import csv
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ def lines(data):
     """
     text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     if "\0" in text:
-        raise ValueError("it is not a text")
+        raise ValueError("it is not text")
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
         if line := line.strip():
             yield number, line
 
 
 def read_list(path, num_classes):
-    """Return (names, labels) of a text file with a line `IMAGE LABEL` for each image; '\\' in names becomes '/'.
+    """Return (names, labels) of a text file with a line `IMAGE LABEL` for each image.
 
     Raises UserError for a line of another form, and for a label from `num_classes` on, unless it is None. Raises
     ValueError for a file that is not a text.
@@ -45,7 +46,7 @@ def read_list(path, num_classes):
             )
         if num_classes is not None and int(label) >= num_classes:
             raise UserError(f"{path}, line {number}: label {label} is outside of 0 to {num_classes - 1}: correct it")
-        names.append(name.replace("\\", "/"))
+        names.append(name)
         labels.append(int(label))
     return names, labels
 
@@ -55,30 +56,46 @@ def labels_of(path, names, class_names, given):
 
     The file is ImageNet's development kit (its folder, its .tar.gz, or the ground truth next to meta.mat), Kaggle's
     LOC_val_solution.csv (or a folder that holds it), or a text or .csv file with `IMAGE CLASS` in each line, CLASS a
-    name or a number. IMAGE may lack folder and suffix. `given`: the key and the value that name the file, for messages.
-    Raises UserError for an image without a label, and for an unknown class.
+    name or a number. `given`: the key and the value that name the file, for messages. Raises UserError for an image
+    without a label or with two, and for an unknown class.
+
+    IMAGE may lack folder and suffix, if it then still names one image.
     """
-    try:
-        found = _read(Path(path).expanduser(), names)
-    except (OSError, ValueError, KeyError, tarfile.TarError, csv.Error, MatReadError) as error:
-        raise UserError(
-            f"{given} cannot be read ({one_line(error)}): name ImageNet's development kit, {KAGGLE}, or a text file "
-            f"with a line `IMAGE CLASS` for each image"
-        ) from error
     numbers = {**{str(i): i for i in range(len(class_names))}, **{name: i for i, name in enumerate(class_names)}}
+    try:
+        found = _read(Path(path).expanduser(), names, numbers)
+    except _DAMAGED as error:
+        raise UserError(
+            f"{given} cannot be read ({one_line(error, longest=200)}): name ImageNet's development kit, {KAGGLE}, or a "
+            f"text file with a line `IMAGE CLASS` for each image"
+        ) from error
+    whole, stems = {}, {}
+    for image, label in found:
+        whole[_plain(image)] = label
+        stems.setdefault(_stem(image), set()).add(label)
     labels = np.empty(len(names), np.int32)
     for i, name in enumerate(names):
-        label = found.get(_stem(name))
-        if label is None:
-            raise UserError(f"{given} has no label of {name}: add it, or leave the labels out")
+        same_stem = stems.get(_stem(name), ())
+        if _plain(name) not in whole and len(same_stem) != 1:
+            problem = f"has no label of {name}: add it" if not same_stem else f"names {name} without its folder: add it"
+            raise UserError(f"{given} {problem}, or leave the labels out")
+        label = whole.get(_plain(name), *same_stem) if len(same_stem) == 1 else whole[_plain(name)]
         if label not in numbers:
-            raise UserError(f"{given} gives {name} the class {label!r}, which the training images do not have")
+            raise UserError(
+                f"{given} gives {name} the class {label!r}, which the training images do not have: correct it, or "
+                f"leave the labels out"
+            )
         labels[i] = numbers[label]
     return labels
 
 
-def _read(path, names):
-    """Return {image without folder and suffix: class}."""
+# The errors of readers of damaged text, tar and .mat files.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error)
+_DAMAGED += (tarfile.TarError, csv.Error, MatReadError)
+
+
+def _read(path, names, known):
+    """Return [(image, class)]; `known`: the names of classes."""
     if path.is_dir():
         inside = [path / KAGGLE, *path.glob(f"**/{GROUND_TRUTH}")]
         path = next((file for file in inside if file.is_file()), path / KAGGLE)
@@ -91,25 +108,34 @@ def _read(path, names):
     if path.name == GROUND_TRUTH:
         return _of_development_kit(data, (path.parent / META).read_bytes(), names)
     if path.suffix.lower() == ".csv":
-        rows = csv.reader(line for _, line in lines(data))
-        return {_stem(row[0]): row[1].split()[0] for row in rows if len(row) > 1 and row[1].split()}
-    found = {}
-    for number, line in lines(data):
-        name, label = _name_and_label(line)
-        if not name:
-            raise ValueError(f"line {number} is {line[:_SHOWN]!r}, not `IMAGE CLASS`")
-        found[_stem(name)] = label
+        rows = [row for row in csv.reader(line for _, line in lines(data)) if len(row) > 1 and row[1].strip()]
+        # Kaggle's second field also holds boxes.
+        return [(row[0], row[1].strip() if row[1].strip() in known else row[1].split()[0]) for row in rows]
+    found = [_image_and_class(line, known) for _, line in lines(data)]
+    for number, (image, _) in enumerate(found, 1):
+        if not image:
+            raise ValueError(f"entry {number} is not `IMAGE CLASS`")
     return found
 
 
+def _image_and_class(line, known):
+    """Return (image, class) of a line; both may hold spaces if a tab is between them, or if the class is known."""
+    if "\t" in line:
+        image, _, label = line.rpartition("\t")
+        return image.strip(), label.strip()
+    spaces = (place for place, character in enumerate(line) if character == " ")
+    place = next((place for place in spaces if line[place + 1 :] in known), None)
+    return _name_and_label(line) if place is None else (line[:place].strip(), line[place + 1 :])
+
+
 def _of_development_kit(truth, meta, names):
-    """Return {image: class} of ImageNet's validation images: line n of `truth` is the number in `meta` of image n."""
+    """Return [(image, class)] of ImageNet's validation images: line n of `truth` is the number in `meta` of image n."""
     synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     classes = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in np.atleast_1d(synsets)}
     numbers = [int(line) for _, line in lines(truth)]
     if len(numbers) != len(names):
         raise ValueError(f"it has labels of {len(numbers)} images, and there are {len(names)}")
-    return {_stem(name): classes[number] for name, number in zip(sorted(names), numbers, strict=True)}
+    return [(name, classes[number]) for name, number in zip(sorted(names), numbers, strict=True)]
 
 
 def _name_and_label(line):
@@ -117,8 +143,13 @@ def _name_and_label(line):
     return (name, label[0]) if label else ("", name)
 
 
+def _plain(name):
+    """Return the name of an image with '/' and without './' or '/' in front."""
+    return name.replace("\\", "/").removeprefix("./").lstrip("/")
+
+
 def _stem(name):
     """Return the name of an image without folder and suffix."""
-    name = name.replace("\\", "/").rpartition("/")[2]
+    name = _plain(name).rpartition("/")[2]
     stem, dot, suffix = name.rpartition(".")
     return stem if dot and suffix.isalpha() else name

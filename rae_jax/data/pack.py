@@ -33,17 +33,20 @@ IMAGES_PER_SHARD = 2048
 _OPTIONS = ("image_size", "crop", "encoding", "quality", "images_per_shard", "num_workers", "on_error")  # flags
 
 
-def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard, num_workers, on_error):
+def pack(parts, output, *, image_size, crop, encoding, quality, images_per_shard, num_workers, on_error, fields=()):
     """Write the sources `parts` {split: ImageSource} to the folder `output` and return the index.
+
+    `fields`: {setting: value} of how the sources read shards; packing is resumed only with the same.
 
     Raises UserError for an image that cannot be read (with `on_error`='stop'), if the folder holds other files, or if a
     shard that is read back is not equal to what was written.
     """
     output = Path(output)
     form = {"image_size": image_size, "crop": crop, "encoding": encoding, "quality": quality, "on_error": on_error}
-    unlabelled = {"unlabelled": found} if (found := [s for s, source in parts.items() if not source.labelled]) else {}
-    request = {**form, "images_per_shard": images_per_shard, **unlabelled}
-    shard_writer.claim(output, {**request, "images": _digest(parts)})
+    names = [split for split, source in parts.items() if not source.labelled]
+    unlabelled = {"unlabelled": names} if names else {}
+    request = {**form, "images_per_shard": images_per_shard, **unlabelled, **dict(fields)}
+    shard_writer.claim(output, {**request, "images": _digest(parts), "labels": _digest_of_labels(parts)})
     packer = _Packer(parts, output, images_per_shard, form)
     packed_shards = {split: [] for split in parts}
     for (split, _), shard in zip(packer.jobs(), _run(packer, num_workers), strict=True):
@@ -60,6 +63,15 @@ def _digest(parts):
     for split, source in parts.items():
         for name in source.names():
             digest.update(f"{split} {name}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _digest_of_labels(parts):
+    """Return a digest of the labels of all images, and of the names of the classes."""
+    digest = hashlib.sha256(json.dumps([source.class_names for source in parts.values()]).encode())
+    for source in parts.values():
+        for name, label in source.image_names():
+            digest.update(f"{name}\t{label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -143,7 +155,8 @@ def _records(source, rows, form, skipped):
     for row in rows:
         try:
             example = source.example(row, form.crop)
-            captions = source.captions(row)
+            with decode.naming(source.name(row)):
+                captions = source.captions(row)
         except UserError as error:
             if not form.skips:
                 raise
@@ -185,11 +198,12 @@ def _sources(given):
             "--path and --tfds: exactly one of them is needed; name images by --path, or a data set by --tfds"
         )
     if given.tfds is None:
-        options = {"path": given.path, "heldout_path": given.heldout_path, "heldout_labels": given.heldout_labels}
-        options |= {"image_size": size, "named": sources.FLAGS}
+        options = {"path": given.path, "heldout_path": given.heldout_path, "image_size": size, "named": sources.FLAGS}
         fields = {name: given[f"{name}_field"].value for name in sources.NO_FIELDS}
         kinds = {
-            "image_folder": functools.partial(sources.image_folder, on_error=given.on_error),
+            "image_folder": functools.partial(
+                sources.image_folder, heldout_labels=given.heldout_labels, on_error=given.on_error
+            ),
             "webdataset": functools.partial(sources.webdataset, fields=fields),
             "parquet": functools.partial(sources.parquet, fields=fields),
         }
@@ -246,7 +260,10 @@ def _run_command(argv):
     try:
         sharding.all_devices()
         shard_index.keep_in(Path(given.output) / shard_writer.INDEX_OF_SHARDS, copies=False)
-        index = pack(_sources(given), given.output, **{name: given[name].value for name in _OPTIONS})
+        options = {name: given[name].value for name in _OPTIONS}
+        fields = {f"{name}_field": given[f"{name}_field"].value for name in sources.NO_FIELDS}
+        options["fields"] = {name: value for name, value in fields.items() if value}
+        index = pack(_sources(given), given.output, **options)
     except UserError as error:
         command_line.fail(str(error))
     for split, written in index["splits"].items():

@@ -1,27 +1,25 @@
 """Parquet files as `datasets` exports them: a column of images ({bytes, path} or bytes), of labels, and of captions.
 
-Needs pyarrow. Parquet decodes whole row groups, which is fast in order and slow in random order. For random order the
-images are copied once to a file of their own, as `datasets` does.
+Needs pyarrow. Parquet decodes whole row groups, which is fast in order and slow in random order: see parquet_copy.
 """
 
 import contextlib
 import functools
 import json
 import os
-import shutil
 import threading
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from rae_jax.data import shard_index
 from rae_jax.data.stores import LARGEST_IMAGE
 from rae_jax.errors import UserError, one_line
-from rae_jax.runtime import atomic_files, logs
+from rae_jax.runtime import logs
 
 # Names of columns that are looked for in turn.
 IMAGES, LABELS, CAPTIONS = ("image", "img", "jpg", "png"), ("label", "labels", "cls"), ("caption", "text", "txt")
+_ROWS_COPIED = 64  # images in memory while they are copied
 
 
 class Columns(NamedTuple):
@@ -32,6 +30,11 @@ class Columns(NamedTuple):
     label: str  # '': none
     class_names: tuple  # () if the files do not tell
     caption: str  # '': none
+
+    @property
+    def path(self):
+        """The part of the column of images that is read."""
+        return f"{self.image}.bytes" if self.is_struct else self.image
 
 
 class Rows:
@@ -77,19 +80,27 @@ class Rows:
         first = int(self._ends[group - 1]) if group else 0
         return self._decoded(group)[column][row - first].as_py()
 
+    def images(self):
+        """Yield (bytes or None) of all images in order, without decoding whole row groups."""
+        for file in self._files:
+            with _reading(file), _open(file) as opened:
+                for batch in opened.iter_batches(batch_size=_ROWS_COPIED, columns=[self._columns.path]):
+                    for value in batch.column(0):
+                        value = value.as_py()
+                        yield value["bytes"] if self._columns.is_struct and value is not None else value
+
     def _decoded(self, group):
         """Return the columns of a row group; the last two row groups are kept."""
         with self._kept[1]:
             kept = self._kept[0]
             if group not in kept:
                 file, number = self._groups[group]
-                names = [self._columns.image + ".bytes" * self._columns.is_struct]
-                names += [self._columns.caption] if self._columns.caption else []
+                names = [name for name in (self._columns.path, self._columns.caption) if name]
                 with _reading(self._files[file], ValueError), _open(self._files[file]) as opened:
                     table = opened.read_row_group(number, columns=names)
                 if len(kept) > 1:
                     kept.pop(next(iter(kept)))
-                kept[group] = [table[name.removesuffix(".bytes")] for name in names]
+                kept[group] = [table[name] for name in (self._columns.image, self._columns.caption) if name]
             return kept[group]
 
     @functools.cached_property
@@ -100,91 +111,47 @@ class Rows:
         return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
 
-class Copied:
-    """The images of Rows, copied to one file; see stores."""
-
-    def __init__(self, rows, path, ends):
-        self._rows, self._path, self._ends = rows, path, ends
-        self.captions, self.names, self.inner_names = rows.captions, rows.names, rows.inner_names
-
-    def __len__(self):
-        return len(self._rows)
-
-    def read(self, row):
-        """Return the bytes of an image. Raises ValueError for a row without bytes."""
-        start, end = (int(self._ends[row - 1]) if row else 0), int(self._ends[row])
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(start)
-            data = file.read(end - start)
-        if len(data) < max(end - start, 1):
-            raise ValueError(f"its row holds no bytes of an image, or {self._path} is damaged: remove this file")
-        return data
-
-
-def rows_of(files, fields):
+def rows_of(files, fields, named):
     """Return (Rows, labels int32, class names) of files. `fields`: {'image', 'label', 'caption'}: columns, '' (found).
 
-    The class names are () if labels are numbers without names. Raises UserError for files that cannot be read, and for
-    columns that do not exist.
+    The class names are () if labels are numbers without names. Without a column of labels, which is said, all images
+    are one class. Raises UserError for files that cannot be read or do not have the same columns, and for columns that
+    do not exist. `named`: see sources.KEYS.
     """
+    name = shard_index.digest(files, [fields, "rows"])
+    if name not in _rows:
+        if len(_rows) > 3:
+            _rows.pop(next(iter(_rows)))
+        _rows[name] = _rows_of(tuple(files), fields, named)
+    return _rows[name]
+
+
+_rows = {}  # {digest: result of rows_of} of the files that were opened last
+
+
+def _rows_of(files, fields, named):
     columns, counts, labels = None, [], []
     for file in files:
-        with _reading(file, UserError), _open(file) as opened:
-            columns = columns or _columns(opened.schema_arrow, fields, file)
+        with _reading(file), _open(file) as opened:
+            found = _columns(opened.schema_arrow, fields, file, named[3])
+            columns = columns or found
+            if found != columns:
+                raise UserError(f"{file} has other columns than {files[0]}: {found} and not {columns}: leave it out")
             metadata = opened.metadata
             counts.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
             if columns.label:
                 labels += opened.read(columns=[columns.label])[columns.label].to_pylist()
-    rows = Rows(files, columns, counts)
+    rows, key = Rows(files, columns, counts), named[3].format("label")
     missing = next((row for row, label in enumerate(labels) if label is None), None)
     if missing is not None:
-        raise UserError(f"{rows.names([missing])[0]} has no {columns.label!r}: add it, or set config.data.fields.label")
+        raise UserError(f"{rows.names([missing])[0]} has no {columns.label!r}: add it, or set {key}")
+    if not columns.label and len(rows):
+        logs.say(f"{files[0]}: no column of labels is found, and all images are one class; {key} names another column")
     labels, class_names = shard_index.classes_of(labels, len(rows))
     return rows, labels, class_names or columns.class_names
 
 
-def copied(rows, files, fields):
-    """Return the images of Rows for reading in random order: from a copy, which is made once and kept; see shard_index.
-
-    Without a folder for it, or on a remote one, the rows themselves are read. Raises UserError if the disk is full.
-    """
-    folder = shard_index.folder_of_copies()
-    if folder is None or not len(rows):
-        return rows
-    name = shard_index.digest(files, fields)
-    path, ends = folder / f"{name}.images", folder / f"{name}.ends.npy"
-    if not (path.exists() and ends.exists()):
-        _copy(rows, path, ends, total=sum(os.stat(file).st_size for file in files))
-    return Copied(rows, str(path), np.load(ends))
-
-
-def _copy(rows, path, ends, total):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < total:
-        raise UserError(
-            f"{path.parent} has {free >> 20} MiB left, and a copy of the images of the parquet files takes "
-            f"{total >> 20}: make room, or pack them (rae_jax.data.pack --source=parquet)"
-        )
-    logs.say(f"copying the images of the parquet files to {path}, once")
-    unfinished, lengths = f"{path}.unfinished{jax.process_index()}", np.zeros(len(rows), np.int64)
-    try:
-        with open(unfinished, "wb") as file, logs.Progress("copy", total=len(rows), unit="image") as progress:
-            for row in range(len(rows)):
-                with contextlib.suppress(ValueError):  # reported by the policy of callers when the image is read
-                    lengths[row] = file.write(rows.read(row))
-                progress.update(row + 1)
-        with open(f"{ends}.unfinished{jax.process_index()}", "wb") as file:
-            np.save(file, np.cumsum(lengths))
-        os.replace(file.name, ends)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({atomic_files.reason(error)}): make room, or pack the data"
-        ) from error
-
-
-def _columns(schema, fields, file):
+def _columns(schema, fields, file, key):
     """Return the Columns of a schema: the named ones, otherwise the first of the usual names."""
     import pyarrow.types as types
 
@@ -192,7 +159,7 @@ def _columns(schema, fields, file):
         suited = [field.name for field in schema if suits(field.type)]
         if fields[kind] and fields[kind] not in suited:
             raise UserError(
-                f"config.data.fields.{kind}={fields[kind]!r} is no column of {file} that can be a {kind}: choose from "
+                f"{key.format(kind)}={fields[kind]!r} is no column of {file} that can be a {kind}: choose from "
                 f"{', '.join(suited) or 'another file'}"
             )
         return fields[kind] or next((name for name in usual if name in suited), "")
@@ -206,15 +173,27 @@ def _columns(schema, fields, file):
     def is_text(kind):
         return types.is_string(kind) or types.is_large_string(kind)
 
+    def is_label(kind):
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return types.is_integer(kind) or types.is_boolean(kind) or is_text(kind)
+
     image = choose("image", [*IMAGES, *(field.name for field in schema)], is_image)
     if not image:
         raise UserError(f"{file} has no column of images ({{bytes, path}} or bytes): its columns are {schema.names}")
-    label = choose("label", LABELS, lambda kind: types.is_integer(kind) or is_text(kind))
-    caption = choose(
-        "caption", CAPTIONS, lambda kind: is_text(kind) or (types.is_list(kind) and is_text(kind.value_type))
-    )
+    label = choose("label", LABELS, is_label)
+    unsuited = [name for name in LABELS if name in schema.names] if not label else []
+    if unsuited:
+        kind = schema.field(unsuited[0]).type
+        raise UserError(f"{file}: the column {unsuited[0]!r} of {kind} holds no labels: set {key.format('label')}")
+    caption = choose("caption", CAPTIONS, lambda kind: is_text(kind) or _is_list(kind, is_text))
     is_struct = types.is_struct(schema.field(image).type)
     return Columns(image, is_struct, label, _class_names(schema, label), "" if caption == label else caption)
+
+
+def _is_list(kind, of):
+    import pyarrow.types as types
+
+    return (types.is_list(kind) or types.is_large_list(kind)) and of(kind.value_type)
 
 
 def _class_names(schema, label):
@@ -235,8 +214,8 @@ def _open(file):
 
 
 @contextlib.contextmanager
-def _reading(file, kind):
-    """Turn errors of pyarrow into an error of a kind that names the file."""
+def _reading(file, kind=UserError):
+    """Turn errors of pyarrow into an error, by default a UserError, that names the file."""
     try:
         import pyarrow
     except ImportError as error:

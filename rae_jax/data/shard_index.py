@@ -5,7 +5,10 @@ import hashlib
 import io
 import json
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +20,10 @@ from rae_jax.data.stores import LARGEST_IMAGE
 from rae_jax.runtime import atomic_files, logs, processes
 
 _VERSION = 1  # of the file; an index of another version is built again
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+_END = 2**16  # bytes at both ends of a file that are compared
+# The errors of NumPy's reader for a damaged file.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, SyntaxError, MemoryError)
+_DAMAGED += (struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 _folder = None  # where indices are kept; None: in this process alone
 _copies = False  # whether copies of images are kept there too
 
@@ -61,8 +67,9 @@ class Spans:
         return [f"{file}:{name}" for file, name in zip(files, self._index.names.take(rows), strict=True)]
 
     def inner_names(self, rows):
-        """Return the names of some images without the place of their files."""
-        return list(map(os.path.basename, self.names(rows)))
+        """Return the names of some images, with the names of their files without folders."""
+        files = [os.path.basename(self._files[shard]) for shard in self._index.shard[rows].tolist()]
+        return [f"{file}:{name}" for file, name in zip(files, self._index.names.take(rows), strict=True)]
 
     def _read(self, row, offset, length):
         if length > LARGEST_IMAGE:
@@ -82,7 +89,7 @@ def classes_of(labels, count):
     class.
     """
     try:
-        numbers = np.array([int(label) for label in labels], np.int64)
+        numbers = np.array([_number(label) for label in labels], np.int64)
     except (ValueError, OverflowError):
         pass  # names
     else:
@@ -94,14 +101,35 @@ def classes_of(labels, count):
     return np.array([numbers[str(label)] for label in labels], np.int32), class_names
 
 
+def _number(label):
+    """Return a label as an integer. Raises ValueError for another one, such as a name or 0.5."""
+    value = float(label)
+    if not value.is_integer():
+        raise ValueError(f"{label!r} is no integer")
+    return int(label) if isinstance(label, int) else int(value)
+
+
+def json_value(text, key):
+    """Return a value in JSON by its key, KEY or KEY.KEY, or None. Raises ValueError if the text is no JSON object."""
+    try:
+        value = dict(json.loads(text))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def captions_of(data, field):
-    """Return the captions in the bytes of a field: a text, or by 'json.KEY' a string or a list of strings in JSON."""
-    text = data.decode("utf-8", "replace")
+    """Return the captions in the bytes of a field: a text, or by 'json.KEY' a string or a list of strings in JSON.
+
+    Raises ValueError if the field is no JSON object.
+    """
+    text = data.decode("utf-8-sig", "replace")
     _, dot, key = field.partition(".")
-    if not dot:
-        return [text.strip()] if text.strip() else []
-    value = json.loads(text).get(key) or []
-    return [value] if isinstance(value, str) else [str(caption) for caption in value]
+    value = json_value(text, key) if dot else text
+    values = value if isinstance(value, list) else [value]
+    return [caption.strip() for caption in values if isinstance(caption, str) and caption.strip()]
 
 
 def keep_in(folder, *, copies):
@@ -119,9 +147,19 @@ def folder_of_copies():
 
 
 def digest(files, settings):
-    """Return the digest that names an index: of names, sizes and times of the files, and of how they are read."""
-    found = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    """Return the digest that names an index: of names, sizes, times and ends of the files, and of how they are read."""
+    found = [_identity(file) for file in files]
     return hashlib.sha256(json.dumps([_VERSION, found, settings]).encode()).hexdigest()[:16]
+
+
+def _identity(file):
+    """Return JSON values that differ for different files, without reading the whole file."""
+    size = os.stat(file).st_size
+    with open(file, "rb") as opened:
+        ends = opened.read(_END)
+        opened.seek(max(size - _END, 0))
+        ends += opened.read(_END)
+    return os.path.basename(file), size, os.stat(file).st_mtime_ns, hashlib.sha256(ends).hexdigest()
 
 
 def of_files(files, settings, build):

@@ -22,7 +22,7 @@ def claim(output, request):
     path = output / _REQUEST
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if path.exists() and _read(path) != json.loads(json.dumps(request)):
+        if path.exists() and not _is_continued(_read(path), json.loads(json.dumps(request))):
             raise UserError(
                 f"--output={output} holds shards of other data or with other options: choose another folder"
             )
@@ -35,6 +35,11 @@ def claim(output, request):
         raise UserError(
             f"cannot write to --output={output} ({atomic_files.reason(error)}): choose a folder that you can write to"
         ) from error
+
+
+def _is_continued(theirs, ours):
+    """Return whether our request is theirs, or is theirs with what older versions did not store."""
+    return theirs == {key: ours.get(key) for key in theirs} and ours.keys() - theirs.keys() <= {"labels"}
 
 
 def _read(path):

@@ -11,59 +11,58 @@ from rae_jax.errors import UserError
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST = 10**6  # shards of a pattern
+_COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}
 
 
-def files_at(given, key, suffix):
+def files_at(given, key, suffix, named):
     """Return the paths of the shards at a path, sorted: all files with a suffix in a folder, a file, or a pattern.
 
-    A pattern has braces, {000..146} or {a,b}, or the wildcards of a shell. Raises UserError, which names the path by
-    `key`, for shards that do not exist, are compressed as a whole, or are of several splits.
+    A pattern has braces, {000..146} or {a,b}, or the wildcards of a shell. `key` names the path in messages, `named`
+    the paths of all images (see sources.KEYS). Raises UserError for shards that do not exist, that are compressed as a
+    whole, or that are of several splits.
     """
-    named, path = f"{key}={given!r}", os.path.expanduser(given)
-    found = _in_folder(path, named, suffix) if given and os.path.isdir(path) else _of_pattern(path, named)
+    value, path = f"{key}={given!r}", os.path.expanduser(given)
+    found = _in_folder(path, value, suffix, named) if given and os.path.isdir(path) else _of_pattern(path, value)
     for file in found:
-        if not file.endswith(suffix):
-            raise UserError(f"{named}: {file} is not a {suffix} file: {_fix(Path(file).suffix.lower())}")
+        if not file.lower().endswith(suffix) or not os.path.isfile(file):
+            raise UserError(f"{value}: {file} is not a {suffix} file: {_fix({Path(file).suffix.lower()})}")
+    patterns = f"set {named[0]}='.../{{}}{suffix}' and {named[1]}='.../{{}}{suffix}'"
     class_folders.refuse_splits(
-        {os.path.basename(file).removesuffix(suffix) for file in found},
-        named,
-        lambda train, other: (
-            f"name them by patterns, config.data.path='.../{_pattern(train)}{suffix}' and "
-            f"config.data.heldout_path='.../{_pattern(other)}{suffix}'"
-        ),
+        {Path(file).stem for file in found},
+        value,
+        lambda *both: patterns.format(*map(class_folders.pattern_of_split, both)),
     )
     return found
 
 
-def _in_folder(path, named, suffix):
-    files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
-    shown = [file for file in files if not any(map(class_folders.is_hidden, file.relative_to(path).parts))]
-    found = [str(file) for file in shown if file.suffix.lower() == suffix]
-    if not found:
-        suffixes = {file.suffix.lower() for file in shown}
-        raise UserError(f"{named} holds no {suffix} files: {_fix(*sorted(suffixes))}")
-    return found
+def _in_folder(path, value, suffix, named):
+    tree = listing.Tree(path, {suffix})
+    if not tree.names:
+        raise UserError(f"{value} holds no {suffix} files: {_fix(tree.suffixes)}")
+    folder = Path(path)
+    class_folders.refuse_splits_of_tree(
+        tree.names, value, lambda train, other: f"set {named[0]}={folder / train} and {named[1]}={folder / other}"
+    )
+    return [os.path.join(path, name) for name in tree.names]
 
 
-def _of_pattern(path, named):
-    found, missing = [], []
+def _of_pattern(path, value):
+    found, missing = {}, []
     for pattern in _expanded(path):
-        files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-        found += files
+        files = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        found.update(dict.fromkeys(files))
         missing += [] if files else [pattern]
         if len(found) + len(missing) > _MOST:
-            raise UserError(f"{named} is a pattern of more than {_MOST} files: correct its braces")
+            raise UserError(f"{value} is a pattern of more than {_MOST} files: correct its braces")
     if missing or not found:
-        first = missing[0] if missing else path
-        raise UserError(
-            f"{named}: {first!r} does not exist ({len(missing)} in all): name a folder, a file or a pattern"
-        )
-    return found
+        first = f"{missing[0]!r} does not exist ({len(missing)} in all)" if missing else "the pattern names no files"
+        raise UserError(f"{value}: {first}: name a folder, a file or a pattern")
+    return list(found)
 
 
-def _fix(*suffixes):
+def _fix(suffixes):
     """Return what to do about files with other suffixes."""
-    if {".gz", ".tgz", ".bz2", ".xz", ".zst"} & set(suffixes):
+    if _COMPRESSED & set(suffixes):
         return "compressed shards cannot be read at random places: decompress them once (gunzip)"
     return listing.other_source(suffixes) or "for images in folders set source='image_folder'"
 
@@ -81,8 +80,3 @@ def _expanded(pattern):
         values = found[1].split(",")
     for value in values:
         yield from _expanded(pattern[: found.start()] + value + pattern[found.end() :])
-
-
-def _pattern(name):
-    """Return the pattern of the shards of a split, from the name of one: its numbers become '*'."""
-    return re.sub(r"[-_.]?\d.*$", "-*", name)

@@ -1,6 +1,7 @@
 """Random-access sources of encoded images with labels: folders, lists, zip archives, shards and TFDS."""
 
 import functools
+import os
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from rae_jax.data import (
     decode,
     label_files,
     listing,
+    parquet_copy,
     parquet_files,
     shard_index,
     shards,
@@ -70,9 +72,10 @@ class ImageSource:
         return self._store.captions(index)
 
 
-# Names of the paths of the images and of the labels of held-out images, for messages.
-KEYS = ("config.data.path", "config.data.heldout_path", "config.data.heldout_labels")
-FLAGS = ("--path", "--heldout_path", "--heldout_labels")  # the same in commands that take paths as flags
+# Names for messages: of the paths of the images, of the labels of held-out images, and of a field of shards.
+KEYS = ("config.data.path", "config.data.heldout_path", "config.data.heldout_labels", "config.data.fields.{}")
+FLAGS = ("--path", "--heldout_path", "--heldout_labels", "--{}_field")  # the same in commands that take paths as flags
+_MOST_CLASSES = 10**6  # of labels that are numbers
 
 
 def image_folder(
@@ -89,103 +92,100 @@ def image_folder(
     """Return the source of the images of 'train' or 'heldout' at a path: a folder, a .zip archive or a list.
 
     Folders and archives hold CLASS/IMAGE or CLASS/.../IMAGE, with classes in alphabetical order; images without a
-    folder are one class. Hidden files and folders are left out. A list is a text file with a line `IMAGE LABEL` for
-    each image, IMAGE relative to the list, LABEL from 0 (to `num_classes` - 1, if given).
+    folder are one class. A list is a text file with a line `IMAGE LABEL` for each image, IMAGE relative to the list,
+    LABEL from 0 (to `num_classes` - 1, if given).
 
     Without `heldout_path`, every 20th image is held out. Held-out images without class folders have the labels of the
     file `heldout_labels` (see label_files), or no labels. Raises UserError if a path cannot be used, or if the classes
     of both differ. `on_error`: see listing. `named`: the names of the paths in messages.
     """
-    images_at = functools.partial(listing.images_at, num_classes=num_classes, on_error=on_error)
+
+    def images_at(given, key):
+        return listing.images_at(given, key, named, num_classes=num_classes, on_error=on_error)
+
+    if heldout_labels and not heldout_path:
+        raise UserError(f"{named[2]}={heldout_labels!r} needs {named[1]}: set it to the images with these labels")
     return _of_split(images_at, (path, heldout_path, heldout_labels), split, image_size, named)
 
 
 NO_FIELDS = {"image": "", "label": "", "caption": ""}  # the usual ones are looked for
 
 
-def webdataset(
-    *,
-    path,
-    heldout_path,
-    split,
-    image_size,
-    heldout_labels="",
-    num_classes=None,
-    fields=NO_FIELDS,
-    named=KEYS,
-):
+def webdataset(*, path, heldout_path, split, image_size, num_classes=None, fields=NO_FIELDS, named=KEYS):
     """Return the source of the images of 'train' or 'heldout' in WebDataset's tar files; see tar_shards and shards.
 
     Without a field of labels all images are one class. The other arguments and errors are those of image_folder.
     """
 
     def images_at(given, key):
-        files = shards.files_at(given, key, ".tar")
-        index = shard_index.of_files(files, fields, functools.partial(tar_shards.index, fields=fields))
-        class_names = _names_of_numbers(index.class_names, index.labels, num_classes)
-        return listing.Found(shard_index.Spans(files, index), index.labels, class_names)
+        files = shards.files_at(given, key, ".tar", named)
+        build = functools.partial(tar_shards.index, fields=fields, named=named)
+        index = shard_index.of_files(files, fields, build)
+        images = shard_index.Spans(files, index)
+        return _found(images, index.labels, index.class_names, num_classes, f"{key}={given!r}")
 
-    return _of_split(images_at, (path, heldout_path, heldout_labels), split, image_size, named)
+    return _of_split(images_at, (path, heldout_path, ""), split, image_size, named)
 
 
-def parquet(
-    *,
-    path,
-    heldout_path,
-    split,
-    image_size,
-    heldout_labels="",
-    num_classes=None,
-    fields=NO_FIELDS,
-    named=KEYS,
-):
+def parquet(*, path, heldout_path, split, image_size, num_classes=None, fields=NO_FIELDS, named=KEYS):
     """Return the source of the images of 'train' or 'heldout' in parquet files; see parquet_files and shards.
 
     Without a column of labels all images are one class. The other arguments and errors are those of image_folder.
     """
 
     def images_at(given, key):
-        files = shards.files_at(given, key, ".parquet")
-        rows, labels, class_names = parquet_files.rows_of(files, fields)
-        class_names = _names_of_numbers(class_names, labels, num_classes)
-        return listing.Found(parquet_files.copied(rows, files, fields), labels, class_names)
+        files = shards.files_at(given, key, ".parquet", named)
+        rows, labels, class_names = parquet_files.rows_of(files, fields, named)
+        images = parquet_copy.for_random_order(rows, files, fields)
+        return _found(images, labels, class_names, num_classes, f"{key}={given!r}")
 
-    return _of_split(images_at, (path, heldout_path, heldout_labels), split, image_size, named)
+    return _of_split(images_at, (path, heldout_path, ""), split, image_size, named)
 
 
-def _names_of_numbers(class_names, labels, num_classes):
-    return class_names or tuple(map(str, range(num_classes or 1 + int(labels.max(initial=-1)))))
+def _found(images, labels, class_names, num_classes, value):
+    """Return the listing.Found of shards. Raises UserError for labels from `num_classes` on."""
+    numbered, most = not class_names, num_classes or _MOST_CLASSES
+    largest = int(labels.max(initial=-1))
+    if numbered and largest >= most:
+        name = images.names([int(labels.argmax())])[0]
+        raise UserError(
+            f"{value}: {name} has label {largest}, outside of 0 to {most - 1}: correct it, or the number of classes"
+        )
+    names = tuple(map(str, range(num_classes or 1 + largest))) if numbered else class_names
+    return listing.Found(images, labels, names, numbered)
 
 
 def _of_split(images_at, paths, split, image_size, named):
     """Return the source of a split; images_at(path, key) returns the listing.Found of all images at a path."""
-    path, heldout_path, heldout_labels = paths
-    if heldout_labels and not heldout_path:
-        raise UserError(f"{named[2]}={heldout_labels!r} needs {named[1]}: set it to the images with these labels")
+    path, heldout_path, _ = paths
     separate = split == "heldout" and bool(heldout_path)
     given, key = (heldout_path, named[1]) if separate else (path, named[0])
     found = images_at(given, key)
+    if not len(found.images):
+        raise listing.no_images(f"{key}={given!r}", fix="its samples need members such as KEY.jpg; name other files")
     store, class_names = stores.Store(found.images, found.labels), found.class_names
-    if separate and len(store):
+    if separate:
         store, class_names = _with_classes_of(images_at, found, paths, named)
     elif not heldout_path:
         held_out = np.arange(len(store)) % HELDOUT_EVERY == 0
         store = store.subset(np.flatnonzero(held_out == (split == "heldout")))
     if not len(store):
-        raise listing.no_images(f"{key}={given!r}")
+        raise UserError(f"{key}={given!r} holds a single image, which is held out: add images, or set {named[1]}")
     return ImageSource(store, class_names, image_size)
 
 
 def _with_classes_of(images_at, found, paths, named):
     """Return (store, class names) of separate held-out images `found`, with the classes of the training images.
 
-    If the training images are not on this machine, the held-out images have their own classes.
+    If the training images are not on this machine, held-out images in class folders have their own classes.
     """
     path, heldout_path, heldout_labels = paths
-    try:
-        train = images_at(path, named[0])
-    except UserError:  # raised where these images are read
-        train = found
+    flat = found.class_names == class_folders.ONE_CLASS
+    if not (flat or heldout_labels or _may_exist(path)):
+        return stores.Store(found.images, found.labels), found.class_names
+    train = images_at(path, named[0])
+    # One folder that is no class: the folder around flat images, as in an archive of ImageNet's val.
+    flat |= len(found.class_names) == 1 and not found.numbered and found.class_names[0] not in train.class_names
     if heldout_labels:
         given = f"{named[2]}={heldout_labels!r}"
         names = [name for name, _ in stores.Store(found.images, None).image_names()]
@@ -193,20 +193,20 @@ def _with_classes_of(images_at, found, paths, named):
         return stores.Store(found.images, labels), train.class_names
     if found.class_names == train.class_names:
         return stores.Store(found.images, found.labels), found.class_names
-    if found.class_names == class_folders.ONE_CLASS:
-        return stores.Store(found.images, None), train.class_names
     if train.class_names == class_folders.ONE_CLASS:
         return stores.Store(found.images, np.zeros_like(found.labels)), train.class_names
-    if _are_numbers(found) or _are_numbers(train):  # a list has no names of classes
-        return stores.Store(found.images, found.labels), found.class_names
+    if flat:
+        return stores.Store(found.images, None), train.class_names
+    if found.numbered or train.numbered:  # one of them has no names of classes
+        return stores.Store(found.images, found.labels), max(train.class_names, found.class_names, key=len)
     odd = sorted(set(found.class_names) ^ set(train.class_names))[0]
     raise UserError(
-        f"{named[1]}={heldout_path!r} has other class folders than {named[0]}={path!r}: {odd!r} is in only one; add it"
+        f"{named[1]}={heldout_path!r} has other classes than {named[0]}={path!r}: {odd!r} is in only one; add it"
     )
 
 
-def _are_numbers(found):
-    return found.class_names == tuple(map(str, range(len(found.class_names))))
+def _may_exist(path):
+    return os.path.exists(os.path.expanduser(path)) or any(character in path for character in "{*?[")
 
 
 class _Tfds:

@@ -77,7 +77,10 @@ class Files:
 
     def names(self, rows):
         """Return the paths of some files."""
-        return [name if name[:1] == "/" else f"{self._folder}/{name}" for name in self._names.take(rows)]
+        names = self._names.take(rows)
+        if self._folder == ".":
+            return names
+        return [name if name[:1] == "/" else f"{self._folder}/{name}" for name in names]
 
     def inner_names(self, rows):
         """Return the paths of some files without the folder."""

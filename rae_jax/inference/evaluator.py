@@ -94,12 +94,9 @@ class Evaluator:
 
     @functools.cached_property
     def _held_out(self):
-        source, data = build_data.source(self._config, "heldout"), self._config.data
+        source = build_data.source(self._config, "heldout")
         if not source.labelled:
-            logs.say(
-                f"the images of config.data.heldout_path={data.heldout_path!r} have no labels: judge_accuracy and "
-                f"linear probes are left out; config.data.heldout_labels may name a file of labels"
-            )
+            logs.say("the held-out images have no labels: judge_accuracy and linear probes are left out (docs/data.md)")
         return source
 
     def _open_reference(self):

@@ -4,7 +4,55 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
+from brought_cases import SIZE, png
+from PIL import Image
+
+from rae_jax.data import parquet_files, shard_index, sources
+
+PNGS = [png(seed) for seed in range(8)]
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """Nothing is kept from one test to the next."""
+    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
+        monkeypatch.setattr(shard_index, name, value)
+    monkeypatch.setattr(parquet_files, "_rows", {})
+
+
+def open_tar(path, **options):
+    """The source of tar files."""
+    return sources.webdataset(
+        **{"path": str(path), "heldout_path": str(path), "split": "train", "image_size": SIZE, **options}
+    )
+
+
+def open_parquet(path, **options):
+    """The source of parquet files."""
+    return sources.parquet(
+        **{"path": str(path), "heldout_path": str(path), "split": "train", "image_size": SIZE, **options}
+    )
+
+
+def samples(*, first=0, count=4, **members):
+    """{name: content} of samples with an image and further members; `{}` in a content is the number of the sample."""
+    found = {}
+    for n in range(first, first + count):
+        found[f"{n:06d}.png"] = PNGS[n]
+        found |= {f"{n:06d}.{extension}": text.replace("{}", str(n)) for extension, text in members.items()}
+    return found
+
+
+def pixels_of(source):
+    """The pixels of all images of a source."""
+    return np.stack([source[i]["image"] for i in range(len(source))])
+
+
+def expected(count):
+    """The pixels of the first PNGS."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in PNGS[:count]])
 
 
 def write_tar(path, members):

@@ -60,7 +60,10 @@ def test_an_empty_class_folder_is_counted_and_said(tmp_path, kind, capfd):
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_outside_of_class_folders_are_left_out_and_said(tmp_path, kind, capfd):
     found = open_images(bring(tmp_path, kind, ["ant/1.png", "cat/2.png", "preview.png"]))
-    assert labels_of(found) == [0, 1] and "1 images outside of its class folders are left out" in capfd.readouterr().err
+    assert (
+        labels_of(found) == [0, 1]
+        and "images outside of its class folders are left out (1 in all)" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,3 +180,72 @@ def test_shards_as_an_image_folder_name_their_source(tmp_path, suffix, source):
     (tmp_path / "images" / f"0{suffix}").write_bytes(b"\xff\x00")
     for path in (tmp_path / "images", tmp_path / "images" / f"0{suffix}"):
         assert f"for its {suffix} files set source={source!r}" in refusal_of(str(path))
+
+
+@pytest.mark.parametrize(
+    "names, refused",
+    [
+        (("training_set", "test_set"), True),
+        (("seg_train", "seg_test", "seg_pred"), True),
+        (("train", "val", "extra"), True),
+        (("trainA", "trainB", "testA", "testB"), True),
+        (("bullet_train", "crash_test"), False),
+        (("constraint", "latest"), False),
+    ],
+)
+def test_words_of_splits_in_names(tmp_path, names, refused):
+    path = bring(tmp_path, "folder", [f"{name}/1.png" for name in names])
+    if refused:
+        assert "holds the splits" in refusal_of(path)
+    else:
+        assert open_images(path).class_names == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_one_folder_deeper_are_refused(tmp_path, kind):
+    names = [f"ILSVRC/{split}/{name}" for split in ("train", "val") for name in ("ant/1.png", "cat/2.png")]
+    assert "holds the splits" in refusal_of(bring(tmp_path, kind, [*names, "ILSVRC/logo.png"]), num_classes=2)
+
+
+def test_digits_as_names_of_class_folders_are_names(tmp_path):
+    train = bring(tmp_path / "a", "folder", ["0/1.png", "1/2.png"])
+    other = bring(tmp_path / "b", "folder", ["ant/1.png", "bee/2.png"])
+    assert "has other classes than" in refusal_of(train, heldout_path=other, split="heldout")
+    (tmp_path / "list.txt").write_text(f"{train}/1/2.png 1\n")
+    found = open_images(train, heldout_path=str(tmp_path / "list.txt"), split="heldout")
+    assert found.class_names == ("0", "1") and labels_of(found) == [1]
+
+
+def test_flat_held_out_images_may_be_in_one_folder(tmp_path):
+    train = bring(tmp_path / "a", "folder", ["ant/1.png", "bee/2.png"])
+    for kind in KINDS:
+        found = open_images(train, heldout_path=bring(tmp_path / f"b{kind}", kind, ["val/1.png"]), split="heldout")
+        assert not found.labelled and found.class_names == ("ant", "bee")
+
+
+def test_names_in_a_list_of_the_current_folder_stay_what_they_were(tmp_path, monkeypatch):
+    """The record of a run depends on them."""
+    bring(tmp_path, "folder", ["cat/1.png"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.txt").write_text("images/cat/1.png 0\n")
+    for path in ("list.txt", "./list.txt"):
+        assert tuple(open_images(path).image_names()) == (("images/cat/1.png", 0),)
+    monkeypatch.chdir(tmp_path / "images")
+    assert tuple(open_images(".").image_names()) == (("cat/1.png", 0),)
+
+
+def test_a_backslash_that_is_part_of_a_name_and_a_link_to_itself(tmp_path):
+    path = bring(tmp_path, "folder", ["cat\\1.png", "cat/2.png"])
+    os.symlink("again", f"{path}/cat/again")
+    (tmp_path / "list.txt").write_text("images/cat\\1.png 0\n")
+    assert open_images(str(tmp_path / "list.txt")).name(0) == f"{path}/cat\\1.png"
+    assert len(open_images(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "text, message", [("", "put a line `IMAGE LABEL`"), ("images/1.png 0\n", "holds a single image")]
+)
+def test_too_few_images_are_said(tmp_path, text, message):
+    bring(tmp_path, "folder", ["1.png"])
+    (tmp_path / "list.txt").write_text(text)
+    assert message in refusal_of(str(tmp_path / "list.txt"), heldout_path="")

@@ -117,3 +117,43 @@ def test_flat_validation_images_without_labels(tmp_path):
         for i in range(len(source)):
             assert packed[i].keys() == source[i].keys()
             np.testing.assert_array_equal(packed[i]["image"], source[i]["image"])
+
+
+def _two_folders(tmp_path):
+    train = bring(tmp_path / "a", "folder", ["golden retriever/1.png", "tabby/2.png"])
+    return train, bring(tmp_path / "b", "folder", ["x/a.png", "y/a.png", "y/b.png"])
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("labels.txt", "x/a.png golden retriever\ny/a.png tabby\nb 1\n"),
+        ("labels.txt", "x/a.png\tgolden retriever\ny/a.png\ttabby\ny/b\t1\n"),
+        ("labels.csv", "file,class\nx/a.png,golden retriever\ny/a.png,tabby\nb.png,1\n"),
+    ],
+)
+def test_classes_with_spaces_and_images_of_one_name(tmp_path, name, text):
+    train, val = _two_folders(tmp_path)
+    (tmp_path / name).write_text(text)
+    found = open_images(train, heldout_path=val, split="heldout", heldout_labels=str(tmp_path / name))
+    assert labels_of(found) == [0, 1, 1]
+
+
+def test_labels_of_two_images_of_one_name_are_refused(tmp_path):
+    train, val = _two_folders(tmp_path)
+    (tmp_path / "labels.txt").write_text("a.png tabby\na.jpg golden retriever\nb 1\n")
+    message = refusal_of(train, heldout_path=val, split="heldout", heldout_labels=str(tmp_path / "labels.txt"))
+    assert "names /x/a.png without its folder: add it" in message
+
+
+@pytest.mark.parametrize("damage", ["truth", "meta", "archive"])
+def test_damaged_development_kits_are_one_line(tmp_path, damage):
+    train, val = _imagenet(tmp_path)
+    path = _tar_of_the_kit(tmp_path)
+    if damage == "archive":
+        path.write_bytes(path.read_bytes()[:200])
+    else:
+        path = tmp_path / "data"
+        name = {"truth": "ILSVRC2012_validation_ground_truth.txt", "meta": "meta.mat"}[damage]
+        (path / name).write_bytes((path / name).read_bytes()[:9])
+    assert "cannot be read" in refusal_of(train, heldout_path=val, split="heldout", heldout_labels=str(path))

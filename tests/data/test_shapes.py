@@ -72,7 +72,7 @@ def test_held_out_images_of_other_classes_are_refused(tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / name / "1.png")
     paths = {"path": str(tmp_path / "train"), "heldout_path": str(tmp_path / "val"), "image_size": 16}
     assert len(image_folder(**paths, split="train")) == 2
-    with pytest.raises(UserError, match="heldout_path=.* has other class folders than config.data.path=.*: 'dog' is"):
+    with pytest.raises(UserError, match="heldout_path=.* has other classes than config.data.path=.*: 'dog' is"):
         image_folder(**paths, split="heldout")
 
 

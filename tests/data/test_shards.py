@@ -1,59 +1,29 @@
-"""Tar and parquet files: what is read, what is kept, and what becomes of damage."""
+"""Tar files, and shards of both kinds: what is read, what is kept, and what becomes of damage."""
 
-import io
 import json
 import os
-import pickle
 import tarfile
 
 import numpy as np
 import pytest
-from brought_cases import SIZE, labels_of, png
-from PIL import Image
-from shard_cases import write_parquet, write_tar
+from brought_cases import SIZE, labels_of
+from shard_cases import (
+    PNGS,
+    expected,
+    nothing_kept,  # noqa: F401  a fixture
+    open_parquet,
+    open_tar,
+    pixels_of,
+    samples,
+    write_parquet,
+    write_tar,
+)
 
 from rae_jax.build import data as build_data
-from rae_jax.data import pack, packed_images, shard_index, shards, sources, tar_shards
+from rae_jax.data import shard_index, shards, sources, tar_shards
 from rae_jax.errors import UserError
 
-PNGS = [png(seed) for seed in range(8)]
-
-
-@pytest.fixture(autouse=True)
-def no_index(monkeypatch):
-    """Nothing is kept from one test to the next."""
-    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
-        monkeypatch.setattr(shard_index, name, value)
-
-
-def _samples(*, first=0, count=4, **members):
-    """{name: content} of samples with an image and further members; `{}` in a content is the number of the sample."""
-    found = {}
-    for n in range(first, first + count):
-        found[f"{n:06d}.png"] = PNGS[n]
-        found |= {f"{n:06d}.{extension}": text.replace("{}", str(n)) for extension, text in members.items()}
-    return found
-
-
-def _tar(path, **options):
-    return sources.webdataset(
-        **{"path": str(path), "heldout_path": str(path), "split": "train", "image_size": SIZE, **options}
-    )
-
-
-def _parquet(path, **options):
-    return sources.parquet(
-        **{"path": str(path), "heldout_path": str(path), "split": "train", "image_size": SIZE, **options}
-    )
-
-
-def _pixels(source):
-    return np.stack([source[i]["image"] for i in range(len(source))])
-
-
-def _expected(count):
-    return np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in PNGS[:count]])
-
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 
 LABELLED = {
     "cls": ({"cls": "{}"}, {}, ("0", "1", "2", "3"), [0, 1, 2, 3], []),
@@ -77,42 +47,11 @@ LABELLED = {
 @pytest.mark.parametrize("kind", LABELLED)
 def test_tar_files_with_labels_and_captions(tmp_path, kind):
     members, fields, class_names, labels, captions = LABELLED[kind]
-    write_tar(tmp_path / "0.tar", _samples(**members))
-    found = _tar(tmp_path, fields={**sources.NO_FIELDS, **fields})
+    write_tar(tmp_path / "0.tar", samples(**members))
+    found = open_tar(tmp_path, fields={**sources.NO_FIELDS, **fields})
     assert found.class_names == class_names and labels_of(found) == labels and found.captions(1) == captions
-    np.testing.assert_array_equal(_pixels(found), _expected(4))
+    np.testing.assert_array_equal(pixels_of(found), expected(4))
     assert found.name(1) == f"{tmp_path}/0.tar:000001"
-
-
-def test_labels_of_a_column_may_be_numbers_names_or_named_numbers(tmp_path):
-    def rows(label):
-        return [
-            {"image": {"bytes": PNGS[n], "path": f"{n}.png"}, "label": label(n), "text": f"no {n}"} for n in range(4)
-        ]
-
-    cases = (
-        (lambda n: n, None, ("0", "1", "2", "3")),
-        (lambda n: n, ("a", "b", "c", "d", "e"), ("a", "b", "c", "d", "e")),
-        (lambda n: f"k{n}", None, ("k0", "k1", "k2", "k3")),
-    )
-    for label, class_names, expected in cases:
-        write_parquet(tmp_path / "0.parquet", rows(label), class_names=class_names)
-        found = _parquet(tmp_path)
-        assert found.class_names == expected and labels_of(found) == [0, 1, 2, 3] and found.captions(2) == ["no 2"]
-        np.testing.assert_array_equal(_pixels(found), _expected(4))
-    assert found.name(3) == f"{tmp_path}/0.parquet:row 3"
-
-
-def test_columns_of_other_names(tmp_path):
-    rows = [{"photo": PNGS[n], "kind": n % 2, "alt": ["a", f"b{n}"], "id": n} for n in range(4)]
-    write_parquet(tmp_path / "0.parquet", rows)
-    found = _parquet(tmp_path)  # the only column of bytes
-    assert found.class_names == ("images",)
-    found = _parquet(tmp_path, fields={"image": "photo", "label": "kind", "caption": "alt"})
-    assert labels_of(found) == [0, 1, 0, 1] and found.captions(3) == ["a", "b3"]
-    for field, column in (("image", "alt"), ("label", "photo"), ("caption", "nowhere")):
-        with pytest.raises(UserError, match=f"config.data.fields.{field}='{column}' is no column of .* choose from"):
-            _parquet(tmp_path, fields={**sources.NO_FIELDS, field: column})
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -120,12 +59,12 @@ def test_shards_by_folder_file_and_pattern(tmp_path, kind):
     names = [f"train-{n:03d}" for n in (8, 9, 10, 11)]
     for n, name in enumerate(names):
         if kind == "tar":
-            write_tar(tmp_path / f"{name}.tar", _samples(first=2 * n, count=2, cls="{}"))
+            write_tar(tmp_path / f"{name}.tar", samples(first=2 * n, count=2, cls="{}"))
         else:
             rows = [{"image": {"bytes": PNGS[i], "path": None}, "label": i} for i in (2 * n, 2 * n + 1)]
             write_parquet(tmp_path / f"{name}.parquet", rows)
     (tmp_path / f"._x.{kind}").write_bytes(b"")
-    source = {"tar": _tar, "parquet": _parquet}[kind]
+    source = {"tar": open_tar, "parquet": open_parquet}[kind]
     counts = {
         **{"": 8, f"train-009.{kind}": 2, f"train-{{009..011}}.{kind}": 6, f"train-0{{08,11}}.{kind}": 4},
         **{f"train-01*.{kind}": 4},
@@ -150,22 +89,22 @@ def test_folders_without_shards_name_the_fix(tmp_path, name, message):
     (tmp_path / name).write_bytes(b"x")
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(UserError, match=message):
-            _tar(path)
+            open_tar(path)
     with pytest.raises(UserError, match="name a folder, a file or a pattern"):
-        _tar(tmp_path / "nowhere")
+        open_tar(tmp_path / "nowhere")
 
 
 def test_an_index_is_built_once_and_kept(tmp_path, monkeypatch):
-    write_tar(tmp_path / "0.tar", _samples(cls="{}", txt="picture {}"))
+    write_tar(tmp_path / "0.tar", samples(cls="{}", txt="picture {}"))
     built, index = [], tar_shards.index
-    monkeypatch.setattr(tar_shards, "index", lambda files, fields: built.append(1) or index(files, fields))
+    monkeypatch.setattr(tar_shards, "index", lambda files, **options: built.append(1) or index(files, **options))
     shard_index.keep_in(tmp_path / "run" / "index", copies=True)
 
     def again(count):
         shard_index._indices.clear()
-        found = _tar(tmp_path / "0.tar")
+        found = open_tar(tmp_path / "0.tar")
         assert labels_of(found) == [0, 1, 2, 3] and found.captions(3) == ["picture 3"] and len(built) == count
-        np.testing.assert_array_equal(_pixels(found), _expected(4))
+        np.testing.assert_array_equal(pixels_of(found), expected(4))
 
     again(1)
     again(1)
@@ -174,43 +113,6 @@ def test_an_index_is_built_once_and_kept(tmp_path, monkeypatch):
     again(2)
     os.utime(tmp_path / "0.tar", (1, 1))
     again(3)
-
-
-def test_the_images_of_parquet_files_are_copied_once(tmp_path):
-    rows = [{"image": {"bytes": png, "path": None}, "label": n, "text": f"no {n}"} for n, png in enumerate(PNGS)]
-    rows[5]["image"] = {"bytes": None, "path": "elsewhere.png"}
-    write_parquet(tmp_path / "0.parquet", rows)
-    direct = _parquet(tmp_path / "0.parquet")
-    shard_index.keep_in(tmp_path / "run" / "index", copies=True)
-    found = _parquet(tmp_path / "0.parquet")
-    images, ends = sorted((tmp_path / "run" / "index").iterdir(), key=lambda path: path.suffix)[::-1][:2]
-    assert {images.suffix, ends.suffix} == {".images", ".npy"}
-    before = [os.stat(path).st_mtime_ns for path in (images, ends)]
-    for source in (pickle.loads(pickle.dumps(found)), _parquet(tmp_path / "0.parquet"), direct):
-        assert tuple(source.image_names()) == tuple(direct.image_names()) and source.captions(2) == ["no 2"]
-        for i in (7, 0, 3):
-            np.testing.assert_array_equal(source[i]["image"], _expected(8)[i])
-        with pytest.raises(UserError, match="0.parquet:row 5 .its row holds no bytes of an image"):
-            source[5]
-    assert before == [os.stat(path).st_mtime_ns for path in (images, ends)]
-
-
-def test_captions_and_labels_are_kept_in_packs(tmp_path):
-    write_tar(tmp_path / "0.tar", _samples(count=3, cls="{}", json='{"caption": ["one", "zwei — {}"]}'))
-    rows = [{"image": {"bytes": PNGS[n], "path": None}, "label": n, "caption": f"bär {n}"} for n in range(3)]
-    form = {"image_size": SIZE, "crop": "centre", "encoding": "png", "quality": 95, "on_error": "stop"}
-    form |= {"images_per_shard": 2, "num_workers": 1}
-    cases = {"tar": (_tar(tmp_path / "0.tar"), lambda n: ["one", f"zwei — {n}"])}
-    cases["parquet"] = (_parquet(write_parquet(tmp_path / "0.parquet", rows)), lambda n: [f"bär {n}"])
-    for kind, (source, captions) in cases.items():
-        pack.pack({"train": source}, tmp_path / kind, **form)
-        packed = packed_images.PackedImages(path=tmp_path / kind, split="train", image_size=SIZE)
-        assert [packed.captions(n) for n in range(3)] == [captions(n) for n in range(3)] and labels_of(packed) == [
-            0,
-            1,
-            2,
-        ]
-        np.testing.assert_array_equal(_pixels(packed), _expected(3))
 
 
 def _of_negative_size(data):
@@ -233,10 +135,10 @@ DAMAGE = {
 def test_damaged_tar_files_are_one_line(tmp_path, kind):
     change, message = DAMAGE[kind]
     path = tmp_path / "0.tar"
-    write_tar(path, _samples(cls="{}"))
+    write_tar(path, samples(cls="{}"))
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=message) as refusal:
-        _tar(path)
+        open_tar(path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -249,9 +151,9 @@ def test_members_that_are_no_images_do_not_disturb(tmp_path):
             member = tarfile.TarInfo("../../c.png")
             member.type, member.linkname = kind, target
             archive.addfile(member)
-    found = _tar(tmp_path / "0.tar")
+    found = open_tar(tmp_path / "0.tar")
     assert labels_of(found) == [1, 0]
-    np.testing.assert_array_equal(_pixels(found), _expected(2))
+    np.testing.assert_array_equal(pixels_of(found), expected(2))
 
 
 @pytest.mark.parametrize(
@@ -260,43 +162,34 @@ def test_members_that_are_no_images_do_not_disturb(tmp_path):
         ({"0.png": PNGS[0], "0.cls": "1", "1.png": PNGS[1]}, "0.tar:1 has no label in the field 'cls'"),
         ({"0.png": PNGS[0], "0.json": "[1"}, "0.tar:0.json is not a JSON object"),
         ({"0.png": PNGS[0], "0.json": json.dumps({"label": [1]})}, "has no label in the field 'json.label'"),
-        ({"0.md": "x"}, "holds no images: put more"),
+        ({"0.md": "x"}, "holds no images: its samples need members such as KEY.jpg"),
     ],
 )
 def test_samples_without_what_is_needed_are_named(tmp_path, members, message):
     write_tar(tmp_path / "0.tar", members)
     for split in ("train", "heldout"):
         with pytest.raises(UserError, match=message):
-            _tar(tmp_path / "0.tar", split=split)
+            open_tar(tmp_path / "0.tar", split=split)
 
 
-def test_parquet_files_without_what_is_needed(tmp_path):
-    with pytest.raises(UserError, match="has no column of images"):
-        _parquet(write_parquet(tmp_path / "0.parquet", [{"label": 1}]))
-    rows = [{"image": PNGS[0], "label": 0}, {"image": PNGS[1], "label": None}]
-    with pytest.raises(UserError, match="0.parquet:row 1 has no 'label': add it"):
-        _parquet(write_parquet(tmp_path / "0.parquet", rows))
-    (tmp_path / "1.parquet").write_bytes((tmp_path / "0.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match="1.parquet is not a whole parquet file .*: fetch it again"):
-        _parquet(tmp_path / "1.parquet")
-
-
-def test_a_label_outside_of_the_classes_is_named(tmp_path):
-    write_tar(tmp_path / "0.tar", _samples(cls="{}"))
-    found = _tar(tmp_path / "0.tar", num_classes=2)
-    with pytest.raises(UserError, match="0.tar:000003 has label 3, outside of 0 to 1"):
-        found[3]
+def test_a_label_outside_of_the_classes_is_named_at_the_start(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(cls="{}"))
+    with pytest.raises(UserError, match="0.tar:000003 has label 3, outside of 0 to 1: correct it, or the number"):
+        open_tar(tmp_path / "0.tar", num_classes=2)
+    write_tar(tmp_path / "1.tar", samples(cls="90000{}00"))  # no labels, but numbers of images
+    with pytest.raises(UserError, match="1.tar:000003 has label 90000300, outside of 0 to 999999"):
+        open_tar(tmp_path / "1.tar")
 
 
 def test_shards_of_a_test_set_with_labels_of_minus_one_are_unlabelled(tmp_path):
-    write_tar(tmp_path / "train.tar", _samples(cls="{}"))
-    write_tar(tmp_path / "test.tar", _samples(cls="-1"))
-    found = _tar(tmp_path / "train.tar", heldout_path=str(tmp_path / "test.tar"), split="heldout")
+    write_tar(tmp_path / "train.tar", samples(cls="{}"))
+    write_tar(tmp_path / "test.tar", samples(cls="-1"))
+    found = open_tar(tmp_path / "train.tar", heldout_path=str(tmp_path / "test.tar"), split="heldout")
     assert not found.labelled and found.class_names == ("0", "1", "2", "3")
 
 
 def test_a_config_names_shards(tmp_path, tiny_config):
-    write_tar(tmp_path / "0.tar", _samples(txt="{}", cls="k{}"))
+    write_tar(tmp_path / "0.tar", samples(txt="{}", cls="k{}"))
     tiny_config.data.update({"source": "webdataset", "path": str(tmp_path), "image_size": SIZE, "num_classes": 4})
     tiny_config.data.fields.label = "txt"
     assert build_data.source(tiny_config, "train").class_names == ("0", "1", "2", "3")
@@ -309,4 +202,77 @@ def test_a_config_names_shards(tmp_path, tiny_config):
 def test_patterns_of_too_many_files_are_refused(monkeypatch):
     monkeypatch.setattr(shards, "_MOST", 100)
     with pytest.raises(UserError, match="is a pattern of more than 100 files"):
-        shards.files_at("/nowhere/{0..999999999}.tar", "--path", ".tar")
+        shards.files_at("/nowhere/{0..999999999}.tar", "--path", ".tar", sources.FLAGS)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_splits_in_folders_of_shards_are_refused(tmp_path, kind):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        if kind == "tar":
+            write_tar(tmp_path / split / "0.TAR", samples(cls="{}"))
+        else:
+            write_parquet(tmp_path / split / "0000.parquet", [{"image": PNGS[0], "label": 0}])
+    source = {"tar": open_tar, "parquet": open_parquet}[kind]
+    fix = f"set config.data.path={tmp_path}/train and config.data.heldout_path={tmp_path}/test"
+    with pytest.raises(UserError, match=f"holds the splits 'train' and 'test', not classes: {fix}"):
+        source(tmp_path)
+    assert source(tmp_path / "train", num_classes=4).labelled
+
+
+def test_the_patterns_for_splits_are_named(tmp_path):
+    for name in ("imagenet1k-train-0000", "imagenet1k-validation-00"):
+        write_tar(tmp_path / f"{name}.tar", samples(cls="{}"))
+    patterns = "path='.../imagenet1k-train-*.tar' and config.data.heldout_path='.../imagenet1k-validation-*.tar'"
+    with pytest.raises(UserError) as refusal:
+        open_tar(tmp_path)
+    assert patterns in str(refusal.value)
+
+
+def test_files_of_one_name_size_and_time_have_an_index_each(tmp_path):
+    shard_index.keep_in(tmp_path / "index", copies=True)
+    for split, label in (("train", "{}"), ("val", "1")):
+        (tmp_path / split).mkdir()
+        write_tar(tmp_path / split / "0.tar", samples(cls=label))
+        os.utime(tmp_path / split / "0.tar", (0, 0))
+    found = [labels_of(open_tar(tmp_path / split, num_classes=4)) for split in ("train", "val")]
+    assert found == [[0, 1, 2, 3], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"0.png": PNGS[0], "1.png": PNGS[1], "1.cls": "1"}, "0.tar:1 has a label, and the first image has none"),
+        ({"0.png": PNGS[0], "1.png": PNGS[1], "0.cls": "1"}, "0.tar:0 has a label and no image: sort the members"),
+    ],
+)
+def test_labels_do_not_vanish(tmp_path, members, message):
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(UserError, match=message):
+        open_tar(tmp_path / "0.tar")
+
+
+def test_what_is_left_out_is_said(tmp_path, capfd):
+    write_tar(tmp_path / "0.tar", {"0.v2.png": PNGS[0], "1.md": "x", "2.txt": "no picture"})
+    found = open_tar(tmp_path / "0.tar")
+    assert len(found) == 1 and found.class_names == ("images",)
+    said = capfd.readouterr().err
+    assert "samples without an image are left out (2 in all)" in said and "the images have no labels" in said
+
+
+def test_numbers_with_a_point_are_numbers_and_keys_may_be_nested(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(cls="{}.0"))
+    assert labels_of(open_tar(tmp_path / "0.tar")) == [0, 1, 2, 3]
+    write_tar(tmp_path / "1.tar", samples(json='{"meta": {"label": {}.0}}'))
+    assert labels_of(open_tar(tmp_path / "1.tar", fields={**sources.NO_FIELDS, "label": "json.meta.label"})) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("text, captions", [('{"caption": 5}', []), ('\ufeff{"caption": ["a", null, 3]}', ["a"])])
+def test_captions_of_other_types_are_no_captions(tmp_path, text, captions):
+    write_tar(tmp_path / "0.tar", {"0.png": PNGS[0], "0.cls": "0", "0.json": text})
+    assert open_tar(tmp_path / "0.tar").captions(0) == captions
