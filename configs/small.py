@@ -9,6 +9,8 @@ The comment of a key stands above the key or behind it. docs/config.md is made f
 
 from ml_collections import ConfigDict, FieldReference
 
+from configs import diffusion
+
 
 def get_config():
     """Return every key with its value in the small job."""
@@ -62,9 +64,9 @@ def get_config():
         "weights": "small",
         "batch_size": 256,  # images at a time, on all devices
     }
-    c.dit = _dit()
-    c.sampler = _sampler()
-    c.guidance = _guidance()
+    c.dit = diffusion.dit(_train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon"))
+    c.sampler = diffusion.sampler()
+    c.guidance = diffusion.guidance()
     c.evaluate = _evaluate()
     return c
 
@@ -219,77 +221,10 @@ def _decoder():
         "hidden": 384,  # hidden channels of the MLP
         "patch_size": 4,  # height and width in pixels of the patch that one token becomes
         "grid_size": 0,  # tokens along a side, to which latents of another size are resized; 0: not resized
+        # Output of the last layer: images in the encoder's normalisation, or in [0, 1] (RAEv2). One of 'normalised',
+        # 'image'.
+        "output": "normalised",
         "train": train,
-    }
-
-
-def _dit():
-    train = _train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon")
-    train.init = ""  # weights to start from, named as `weights` is, or the workdir of a run; '': random weights
-    # Distribution of the training times, before the shift. One of 'logit_normal', 'uniform'.
-    train.time = "logit_normal"
-    train.time_mean = 1.0  # logit_normal: mean of the logits
-    train.time_std = 1.5  # logit_normal: standard deviation of the logits
-    train.label_dropout = 0.1  # probability that a label is replaced by the null label
-    train.more_ema_decays = ()  # decays of further averages of the parameters
-    train.microbatches = 1  # number of parts of a batch whose gradients are computed in turn and summed: less memory
-    return {
-        **_dit_sizes(),
-        # Average of the parameters that is used. 0: the average by ema_decay; n: the average by the n-th of
-        # more_ema_decays.
-        "average": 0,
-        "path": "linear",  # path between data and noise. One of 'linear', 'cosine', 'vp'.
-        "prediction": "velocity",  # output of the model. One of 'velocity', 'noise', 'data'.
-        # Factor that moves times towards noise, in training and sampling. 0: sqrt(h w D / 4096), by the dimension
-        # of the latent; 1: no shift.
-        "time_shift": 0.0,
-        "train": train,
-    }
-
-
-def _dit_sizes():
-    return {
-        # Weights if this run does not train them: 'small', a folder, a published file or a hub id; '': none.
-        "weights": "small",
-        "width": 96,  # channels of a token in the trunk
-        "depth": 4,  # number of blocks of the trunk
-        "num_heads": 3,  # number of attention heads of the trunk
-        "head_width": 128,  # channels of a token in the wide head
-        "head_depth": 2,  # number of blocks of the wide head; 0: a plain DiT
-        "head_num_heads": 4,  # number of attention heads of the wide head
-        "patch_size": 1,  # height and width of a patch of the latent; 2 makes 256 tokens of 32x32 VAE latents
-        "qk_norm": False,  # normalise queries and keys
-        "class_conditional": True,  # condition on the class; False: every label is the null label
-    }
-
-
-def _sampler():
-    return {
-        # Solver. One of 'euler', 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama).
-        "method": "euler",
-        "num_steps": 50,  # number of steps
-        # Times of the steps. One of 'plain', 'published' (num_steps points, so one step less; the last is near data).
-        "grid": "plain",
-        "reuse": 1,  # euler, DiT^DH: number of steps that use one output of the trunk
-        "refresh": (),  # steps, from 0, that compute the trunk's output again, instead of every `reuse`-th step
-        "rtol": 1e-3,  # adaptive: relative tolerance
-        "atol": 1e-6,  # adaptive: absolute tolerance
-        # sde: diffusion coefficient. One of 'constant', 'score_based', 'sigma', 'linear', 'decreasing',
-        # 'increasing_decreasing'.
-        "diffusion": "sigma",
-        "last_step": "mean",  # sde: kind of the last step. One of 'mean', 'tweedie', 'euler', 'none'.
-        "last_step_size": 0.04,  # sde: time at which the last step starts, before the shift
-    }
-
-
-def _guidance():
-    return {
-        # Guidance. One of 'none', 'cfg' (classifier-free), 'autoguidance' (by a weaker model, config.guidance.dit).
-        "method": "cfg",
-        "scale": 2.5,  # scale of the guidance; 1: none
-        "t_min": 0.0,  # least time at which the guidance acts
-        "t_max": 1.0,  # largest time at which the guidance acts
-        "dit": {**_dit_sizes(), "weights": ""},
     }
 
 
@@ -303,10 +238,12 @@ def _train(*, num_steps, batch_size, learning_rate, clip_norm=0.0, ema_decay=0.9
             "learning_rate": learning_rate,  # learning rate after the warm-up
             "final_learning_rate": learning_rate / 100,  # learning rate at the last step
             "warmup_steps": 200,  # length of the linear warm-up; 0: none
-            # Optimiser. One of 'adamw', 'muon' (Muon for the kernels of the blocks, AdamW for the rest).
+            # Optimiser. One of 'adamw', 'muon' (Muon for the kernels of the blocks, AdamW for the rest), 'muon_all'
+            # (RAEv2: Muon for all matrices except patch embeddings, with the coefficients of Polar Express).
             "optimizer": optimizer,
             "decay_start": 0,  # start of the decay; between the warm-up and this start the learning rate is constant
-            "decay": "cosine",  # shape of the decay, which ends at the last step. One of 'cosine', 'linear'.
+            "decay_end": 0,  # end of the decay, after which the learning rate is constant; 0: the last step
+            "decay": "cosine",  # shape of the decay. One of 'cosine', 'linear'.
             "b1": 0.9,  # decay of the first moment
             "b2": 0.95,  # decay of the second moment
             "weight_decay": 0.0,  # weight decay

@@ -2,8 +2,8 @@
 
     python -m launch.config_page
 
-Defaults are the values of configs/small.py, meanings and choices the comments there: a key's comment is the lines above
-the key and the text behind it; what follows "One of" or "Any of" are the choices.
+Defaults are the values of configs/small.py, meanings and choices the comments there and in configs/diffusion.py: the
+comment of a key is the lines above the key and the text behind it; what follows "One of" or "Any of" are the choices.
 """
 
 import ast
@@ -11,11 +11,11 @@ import re
 import tokenize
 from pathlib import Path
 
-from configs import small
+from configs import diffusion, small
 from rae_jax.config import keys as config_keys
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
-# Section of the config -> functions and names of configs/small.py that hold its keys.
+# Section of the config -> functions and names of configs/small.py and configs/diffusion.py that hold its keys.
 SECTIONS = {
     "": ("get_config",),
     "mesh": ("get_config.mesh",),
@@ -32,12 +32,13 @@ SECTIONS = {
     "discriminator.backbone": ("_VIT",),
     "discriminator.augment": ("_discriminator.augment",),
     "statistics": ("get_config.statistics",),
-    "dit": ("_dit_sizes", "_dit"),
-    "dit.train": ("_dit",),
+    "dit": ("sizes", "dit"),
+    "dit.train": ("dit",),
     "STAGE.train": ("_train",),
-    "sampler": ("_sampler",),
-    "guidance": ("_guidance",),
-    "guidance.dit": ("_dit_sizes",),
+    "sampler": ("sampler",),
+    "guidance": ("guidance",),
+    "guidance.internal": ("guidance.internal",),
+    "guidance.dit": ("sizes",),
     "evaluate": ("_evaluate",),
     "checkpoint": ("_checkpoint",),
     "health": ("_health",),
@@ -55,7 +56,9 @@ type or an impossible value stops the command with a message that names the key.
 
 def page():
     """Text of docs/config.md."""
-    comments, defaults = _comments(Path(small.__file__).read_text()), config_keys.flatten(small.get_config().to_dict())
+    sources = (Path(module.__file__).read_text() for module in (small, diffusion))
+    comments = {place: keys for source in sources for place, keys in _comments(source).items()}
+    defaults = config_keys.flatten(small.get_config().to_dict())
     text = [_HEAD]
     for section, places in SECTIONS.items():
         title = f"`{section}`" if section else "The run"

@@ -7,6 +7,7 @@ import dit_cases
 import encoder_cases
 import numpy as np
 import pytest
+import raev2_oracle
 from safetensors.numpy import load_file, save_file
 
 from configs import encoders
@@ -61,6 +62,9 @@ def kind(name):
     match name:
         case "plain" | "plain_qk_norm_patch" | "dh_equal" | "dh_qk_norm":
             return _dit(name)
+        case "raev2":
+            case = raev2_oracle.CASES["unequal"]
+            return "dit", raev2_oracle.config_of(case), raev2_oracle.weights(case)
         case "decoder":
             return _decoder()
         case "statistics":
@@ -71,7 +75,7 @@ def kind(name):
             return _dino()
 
 
-KINDS = ("plain_qk_norm_patch", "dh_qk_norm", "decoder", "statistics", "statistics_without_mean", "dino")
+KINDS = ("plain_qk_norm_patch", "dh_qk_norm", "raev2", "decoder", "statistics", "statistics_without_mean", "dino")
 
 
 def write(path, arrays):

@@ -25,7 +25,7 @@ from rae_jax.weights import hub
 _ENDS = {
     "encoder": ("patch_embed",),
     "decoder": ("embed", "pred"),
-    "dit": ("embed", "head_embed", "trunk_embed", "final_layer/linear"),
+    "dit": ("embed", "head_embed", "trunk_embed", "final_layer/linear", "base_final_layer/linear"),
 }
 _TABLE, _POSITIONS = "label_embed/table", "pos_embed"
 _SHOWN = 8  # classes that the line names

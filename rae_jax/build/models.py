@@ -12,7 +12,7 @@ from rae_jax.models.autoencoder import Autoencoder, Backbone, SdVae
 from rae_jax.models.classifier import ConvNet
 from rae_jax.models.decoder import Decoder
 from rae_jax.models.dit import DiT
-from rae_jax.models.dit_dh import DiTDH
+from rae_jax.models.dit_dh import DiTDH, InContextDiTDH
 from rae_jax.models.layers import Mlp, SwiGlu
 from rae_jax.models.vit import ViT
 
@@ -41,7 +41,18 @@ def autoencoder(config):
         layers=tuple(e.layers) or None,
         add_mean=bool(e.layers) and e.family == "dinov3",
         norm_eps=module.norm_eps,
+        normalised_output=_is_normalised(d.output),
     )
+
+
+def _is_normalised(output):
+    match output:
+        case "normalised":
+            return True
+        case "image":
+            return False
+        case other:
+            raise ValueError(f"unknown output of a decoder {other!r}")
 
 
 def encoder(config, e):
@@ -141,7 +152,7 @@ def _mlp(name, hidden):
 
 
 def dit(config, sizes=None):
-    """Return the diffusion transformer: DiT^DH, or a plain DiT if its head has no blocks.
+    """Return the diffusion transformer: DiT^DH, RAEv2's DiT^DH, or a plain DiT if its head has no blocks.
 
     `sizes`: the section of another model's sizes, such as config.guidance.dit.
     """
@@ -157,13 +168,21 @@ def dit(config, sizes=None):
     }
     if c.head_depth == 0:
         return DiT(**trunk)
-    return DiTDH(head_width=c.head_width, head_depth=c.head_depth, head_num_heads=c.head_num_heads, **trunk)
+    head = {"head_width": c.head_width, "head_depth": c.head_depth, "head_num_heads": c.head_num_heads}
+    match c.conditioning:
+        case "adaln":
+            return DiTDH(**trunk, **head, base_depth=c.base_depth)
+        case "in_context":
+            return InContextDiTDH(**trunk, **head, base_depth=c.base_depth, time_tokens=c.time_tokens)
+        case other:
+            raise ValueError(f"unknown conditioning {other!r}")
 
 
 def condition(config, sizes=None):
     """Return the `Condition` of the diffusion transformer: a label."""
     c = config.dit if sizes is None else sizes
-    return conditions.labels(config.data.num_classes, used=c.class_conditional)
+    tokens = c.label_tokens if c.conditioning == "in_context" else 0
+    return conditions.labels(config.data.num_classes, used=c.class_conditional, tokens=tokens)
 
 
 def classifier(config):

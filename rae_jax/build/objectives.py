@@ -69,6 +69,7 @@ def _dit(config):
         more_ema_decays=tuple(train.more_ema_decays),
         condition_dropout=train.label_dropout,
         microbatches=train.microbatches,
+        base_weight=train.base_weight if config.dit.base_depth else 0.0,
         **_optimisation(train),
     )
 

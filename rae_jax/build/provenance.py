@@ -15,6 +15,8 @@ _NAMES = (
     re.compile(r"(?:decoders|stats|DiTs)/(dinov2|dinov3|siglip2|mae)/(wReg_)?(small|base|large)/", re.IGNORECASE),
     re.compile(r"/RAE-(dinov2|dinov3|siglip2|mae)-(wReg-)?(small|base|large)-", re.IGNORECASE),
 )
+# RAEv2's released files: latents of K layers of DINOv3-L; the decoder's output is the image itself.
+_RAEV2 = re.compile(r"[/:]stage[12]/\w+/dinov3l-k(\d+)/")
 _WIDTHS = {"small": 384, "base": 768, "large": 1024}
 # Keys on which latents depend, but which may differ for the same decoder: another size of images, another precision.
 _FREE = re.compile(r"dtype|data\..*|encoder\.(input_size|position_size)")
@@ -27,12 +29,18 @@ def check(config, part, source):
     for pattern in _NAMES:
         if found := pattern.search(f"/{source}"):
             _compare_name(config, *found.groups())
+            _compare_output(config, part, "normalised")
+    if found := _RAEV2.search(f"/{source}"):
+        _compare_layers(config, int(found[1]))
+        _compare_output(config, part, "image")
     folder = saved_config.folder_of(source, part)
     if "://" not in source and (folder / run_config.FILE).exists():
         try:
             theirs = saved_config.read_nested(folder)
         except UserError:  # the config.json of another program tells nothing
             return
+        if part == "decoder" and "output" in theirs.get("decoder", {}):
+            _compare_output(config, part, theirs["decoder"]["output"])
         ours = _latent_keys(json.loads(config.to_json()))
         for key, value in _latent_keys(json.loads(json.dumps(theirs))).items():
             if ours.get(key, value) != value:
@@ -50,6 +58,22 @@ def _compare_name(config, family, registers, size):
     if not same or (family.lower() == "dinov2" and bool(registers) != bool(e.num_registers)):
         raise UserError(
             f"by their name these weights are for latents of {words}, not of config.encoder ({ours}): {_FIX}"
+        )
+
+
+def _compare_layers(config, number):
+    e = config.encoder
+    if (e.family, e.width, len(e.layers) or 1) != ("dinov3", 1024, number):
+        raise UserError(
+            f"by their name these weights are for latents of {number} layers of dinov3 large, not of config.encoder "
+            f"({e.family}, width {e.width}, {len(e.layers) or 1} layers): {_FIX}"
+        )
+
+
+def _compare_output(config, part, output):
+    if part == "decoder" and config.decoder.output != output:
+        raise UserError(
+            f"these weights are for config.decoder.output={output!r}, not {config.decoder.output!r}: {_FIX}"
         )
 
 

@@ -1,6 +1,7 @@
 """Published weights: the tables that read and write each part, and the constants that its files also hold."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from rae_jax.config.keys import encoder_input_size, is_vae, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.models.layers import rope_2d, sincos_2d
-from rae_jax.weights import engine, hub, safetensors_tree, sd_vae_tables, tables
+from rae_jax.weights import dit_tables, engine, hub, safetensors_tree, sd_vae_tables, tables
 
 
 def tables_of(config, part):
@@ -217,7 +218,9 @@ def _encoder_tables(e):
         case "mae":
             return tables.MAE, *(tables.in_diffusers(tables.MAE, names) for names in (tables.NEW_MAE, ()))
         case "dinov3":
-            return (tables.DINOV3,)
+            masks = tuple(f"blocks.{block}.attn.qkv.bias_mask" for block in range(e.depth))
+            meta = dataclasses.replace(tables.DINOV3_META, ignored=(*tables.DINOV3_META.ignored, *masks))
+            return tables.DINOV3, meta
         case other:
             raise ValueError(f"unknown encoder family {other!r}")
 
@@ -225,17 +228,26 @@ def _encoder_tables(e):
 def _dit_table(config):
     c, (height, width, channels) = config.dit, latent_shape(config)
     grid = height // c.patch_size, width // c.patch_size
-    fixed = {"pos_embed": sincos_2d(*grid, c.width)[None]}
+    positions = {"pos_embed": sincos_2d(*grid, c.width)[None]}
+    trunk = functools.partial(_rotations, grid=grid, head_dim=c.width // c.num_heads)
     if c.head_depth == 0:
-        fixed.update(_rotations("feat_rope", grid, c.width // c.num_heads))
-        return dataclasses.replace(tables.dit(channels), fixed=fixed)
-    fixed.update(_rotations("enc_feat_rope", grid, c.width // c.num_heads))
-    fixed.update(_rotations("dec_feat_rope", grid, c.head_width // c.head_num_heads))
-    return dataclasses.replace(tables.dit_dh(channels, c.depth), fixed=fixed)
+        return dataclasses.replace(dit_tables.dit(channels), fixed=positions | trunk("feat_rope"))
+    head = functools.partial(_rotations, grid=grid, head_dim=c.head_width // c.head_num_heads)
+    match c.conditioning:
+        case "adaln":
+            fixed = positions | trunk("enc_feat_rope") | head("dec_feat_rope")
+            table = dit_tables.dit_dh(channels, c.depth, c.base_depth)
+        case "in_context":
+            fixed = trunk("enc_rope", context=c.time_tokens + c.label_tokens) | head("dec_rope")
+            table = dit_tables.in_context(channels, c.depth, c.base_depth)
+        case other:
+            raise ValueError(f"unknown conditioning {other!r}")
+    return dataclasses.replace(table, fixed=fixed)
 
 
-def _rotations(name, grid, head_dim):
-    angles = rope_2d(*grid, head_dim)
+def _rotations(name, grid, head_dim, context=0):
+    """Return the tensors of a file for the rotations of image tokens, and of `context` tokens that are not rotated."""
+    angles = np.pad(rope_2d(*grid, head_dim), ((0, context), (0, 0)))
     return {f"{name}.freqs_cos": np.cos(angles), f"{name}.freqs_sin": np.sin(angles)}
 
 

@@ -26,6 +26,9 @@ def prediction(config):
         case "data":
             target = lambda x, noise, t: x  # noqa: E731
             to_velocity = functools.partial(flow.velocity_from_data, path=path)
+        case "data_in_velocity":
+            target = lambda x, noise, t: x  # noqa: E731
+            return Prediction(path, target, flow.clamped_velocity, 1.0, 0.0, flow.clamped_weight)
         case other:
             raise ValueError(f"unknown prediction {other!r}")
     defined_at_ends = config.dit.prediction == "velocity" and config.dit.path != "vp"
@@ -51,8 +54,12 @@ def shift_factor(config):
 
 
 def time_fn(config):
-    """Return the function (key, batch_size) -> training times before the shift, from Prediction.last to 0.999."""
-    train, low, high = config.dit.train, prediction(config).last, 0.999
+    """Return the function (key, batch_size) -> training times before the shift, from Prediction.last to 0.999.
+
+    With the prediction 'data_in_velocity' the times are not truncated.
+    """
+    train, p = config.dit.train, prediction(config)
+    low, high = p.last, 0.999 if p.weight is None else 1.0
     match train.time:
         case "logit_normal":
             return functools.partial(
@@ -173,17 +180,25 @@ def velocity(config, parts, labels, scale=None):
     `parts` holds the parameters 'dit', and 'guide' for AutoGuidance. `scale` replaces the scale of config.guidance.
     """
     g, strong = config.guidance, _of_model(config, config.dit, parts["dit"], labels)
+    outer = Guidance(g.scale if scale is None else scale, g.t_min, g.t_max)
     match g.method:
         case "none":
             return strong
         case "cfg":
-            null = jnp.full_like(labels, models.condition(config).null)
-            weak = _of_model(config, config.dit, parts["dit"], null)
+            return outer(strong, _of_model(config, config.dit, parts["dit"], _null(config, labels)))
         case "autoguidance":
-            weak = _of_model(config, g.dit, parts["guide"], labels)
+            return outer(strong, _of_model(config, g.dit, parts["guide"], labels))
+        case "internal":
+            return _internal(config, parts["dit"], labels, outer)
+        case "internal_cfg":
+            inner = Guidance(g.internal.scale, g.internal.t_min, g.internal.t_max)
+            return outer(*(_internal(config, parts["dit"], of, inner) for of in (labels, _null(config, labels))))
         case other:
             raise ValueError(f"unknown guidance {other!r}")
-    return Guidance(g.scale if scale is None else scale, g.t_min, g.t_max)(strong, weak)
+
+
+def _null(config, labels):
+    return jnp.full_like(labels, models.condition(config).null)
 
 
 def _of_model(config, sizes, params, labels):
@@ -198,5 +213,21 @@ def _of_model(config, sizes, params, labels):
 
     def head(x, t, s):
         return to_velocity(dit.apply(params, x, t, s, method="head"), x, t)
+
+    return Velocity(trunk, head)
+
+
+def _internal(config, params, labels, guidance):
+    """Return the `Velocity` of the config's DiT, guided by its own base output: one forward pass for both."""
+    dit, to_velocity = models.dit(config), prediction(config).to_velocity
+    params = {"params": in_dtype(params, config.dtype)}
+
+    def trunk(x, t):
+        return dit.apply(params, x, t, labels, method="trunk_and_base")
+
+    def head(x, t, outputs):
+        s, base = outputs
+        v, weak = (to_velocity(y, x, t) for y in (dit.apply(params, x, t, s, method="head"), base))
+        return guidance.mix(v, weak, t)
 
     return Velocity(trunk, head)

@@ -26,17 +26,20 @@ CHOICES = {
     "discriminator.backbone.mlp": _MLPS,
     "discriminator.loss": ("hinge", "vanilla"),
     "dit.path": ("linear", "cosine", "vp"),
-    "dit.prediction": ("velocity", "noise", "data"),
+    "dit.prediction": ("velocity", "noise", "data", "data_in_velocity"),
+    "dit.conditioning": ("adaln", "in_context"),
+    "guidance.dit.conditioning": ("adaln", "in_context"),
+    "decoder.output": ("normalised", "image"),
     "dit.train.time": ("logit_normal", "uniform"),
     "sampler.method": ("euler", "heun", "adaptive", "sde"),
     "sampler.grid": ("plain", "published"),
     "sampler.diffusion": ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing"),
     "sampler.last_step": ("mean", "tweedie", "euler", "none"),
-    "guidance.method": ("none", "cfg", "autoguidance"),
+    "guidance.method": ("none", "cfg", "autoguidance", "internal", "internal_cfg"),
 }
 TRAIN_CHOICES = {  # choices in the section `train` of every stage
     **{"unit": ("step", "epoch"), "crop": ("centre", "random")},
-    **{"optimizer": ("adamw", "muon"), "decay": ("cosine", "linear")},
+    **{"optimizer": ("adamw", "muon", "muon_all"), "decay": ("cosine", "linear")},
 }
 _NUMBERS = (  # sequences of numbers, of any length
     *("encoder.layers", "encoder.widths", "judge.widths", "discriminator.layers"),
@@ -95,6 +98,8 @@ def _check_values(config):
     require(known, config, "checkpoint.best", f"choose one of {', '.join(metrics)}, or ''")
     for stage in TRAINED:
         _check_training(config, f"{stage}.train")
+    labels = config.data.source == "image_folder" or not config.data.heldout_labels
+    require(labels, config, "data.heldout_labels", "only source='image_folder' uses it: set it to ''")
     if config.data.latents:
         _check_latents(config)
     both = bool(config.lpips.vgg) == bool(config.lpips.linear)
@@ -124,6 +129,10 @@ def _check_training(config, section):
     for key in ("warmup_steps", "clip_norm", "weight_decay"):
         require(train[key] >= 0, config, f"{section}.{key}", "it must be positive, or 0 for none")
     require(train.decay_start >= 0, config, f"{section}.decay_start", "it must be 0 or more")
+    start = max(train.decay_start, train.warmup_steps)
+    ends = train.decay_end == 0 or start < train.decay_end <= train.num_steps
+    fix = f"it must be 0, or from {start + 1} to config.{section}.num_steps={train.num_steps}"
+    require(ends, config, f"{section}.decay_end", fix)
     for key in ("ema_decay", "b1", "b2"):
         require(0.0 <= train[key] < 1.0, config, f"{section}.{key}", _DECAYS)
     for key, choices in TRAIN_CHOICES.items():
@@ -187,7 +196,7 @@ def _check_shapes(config):
         require(
             grid % value_of(config, section).patch_size == 0, config, f"{section}.patch_size", _DIVIDES.format(grid)
         )
-        require(value_of(config, section).head_depth >= 0, config, f"{section}.head_depth", _HEAD_DEPTH)
+        _check_dit(config, section)
         if value_of(config, section).head_depth:
             widths.append((section, "head_width", "head_num_heads", 4))
     for section, width, heads, multiple in widths:
@@ -205,6 +214,19 @@ def _check_shapes(config):
     _check_sampling(config)
 
 
+def _check_dit(config, section):
+    c = value_of(config, section)
+    require(c.head_depth >= 0, config, f"{section}.head_depth", _HEAD_DEPTH)
+    if c.conditioning == "in_context":
+        require(c.head_depth > 0, config, f"{section}.head_depth", "conditioning='in_context' needs a head: raise it")
+        for key in ("time_tokens", "label_tokens"):
+            require(c[key] > 0, config, f"{section}.{key}", "it must be positive")
+    inside = f"it must be 0 for no base output, or less than config.{section}.depth={c.depth}"
+    require(0 <= c.base_depth < c.depth, config, f"{section}.base_depth", inside)
+    fix = "the base output needs a DiT with a head: set it to 0, or raise head_depth"
+    require(c.head_depth > 0 or not c.base_depth, config, f"{section}.base_depth", fix)
+
+
 def _check_sampling(config):
     train, sampler = config.dit.train, config.sampler
     shift = "it must be positive; 1 is no shift, 0 the shift by the latent's dimension"
@@ -215,6 +237,9 @@ def _check_sampling(config):
     require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
     whole = train.batch_size % train.microbatches == 0
     require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
+    linear = config.dit.prediction != "data_in_velocity" or config.dit.path == "linear"
+    require(linear, config, "dit.path", "config.dit.prediction='data_in_velocity' needs the path 'linear'")
+    require(train.base_weight >= 0, config, "dit.train.base_weight", "it must be 0 or more")
     unbounded = config.dit.prediction == "noise" or (sampler.method == "sde" and sampler.diffusion == "score_based")
     unbounded |= config.dit.path == "vp" and (config.dit.prediction == "data" or sampler.method == "sde")
     plain = "the velocity of this path and prediction, or the diffusion, is infinite at its start: set it to 'plain'"
@@ -233,13 +258,16 @@ def _check_sampling(config):
     installed = sampler.method != "adaptive" or importlib.util.find_spec("diffrax") is not None
     require(installed, config, "sampler.method", "it needs diffrax: pip install -e '.[adaptive]'")
     guidance = config.guidance
-    labelled = config.dit.class_conditional or guidance.method != "cfg"
+    labelled = config.dit.class_conditional or guidance.method not in ("cfg", "internal_cfg")
     require(labelled, config, "guidance.method", "it needs classes: set config.dit.class_conditional=True")
+    has_base = guidance.method not in ("internal", "internal_cfg") or config.dit.base_depth > 0
+    require(has_base, config, "guidance.method", "it needs a DiT with a base output, config.dit.base_depth > 0")
     named = guidance.method != "autoguidance" or bool(guidance.dit.weights)
     require(named, config, "guidance.dit.weights", "name the weights of the model that config.guidance.dit describes")
-    ordered = 0 <= guidance.t_min <= guidance.t_max <= 1
-    require(ordered, config, "guidance.t_min", "0 <= config.guidance.t_min <= config.guidance.t_max <= 1 must hold")
-    require(math.isfinite(guidance.scale), config, "guidance.scale", "it must be a finite number")
+    for key, section in {"guidance": guidance, "guidance.internal": guidance.internal}.items():
+        ordered = 0 <= section.t_min <= section.t_max <= 1
+        require(ordered, config, f"{key}.t_min", f"0 <= config.{key}.t_min <= config.{key}.t_max <= 1 must hold")
+        require(math.isfinite(section.scale), config, f"{key}.scale", "it must be a finite number")
 
 
 def _check_discriminator(config):

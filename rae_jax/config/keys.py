@@ -5,7 +5,14 @@ from rae_jax.errors import UserError
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
 TRAINED = ("encoder", "judge", "decoder", "dit")
 
-_COUNTS = ("num_steps", "warmup_steps", "decay_start", "discriminator_start", "adversarial_start")  # by `train.unit`
+_COUNTS = (
+    "num_steps",
+    "warmup_steps",
+    "decay_start",
+    "decay_end",
+    "discriminator_start",
+    "adversarial_start",
+)  # by `train.unit`
 
 
 def section(config, part):

@@ -48,6 +48,7 @@ class Prediction:
     to_velocity: Callable  # (output, x_t, t) -> velocity
     first: float  # the sampler's first time; `to_velocity` is defined from `first` to `last`
     last: float  # the sampler's last time
+    weight: Callable | None = None  # t -> the weight of a squared difference from the target; None: 1
 
 
 class Velocity(NamedTuple):
@@ -102,6 +103,20 @@ def velocity_from_data(x, x_t, t, path=LINEAR):
     """Return the velocity that corresponds to predicted data at x_t; not defined at t = 0."""
     alpha, sigma, d_alpha, d_sigma = path.at(t, x_t)
     return d_alpha * x + d_sigma * (x_t - alpha * x) / sigma
+
+
+LEAST_DIVISOR = 0.05  # of clamped_velocity (arXiv 2605.18324)
+
+
+def clamped_velocity(x, x_t, t):
+    """Return the velocity (x_t - x) / max(t, 0.05) of predicted data on the linear path, defined at all times."""
+    divisor = jnp.maximum(t, LEAST_DIVISOR)
+    return (x_t - x) / divisor.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def clamped_weight(t):
+    """Return the weight that turns a squared difference of data into one of their `clamped_velocity`."""
+    return 1.0 / jnp.square(jnp.maximum(t, LEAST_DIVISOR))
 
 
 def shift_factor(latent_shape):

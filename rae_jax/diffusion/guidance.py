@@ -38,6 +38,10 @@ class Guidance:
 
         return Velocity(trunk, head)
 
+    def mix(self, v, v_weak, t):
+        """Return the guided velocity at times t of two velocities that are both there."""
+        return jnp.where(self._acts(t), self._mix(v, v_weak), v)
+
     def _acts(self, t):
         return (t[0] >= self.t_min) & (t[0] <= self.t_max)
 

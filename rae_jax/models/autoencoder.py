@@ -69,13 +69,14 @@ class Autoencoder:
     """A frozen encoder and a decoder as a pair of pure functions; the parameters are always arguments."""
 
     encoder: object  # module: normalised images -> raw patch tokens [L, B, N, D]
-    decoder: object  # module: latents -> pixels in the encoder's normalisation
+    decoder: object  # module: latents -> pixels
     mean: tuple  # of the encoder's input, per channel
     std: tuple
     input_size: int | None = None  # images are resized to this size before encoding; None: not resized
     layers: tuple | None = None  # blocks whose tokens make the latent; None: the last block
     add_mean: bool = False  # see to_latent, as norm_eps
     norm_eps: float = 1e-6
+    normalised_output: bool = True  # the decoder's pixels are in the encoder's normalisation, not in [0, 1]
 
     def encode(self, params, images):
         """Encode images [B, H, W, 3] in [0, 1] to latents [B, h, w, D]; `params` are the encoder's."""
@@ -100,6 +101,8 @@ class Autoencoder:
     def pixels(self, params, features):
         """Return images in [0, 1] from the input of the decoder's last linear layer."""
         pixels = self.decoder.apply({"params": params}, features, method="pixels")
+        if not self.normalised_output:
+            return pixels
         return pixels * jnp.asarray(self.std, jnp.float32) + jnp.asarray(self.mean, jnp.float32)
 
 

@@ -17,7 +17,7 @@ class Condition:
 
     spec: object  # tree of jax.ShapeDtypeStruct: the condition of one image
     null: object  # tree of the same structure: the condition of an image without a condition
-    embed: Callable  # width -> module: conditions of a batch -> [B, width]
+    embed: Callable  # width -> module: conditions of a batch -> [B, width], or tokens [B, T, width]
 
     def zeros(self, batch_size):
         """Return conditions of zeros for a batch, for initialisation and for shapes."""
@@ -33,21 +33,32 @@ class Condition:
         return jax.tree.map(replace, conditions, self.null, self.spec)
 
 
-def labels(num_classes, *, used=True):
-    """Return the condition that is a label of `num_classes` classes. Without `used` all labels mean the null label."""
-    embed = functools.partial(LabelEmbedding, num_classes if used else 0, name="label_embed")
+def labels(num_classes, *, used=True, tokens=0):
+    """Return the condition that is a label of `num_classes` classes. Without `used` all labels mean the null label.
+
+    `tokens`: the number of tokens that a label is embedded in; 0: one vector.
+    """
+    embed = functools.partial(LabelEmbedding, num_classes if used else 0, tokens=tokens, name="label_embed")
     return Condition(jax.ShapeDtypeStruct((), jnp.int32), num_classes, embed)
 
 
 class LabelEmbedding(nn.Module):
-    """Labels [B] -> [B, width]; the row after the last class is the null label. With 0 classes, every label is null."""
+    """Labels [B] -> [B, width]; the row after the last class is the null label. With 0 classes, every label is null.
+
+    With `tokens` the result is [B, tokens, width]: learned tokens, to each of which the label's row is added.
+    """
 
     num_classes: int
     width: int
+    tokens: int = 0
 
     @nn.compact
     def __call__(self, labels):
         shape = (self.num_classes + 1, self.width)
         table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
         table = gathered(table, "table")
-        return table[labels if self.num_classes else jnp.zeros_like(labels)]
+        rows = table[labels if self.num_classes else jnp.zeros_like(labels)]
+        if not self.tokens:
+            return rows
+        tokens = nn.initializers.normal(self.width**-0.5)
+        return rows[:, None] + self.param("tokens", tokens, (self.tokens, self.width), jnp.float32)

@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, h, w, D] -> features and pixels; the pixels still lack the encoder's std and mean.
+    """Latents [B, h, w, D] -> features and pixels, whose normalisation is the autoencoder's matter.
 
     With `grid_size` the decoder works on grid_size x grid_size tokens, and latents of another size are resized.
     """

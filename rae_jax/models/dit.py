@@ -73,7 +73,10 @@ class Modulation(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each between an adaLN shift/scale and a gate; with `hidden`, the tokens as an output."""
+    """Attention and SwiGLU, each between an adaLN shift/scale and a gate; with `hidden`, the tokens as an output.
+
+    Without a modulator (None) there is neither adaLN nor gate.
+    """
 
     num_heads: int
     mlp_ratio: float
@@ -85,14 +88,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, modulator, rope):
+        options = {"dtype": self.dtype, "linear": self.linear, "attend": self.attend}
+        attend = Attention(self.num_heads, self.qk_norm, **options, name="attention")
+        mlp = SwiGlu(int(2 / 3 * self.mlp_ratio * x.shape[-1]), self.dtype, self.linear, name="mlp")
+        if modulator is None:
+            x = x + attend(rms_norm("norm1")(x).astype(self.dtype), rope)
+            x = x + mlp(rms_norm("norm2")(x).astype(self.dtype))
+            return x, x if self.hidden else None
         modulation = Modulation(6, x.shape[-1], self.dtype, name="modulation")(modulator)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = modulate(rms_norm("norm1")(x), shift1, scale1).astype(self.dtype)
-        options = {"dtype": self.dtype, "linear": self.linear, "attend": self.attend}
-        x = x + gate1 * Attention(self.num_heads, self.qk_norm, **options, name="attention")(y, rope)
+        x = x + gate1 * attend(y, rope)
         y = modulate(rms_norm("norm2")(x), shift2, scale2).astype(self.dtype)
-        width = int(2 / 3 * self.mlp_ratio * x.shape[-1])
-        x = x + gate2 * SwiGlu(width, self.dtype, self.linear, name="mlp")(y)
+        x = x + gate2 * mlp(y)
         return x, x if self.hidden else None
 
 

@@ -35,11 +35,11 @@ class Rule(NamedTuple):
 # parameter's moments and averages end with the parameter's name.
 RULES = (
     (r"(^|/)(step|count|ns_coeffs)$", Rule(fsdp=None)),
-    (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies)$", Rule(fsdp=None)),
+    (r"(^|/)(scale|bias|scale1|scale2|cls_token|registers|pos_embed|frequencies|tokens|time_tokens)$", Rule(fsdp=None)),
     (r"(^|/)(u|v)$", Rule(fsdp=None)),
     (r"(^|/)qkv/kernel$", Rule(tensor="column", parts=3)),
     (r"(^|/)w12/kernel$", Rule(tensor="column", parts=2)),
-    (r"(^|/)(blocks|trunk|head)/modulation/linear/kernel$", Rule(tensor="column", parts=6)),
+    (r"(^|/)(blocks|base|trunk|head)/modulation/linear/kernel$", Rule(tensor="column", parts=6)),
     (r"(^|/)mlp/fc1/kernel$", Rule(tensor="column")),
     (r"(^|/)(attention/proj|mlp/w3|mlp/fc2)/kernel$", Rule(tensor="row")),
     (r"(^|/)kernel$", Rule()),

@@ -22,12 +22,14 @@ def make(
     more_ema_decays,
     condition_dropout,
     microbatches,
+    base_weight=0.0,
 ):
     """Return (init, step) of this stage.
 
     `condition`: a models.conditions.Condition, replaced by null with probability `condition_dropout`. `prediction`: a
-    flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. A batch holds 'image', or
-    'latent' if the images were encoded before.
+    flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. `base_weight`: the weight
+    of the loss of the DiT's base output; 0: the DiT has none. A batch holds 'image', or 'latent' if the images were
+    encoded before.
     """
 
     def init(key):
@@ -37,8 +39,17 @@ def make(
         return optim.init_state(params, optimiser, len(more_ema_decays))
 
     def loss(params, examples):
-        output = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["condition"])
-        return jnp.square(output - examples["target"]).mean(), {}
+        options = {"base": True} if base_weight else {}
+        outputs = dit.apply({"params": params}, examples["x_t"], examples["t"], examples["condition"], **options)
+        if not base_weight:
+            return error(outputs, examples), {}
+        full, base = (error(output, examples) for output in outputs)
+        return full + base_weight * base, {"full_loss": full, "base_loss": base}
+
+    def error(output, examples):
+        if prediction.weight is None:
+            return jnp.square(output - examples["target"]).mean()
+        return (jnp.square(output - examples["target"]).mean((1, 2, 3)) * prediction.weight(examples["t"])).mean()
 
     def step(state, frozen, batch, key):
         time_key, noise_key, drop_key = jax.random.split(key, 3)

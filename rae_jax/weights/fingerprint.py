@@ -59,13 +59,13 @@ def _classes(pattern):
 _DIT = (
     _size("width {}", r"\bt_embedder\.mlp\.2\.weight$", 0),
     _size("depth {}", r"\bblocks\.\d+\.norm1\.weight$", len),
-    _classes(r"\by_embedder\.embedding_table\.weight$"),
+    _classes(r"\b(y|ctx)_embedder\.embedding_table\.weight$"),
     _size("latents of {} channels", r"\bx_embedder\.proj\.weight$", 1),
 )
 _DIT_DH = (_DIT[0], _head_and_trunk, *_DIT[2:])
 _OUR_DIT = (
     _size("width {}", r"^(trunk_)?embed/kernel$", -1),
-    _size("depth {}", r"^(trunk|blocks)/norm1/scale$", 0),
+    _size("depth {}", r"^(base|trunk|blocks)/norm1/scale$", lambda found: sum(shape[0] for shape in found)),
     _size("head width {}", r"^head_embed/kernel$", -1),
     _size("head depth {}", r"^head/norm1/scale$", 0),
     _classes(r"^label_embed/table$"),
@@ -95,6 +95,7 @@ _OUR_ENCODER = (
 _LATENTS = (_size("shape {}", r"^(var|_latents_std)$", lambda found: found[0]),)
 
 _KINDS = (
+    _Kind("RAEv2's DiT^DH (rae_jax's format)", (r"^time_tokens$",), _OUR_DIT),
     _Kind("a DiT^DH (rae_jax's format)", (r"^trunk_embed/kernel$",), _OUR_DIT),
     _Kind("a DiT (rae_jax's format)", (r"^final_layer/linear/kernel$",), _OUR_DIT),
     _Kind("an RAE decoder (rae_jax's format)", (r"^pred/kernel$",), _OUR_DECODER),
@@ -103,6 +104,7 @@ _KINDS = (
     _Kind("an encoder (rae_jax's format)", (r"^patch_embed/kernel$",), _OUR_ENCODER),
     _Kind("a few-step student (r_embedder) of a DiT^DH", (r"\br_embedder\.", r"\bs_embedder\."), _DIT_DH),
     _Kind("a few-step student (r_embedder) of a DiT", (r"\br_embedder\.", r"\bx_embedder\."), _DIT),
+    _Kind("RAEv2's DiT^DH", (r"\bs_embedder\.", r"\bctx_embedder\."), _DIT_DH),
     _Kind("a DiT^DH", (r"\bs_embedder\.",), _DIT_DH),
     _Kind("a DiT", (r"\bx_embedder\.", r"\bblocks\.\d+\.adaLN_modulation\."), _DIT),
     _Kind("an MAE encoder (transformers' names)", (r"^vit\.embeddings\.",), _ENCODER),

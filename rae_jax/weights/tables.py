@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     restore: Callable  # our array -> the file's
 
 
-def _convolution(channels):
+def convolution(channels):
     """Return the layout of a linear map of patches that the file holds as a convolution [D, C, p, p]."""
 
     def shape(ours):
@@ -39,11 +39,18 @@ def _channels_first(shape):
     return shape[-1], *shape[:-1]
 
 
+def _without_keys(bias):
+    """Return the bias of queries, keys and values with zeros for the keys."""
+    query, key, value = np.split(bias, 3)
+    return np.concatenate([query, np.zeros_like(key), value])
+
+
 SAME = Layout(lambda shape: shape, lambda array: array, lambda array: array)
 LINEAR = Layout(lambda shape: shape[::-1], np.transpose, np.transpose)  # [out, in]
-PATCHES = _convolution(3)
+PATCHES = convolution(3)
 ROWS = Layout(lambda shape: shape[1:], lambda array: array[None], lambda array: array[0])  # without the batch axis
 LATENT = Layout(_channels_first, lambda array: np.moveaxis(array, 0, -1), lambda array: np.moveaxis(array, -1, 0))
+WITHOUT_KEYS = Layout(lambda shape: shape, _without_keys, lambda array: array)
 # diffusers divides by std + 1e-5, and this project by sqrt(variance + 1e-5).
 DEVIATION = Layout(
     _channels_first,
@@ -79,7 +86,8 @@ class Table:
         return dataclasses.replace(self, leaves=leaves, **changes)
 
 
-def _linear(ours, *theirs, layout=LINEAR):
+def linear(ours, *theirs, layout=LINEAR):
+    """Return the entries of a table for a linear layer; several of the file's layers are joined to ours."""
     return {
         f"{ours}/kernel": (layout, *(f"{name}.weight" for name in theirs)),
         f"{ours}/bias": (SAME, *(f"{name}.bias" for name in theirs)),
@@ -95,16 +103,16 @@ def _scales(block):
 
 
 def _attention(*query_key_value, output):
-    return _linear("blocks/attention/qkv", *query_key_value) | _linear("blocks/attention/proj", output)
+    return linear("blocks/attention/qkv", *query_key_value) | linear("blocks/attention/proj", output)
 
 
 def _mlp(first, second):
-    return _linear("blocks/mlp/fc1", first) | _linear("blocks/mlp/fc2", second)
+    return linear("blocks/mlp/fc1", first) | linear("blocks/mlp/fc2", second)
 
 
 _LAYER = "encoder.layer.{}"
 _VIT = {  # parameters that DINOv2 and MAE have in common
-    **_linear("patch_embed", "embeddings.patch_embeddings.projection", layout=PATCHES),
+    **linear("patch_embed", "embeddings.patch_embeddings.projection", layout=PATCHES),
     "cls_token": (SAME, "embeddings.cls_token"),
     "pos_embed": (SAME, "embeddings.position_embeddings"),
     **_attention(
@@ -120,8 +128,8 @@ DINOV2 = Table(
         **_norm("blocks/norm1", f"{_LAYER}.norm1"),
         **_norm("blocks/norm2", f"{_LAYER}.norm2"),
         **_mlp(f"{_LAYER}.mlp.fc1", f"{_LAYER}.mlp.fc2"),
-        **_linear("blocks/mlp/w12", f"{_LAYER}.mlp.weights_in"),
-        **_linear("blocks/mlp/w3", f"{_LAYER}.mlp.weights_out"),
+        **linear("blocks/mlp/w12", f"{_LAYER}.mlp.weights_in"),
+        **linear("blocks/mlp/w3", f"{_LAYER}.mlp.weights_out"),
         **_scales(_LAYER),
     },
     ignored=("embeddings.mask_token", "layernorm."),
@@ -141,7 +149,7 @@ MAE = Table(
 _LAYER = "encoder.layers.{}"
 SIGLIP2 = Table(
     {
-        **_linear("patch_embed", "embeddings.patch_embedding", layout=PATCHES),
+        **linear("patch_embed", "embeddings.patch_embedding", layout=PATCHES),
         "pos_embed": (ROWS, "embeddings.position_embedding.weight"),
         **_norm("blocks/norm1", f"{_LAYER}.layer_norm1"),
         **_norm("blocks/norm2", f"{_LAYER}.layer_norm2"),
@@ -155,7 +163,7 @@ SIGLIP2 = Table(
 _LAYER = "layer.{}"
 DINOV3 = Table(
     {
-        **_linear("patch_embed", "embeddings.patch_embeddings", layout=PATCHES),
+        **linear("patch_embed", "embeddings.patch_embeddings", layout=PATCHES),
         "cls_token": (SAME, "embeddings.cls_token"),
         "registers": (SAME, "embeddings.register_tokens"),
         **_norm("blocks/norm1", f"{_LAYER}.norm1"),
@@ -173,11 +181,27 @@ DINOV3 = Table(
     ignored=("embeddings.mask_token", "norm."),
 )
 
+# Meta's own files of DINOv3. The keys' part of the bias is masked there: in use it is zero, whatever the file holds.
+DINOV3_META = Table(
+    {
+        **linear("patch_embed", "patch_embed.proj", layout=PATCHES),
+        "cls_token": (SAME, "cls_token"),
+        "registers": (SAME, "storage_tokens"),
+        **_norm("blocks/norm1", "blocks.{}.norm1"),
+        **_norm("blocks/norm2", "blocks.{}.norm2"),
+        **_attention("blocks.{}.attn.qkv", output="blocks.{}.attn.proj"),
+        "blocks/attention/qkv/bias": (WITHOUT_KEYS, "blocks.{}.attn.qkv.bias"),
+        **_mlp("blocks.{}.mlp.fc1", "blocks.{}.mlp.fc2"),
+        **{f"blocks/scale{i}": (SAME, f"blocks.{{}}.ls{i}.gamma") for i in (1, 2)},
+    },
+    ignored=("mask_token", "norm.", "rope_embed."),
+)
+
 # DINO in transformers has MAE's names except for the ignored tensors; the authors' file has timm's names.
 DINO = dataclasses.replace(MAE, ignored=("layernorm.", "pooler."))
 DINO_TIMM = Table(
     {
-        **_linear("patch_embed", "patch_embed.proj", layout=PATCHES),
+        **linear("patch_embed", "patch_embed.proj", layout=PATCHES),
         "cls_token": (SAME, "cls_token"),
         "pos_embed": (SAME, "pos_embed"),
         **_norm("blocks/norm1", "blocks.{}.norm1"),
@@ -192,7 +216,7 @@ _LAYER = "decoder_layers.{}"
 _RAE = ("encoder.", "encoder_", "_latents_")  # other tensors of an autoencoder's file
 DECODER = Table(
     {
-        **_linear("embed", "decoder_embed"),
+        **linear("embed", "decoder_embed"),
         "cls_token": (SAME, "trainable_cls_token"),
         **_norm("blocks/norm1", f"{_LAYER}.layernorm_before"),
         **_norm("blocks/norm2", f"{_LAYER}.layernorm_after"),
@@ -202,7 +226,7 @@ DECODER = Table(
         ),
         **_mlp(f"{_LAYER}.intermediate.dense", f"{_LAYER}.output.dense"),
         **_norm("norm", "decoder_norm"),
-        **_linear("pred", "decoder_pred"),
+        **linear("pred", "decoder_pred"),
     },
     ignored=_RAE,
     prefix="decoder.",
@@ -236,49 +260,3 @@ DIFFUSERS_STATISTICS = Table(
     {"mean": (LATENT, "_latents_mean"), "var": (DEVIATION, "_latents_std")},
     ignored=("encoder", "decoder."),
 )
-
-
-def dit(channels):
-    """Return the table of a plain DiT on latents with `channels` channels."""
-    return Table(
-        {**_dit_common(), **_linear("embed", "x_embedder.proj", layout=_convolution(channels)), **_dit_blocks("blocks")}
-    )
-
-
-def dit_dh(channels, depth):
-    """Return the table of a DiT^DH on latents of `channels` channels; the head's blocks follow the trunk's `depth`."""
-    return Table(
-        {
-            **_dit_common(),
-            **_linear("head_embed", "x_embedder.proj", layout=_convolution(channels)),
-            **_linear("trunk_embed", "s_embedder.proj", layout=_convolution(channels)),
-            **_linear("condition_proj", "s_projector"),
-            **_dit_blocks("trunk"),
-            **_dit_blocks("head"),
-        },
-        first={"trunk": 0, "head": depth},
-    )
-
-
-def _dit_common():
-    return {
-        "time_embed/frequencies": (SAME, "t_embedder.W"),
-        **_linear("time_embed/fc1", "t_embedder.mlp.0"),
-        **_linear("time_embed/fc2", "t_embedder.mlp.2"),
-        "label_embed/table": (SAME, "y_embedder.embedding_table.weight"),
-        "final_layer/norm/scale": (SAME, "final_layer.norm_final.weight"),
-        **_linear("final_layer/linear", "final_layer.linear"),
-        **_linear("final_layer/modulation/linear", "final_layer.adaLN_modulation.1"),
-    }
-
-
-def _dit_blocks(ours):
-    norms = {"norm1": "norm1", "norm2": "norm2", "attention/q_norm": "attn.q_norm", "attention/k_norm": "attn.k_norm"}
-    return {
-        **{f"{ours}/{our}/scale": (SAME, f"blocks.{{}}.{their}.weight") for our, their in norms.items()},
-        **_linear(f"{ours}/attention/qkv", "blocks.{}.attn.qkv"),
-        **_linear(f"{ours}/attention/proj", "blocks.{}.attn.proj"),
-        **_linear(f"{ours}/mlp/w12", "blocks.{}.mlp.w12"),
-        **_linear(f"{ours}/mlp/w3", "blocks.{}.mlp.w3"),
-        **_linear(f"{ours}/modulation/linear", "blocks.{}.adaLN_modulation.1"),
-    }

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny
+from flax import traverse_util
 
 from rae_jax.build import optimiser as build_optimiser
 from rae_jax.runtime import sharding
@@ -102,3 +103,73 @@ def test_schedule_warms_up_stays_and_decays(decay, warmup, decay_start):
     left = 1 - part if decay == "linear" else 0.5 * (1 + np.cos(np.pi * part))
     expected = np.where(steps < warmup, 0.5 * steps / max(warmup, 1), 0.05 + 0.45 * left)
     np.testing.assert_allclose(jax.vmap(build_optimiser.schedule(train))(steps), expected, rtol=1e-5, atol=1e-7)
+
+
+MATRICES = {  # of 'muon_all', {path: (shape, matrices that the kernel joins)}
+    "trunk/attention/qkv/kernel": ((2, 8, 24), 3),
+    "base/attention/proj/kernel": ((2, 8, 8), 1),
+    "head/mlp/w12/kernel": ((2, 8, 20), 2),
+    "head/mlp/w3/kernel": ((2, 10, 8), 1),
+    "head/modulation/linear/kernel": ((2, 8, 48), 1),
+    "time_embed/fc1/kernel": ((16, 8), 1),
+    "condition_proj/kernel": ((8, 12), 1),
+    "final_layer/linear/kernel": ((12, 5), 1),
+    "label_embed/table": ((11, 8), 1),
+    "label_embed/tokens": ((4, 8), 1),
+    "time_tokens": ((3, 8), 1),
+}
+OTHERS = {
+    **{"trunk_embed/kernel": (5, 8), "head_embed/kernel": (5, 12), "trunk/attention/qkv/bias": (2, 24)},
+    **{"trunk/norm1/scale": (2, 8), "head0/in_conv/kernel": (9, 4, 8)},
+}
+
+
+def _muon_in_float64(params, first, second):
+    """The update of one matrix [in, out] after two gradients, by the equations."""
+    moment = 0.05 * 0.95 * np.float64(first) + 0.05 * np.float64(second)
+    x = 0.95 * moment / (1 - 0.95**3) + 0.05 * np.float64(second) / (1 - 0.95**2)
+    x = x / np.linalg.norm(x)
+    for a, b, c in build_optimiser.POLAR_EXPRESS:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return -RATE * (0.2 * np.sqrt(max(x.shape)) * x + WEIGHT_DECAY * np.float64(params))
+
+
+def test_muon_for_all_matrices_is_its_equations():
+    shapes = traverse_util.unflatten_dict({**{k: v[0] for k, v in MATRICES.items()}, **OTHERS}, sep="/")
+    params, first, second = (_normal(seed, shapes) for seed in range(3))
+    flat = [traverse_util.flatten_dict(tree, sep="/") for tree in (params, first, second)]
+    ours = traverse_util.flatten_dict(_last_update("muon_all", params, first, second), sep="/")
+    for path, (shape, parts) in MATRICES.items():
+        inputs = [tree[path].reshape(-1, *shape[-2:]) for tree in flat]
+        blocks = [
+            np.concatenate(
+                [_muon_in_float64(*part) for part in zip(*(np.split(a, parts, -1) for a in block), strict=True)], -1
+            )
+            for block in zip(*inputs, strict=True)
+        ]
+        np.testing.assert_allclose(ours[path], np.reshape(blocks, shape), rtol=2e-4, atol=2e-4 * RATE, err_msg=path)
+    adamw = traverse_util.flatten_dict(_last_update("adamw", params, first, second), sep="/")
+    for path in OTHERS:
+        np.testing.assert_allclose(ours[path], adamw[path], rtol=1e-6, err_msg=path)
+
+
+def test_the_moments_of_muon_for_all_matrices_have_the_shapes_of_the_parameters():
+    train = tiny().dit.train
+    train.optimizer = "muon_all"
+    params = _normal(0, traverse_util.unflatten_dict({k: v[0] for k, v in MATRICES.items()}, sep="/"))
+    state = build_optimiser.optimiser(train).init(params)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)} - {(), (5, 3)}
+    assert shapes == {leaf.shape for leaf in jax.tree.leaves(params)}
+    sharding.shardings(jax.eval_shape(lambda: state), sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1}))
+
+
+def test_a_rate_may_be_constant_fall_and_be_constant_again():
+    """RAEv2's: 2e-4 to epoch 25, linear to 2e-5 at epoch 50, constant to epoch 80."""
+    train = tiny().dit.train
+    train.update({"learning_rate": 2e-4, "final_learning_rate": 2e-5, "warmup_steps": 0, "num_steps": 80})
+    train.update({"decay_start": 25, "decay_end": 50, "decay": "linear"})
+    rate = build_optimiser.schedule(train)
+    found = [float(rate(step)) for step in (0, 24, 25, 30, 49, 50, 79)]
+    expected = [2e-4, 2e-4, 2e-4, 2e-4 - 1.8e-4 * 5 / 25, 2e-4 - 1.8e-4 * 24 / 25, 2e-5, 2e-5]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
