@@ -158,7 +158,7 @@ def _flops(config, workdir, mesh, job):
     refreshed = sampler.refreshed(config).sum()
     per_image = trunk * refreshed + rest * config.sampler.num_steps
     match config.guidance.method:
-        case "cfg":
+        case "cfg" | "internal_cfg":
             per_image *= 2
         case "autoguidance":
             guide_trunk, guide_rest = _forward_flops(config, config.guidance.dit)
