@@ -59,7 +59,7 @@ def test_outputs_loss_and_gradients(network):
     (value, outputs), grads = jax.jit(jax.value_and_grad(ours_of, has_aux=True))(params)
     for ours, expected in zip(outputs, theirs, strict=True):
         assert _error(ours, _nhwc(expected.detach())) < 1e-5
-    assert float(value) == pytest.approx(float(loss), rel=1e-5)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     found = published_weights.tensors_of(config, "dit", grads)
     for name, tensor in w.items():
         if tensor.grad is not None:
