@@ -185,6 +185,9 @@ class _Deadly:
     def names(self):
         return [f"image {n}" for n in range(12)]
 
+    def image_names(self):
+        return [(name, 0) for name in self.names()]
+
     def captions(self, index):
         return []
 
