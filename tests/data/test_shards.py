@@ -122,7 +122,7 @@ def _of_negative_size(data):
 
 
 DAMAGE = {
-    "negative size": (_of_negative_size, "has a negative size|not in order|damaged at byte"),
+    "negative size": (_of_negative_size, "has a negative size|invalid offset"),
     "cut in an image": (lambda data: data[:700], "unexpected end"),
     "cut in a header": (lambda data: data[: 512 * 4 + 100], "is damaged at byte|unexpected end"),
     "garbled header": (lambda data: data[:2048] + b"\x01" * 512 + data[2560:], "is damaged at byte"),
