@@ -19,6 +19,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import small
+from rae_jax.data import parquet_files, shard_index
 from rae_jax.runtime import host_allocator, sharding
 
 # Started in the background of a shell, or below a `trap "" INT`, a process ignores it, and so do those that it starts:
@@ -92,3 +93,11 @@ def uncached():
 @pytest.fixture
 def tiny_config():
     return tiny()
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    """No index of shards is kept from one test to the next."""
+    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
+        monkeypatch.setattr(shard_index, name, value)
+    monkeypatch.setattr(parquet_files, "_rows", {})

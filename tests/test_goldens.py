@@ -1,19 +1,17 @@
 """The authors' PyTorch modules, run on random weights, are the reference for ours (../shared/data/goldens)."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from dit_cases import Case, config_of
+from golden_cases import GOLDENS, nhwc, relative
 
 from rae_jax.build import models, part_weights, published_weights
 from rae_jax.diffusion import flow, ode
 from rae_jax.diffusion.guidance import Guidance
 from rae_jax.runtime import sharding
 
-GOLDENS = Path(__file__).parents[2] / "shared/data/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/goldens is not here")
 
 
@@ -30,31 +28,23 @@ def golden():
     return np.load(GOLDENS / "dit_dh_unequal.npz")
 
 
-def _nhwc(x):
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def _relative(a, b):
-    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
-
-
 def test_velocity_and_loss_are_the_authors(dit, golden):
     model, params, _ = dit
-    x, noise, t = _nhwc(golden["x"]), _nhwc(golden["noise"]), jnp.asarray(golden["t"])
+    x, noise, t = nhwc(golden["x"]), nhwc(golden["noise"]), jnp.asarray(golden["t"])
     x_t = flow.interpolate(x, noise, t)
-    assert _relative(x_t, _nhwc(golden["x_t"])) < 1e-6
+    assert relative(x_t, nhwc(golden["x_t"])) < 1e-6
     apply = jax.jit(model.apply)
     v = apply(params, x_t, t, golden["y"])
-    assert _relative(v, _nhwc(golden["v"])) < 1e-5
+    assert relative(v, nhwc(golden["v"])) < 1e-5
     v_null = apply(params, x_t, t, jnp.full(3, 10))
-    assert _relative(v_null, _nhwc(golden["v_null"])) < 1e-5
+    assert relative(v_null, nhwc(golden["v_null"])) < 1e-5
     loss = jnp.square(v - flow.velocity(x, noise, t)).mean()
     assert float(loss) == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
 def test_gradients_are_the_authors(dit, golden):
     model, params, config = dit
-    x, noise, t = _nhwc(golden["x"]), _nhwc(golden["noise"]), jnp.asarray(golden["t"])
+    x, noise, t = nhwc(golden["x"]), nhwc(golden["noise"]), jnp.asarray(golden["t"])
 
     def loss(params):
         v = model.apply(params, flow.interpolate(x, noise, t), t, golden["y"])
@@ -81,8 +71,8 @@ def test_published_trajectory_with_guidance(dit):
     assert golden["shift"] == pytest.approx(2.449, abs=1e-3)
     # This latent is smaller than 4096 dimensions: its own factor is below one, the golden's is given.
     assert factor == pytest.approx((4 * 4 * 24 / 4096) ** 0.5)
-    z = jax.jit(lambda x: ode.euler(velocity_fn, x, jnp.asarray(golden["grid"])))(_nhwc(golden["noise"]))
-    assert _relative(z, _nhwc(golden["z"])) < 1e-4
+    z = jax.jit(lambda x: ode.euler(velocity_fn, x, jnp.asarray(golden["grid"])))(nhwc(golden["noise"]))
+    assert relative(z, nhwc(golden["z"])) < 1e-4
 
 
 def test_decoder_is_the_authors():
@@ -94,4 +84,4 @@ def test_decoder_is_the_authors():
     params = part_weights.load(config, "decoder", "", sharding.make_mesh(config.mesh))
     decoder = models.autoencoder(config).decoder
     image = decoder.apply({"params": params}, jnp.asarray(golden["z"]).reshape(3, 4, 4, 24))
-    assert float(jnp.abs(image - _nhwc(golden["image"])).max()) < 5e-5
+    assert float(jnp.abs(image - nhwc(golden["image"])).max()) < 5e-5

@@ -1,18 +1,16 @@
 """RAEv2's network on random weights is the reference for ours (../shared/data/goldens)."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from dit_cases import Case, config_of
+from golden_cases import GOLDENS, nhwc, relative
 
 from rae_jax.build import models, part_weights, published_weights
 from rae_jax.build import sampler as build_sampler
 from rae_jax.runtime import sharding
 
-GOLDENS = Path(__file__).parents[2] / "shared/data/goldens"
 pytestmark = pytest.mark.skipif(not GOLDENS.is_dir(), reason="../shared/data/goldens is not here")
 
 
@@ -32,34 +30,26 @@ def network():
     return models.dit(config), params, config
 
 
-def _nhwc(x):
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
-
-
-def _relative(a, b):
-    return float(jnp.abs(a - b).max() / jnp.abs(b).max())
-
-
 def test_both_outputs_are_the_authors(network, golden):
     model, params, config = network
-    x_t, t = _nhwc(golden["x_t"]), jnp.asarray(golden["t"])
+    x_t, t = nhwc(golden["x_t"]), jnp.asarray(golden["t"])
     apply = jax.jit(lambda y: model.apply({"params": params}, x_t, t, y, base=True))
     to_velocity = build_sampler.prediction(config).to_velocity
     for suffix, labels in (("", golden["y"]), ("_null", np.full(3, 10))):
         full, base = apply(labels)
-        assert _relative(full, _nhwc(golden[f"full{suffix}"])) < 1e-5
-        assert _relative(base, _nhwc(golden[f"base{suffix}"])) < 1e-5
+        assert relative(full, nhwc(golden[f"full{suffix}"])) < 1e-5
+        assert relative(base, nhwc(golden[f"base{suffix}"])) < 1e-5
         if not suffix:
-            assert _relative(to_velocity(full, x_t, t), _nhwc(golden["v_full"])) < 1e-5
-            assert _relative(to_velocity(base, x_t, t), _nhwc(golden["v_base"])) < 1e-5
+            assert relative(to_velocity(full, x_t, t), nhwc(golden["v_full"])) < 1e-5
+            assert relative(to_velocity(base, x_t, t), nhwc(golden["v_base"])) < 1e-5
 
 
 def _losses(network, golden, params):
     model, _, config = network
-    x, x_t, t = _nhwc(golden["x"]), _nhwc(golden["x_t"]), jnp.asarray(golden["t"])
+    x, x_t, t = nhwc(golden["x"]), nhwc(golden["x_t"]), jnp.asarray(golden["t"])
     p = build_sampler.prediction(config)
     outputs = model.apply({"params": params}, x_t, t, golden["y"], base=True)
-    target = p.target(x, _nhwc(golden["noise"]), t)
+    target = p.target(x, nhwc(golden["noise"]), t)
     return [(jnp.square(y - target).mean((1, 2, 3)) * p.weight(t)).mean() for y in outputs]
 
 
@@ -87,7 +77,7 @@ def test_the_trajectory_with_internal_guidance_is_the_authors(network):
         velocity = build_sampler.velocity(config, {"dit": params}, jnp.asarray(golden["y"]))
         return build_sampler.sampler(config).solve(velocity, noise, None)
 
-    assert _relative(solve(_nhwc(golden["noise"])), _nhwc(golden["z"])) < 1e-4
+    assert relative(solve(nhwc(golden["noise"])), nhwc(golden["z"])) < 1e-4
 
 
 def test_the_decoder_s_output_is_the_image_itself():
@@ -98,7 +88,7 @@ def test_the_decoder_s_output_is_the_image_itself():
     config.decoder.update({"width": 32, "depth": 3, "num_heads": 4, "hidden": 64, "patch_size": 8})
     config.decoder.weights = str(GOLDENS / "decoder.pt")
     params = part_weights.load(config, "decoder", "", sharding.make_mesh(config.mesh))
-    latents, expected = jnp.asarray(golden["z"]).reshape(3, 4, 4, 24), _nhwc(golden["image"])
+    latents, expected = jnp.asarray(golden["z"]).reshape(3, 4, 4, 24), nhwc(golden["image"])
     for output, image in (("image", expected), ("normalised", expected * 0.25 + 0.5)):
         config.decoder.output = output
         decoded = jax.jit(models.autoencoder(config).decode)(params, latents)

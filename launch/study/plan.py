@@ -42,7 +42,9 @@ def data_of(path):
     """
     if not path:
         return "shapes", {}
-    found = sources.image_folder(path=path, heldout_path="", split="train", image_size=32, named=("--data", ""))
+    found = sources.image_folder(
+        path=path, heldout_path="", split="train", image_size=32, named=sources.KEYS._replace(path="--data")
+    )
     path = Path(path).resolve()
     keys = {"data.source": "image_folder", "data.path": str(path), "data.num_classes": len(found.class_names)}
     return re.sub(r"\W+", "_", f"{path.parent.name}_{path.stem}"), keys

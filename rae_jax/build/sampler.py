@@ -28,7 +28,7 @@ def prediction(config):
             to_velocity = functools.partial(flow.velocity_from_data, path=path)
         case "data_in_velocity":
             target = lambda x, noise, t: x  # noqa: E731
-            return Prediction(path, target, flow.clamped_velocity, 1.0, 0.0, flow.clamped_weight)
+            return Prediction(path, target, flow.clamped_velocity, 1.0, 0.0, 1.0, flow.clamped_weight)
         case other:
             raise ValueError(f"unknown prediction {other!r}")
     defined_at_ends = config.dit.prediction == "velocity" and config.dit.path != "vp"
@@ -54,12 +54,9 @@ def shift_factor(config):
 
 
 def time_fn(config):
-    """Return the function (key, batch_size) -> training times before the shift, from Prediction.last to 0.999.
-
-    With the prediction 'data_in_velocity' the times are not truncated.
-    """
+    """Return the function (key, batch_size) -> training times before the shift, between those of the Prediction."""
     train, p = config.dit.train, prediction(config)
-    low, high = p.last, 0.999 if p.weight is None else 1.0
+    low, high = p.last, p.latest
     match train.time:
         case "logit_normal":
             return functools.partial(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from rae_jax.errors import UserError, one_line
 
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"  # in ImageNet's development kit
 KAGGLE = "LOC_val_solution.csv"
+MOST_CLASSES = 10**6  # of labels that are numbers
 _SHOWN = 80  # characters of a wrong line in a message
 
 
@@ -37,15 +39,15 @@ def read_list(path, num_classes):
     Raises UserError for a line of another form, and for a label from `num_classes` on, unless it is None. Raises
     ValueError for a file that is not a text.
     """
-    names, labels = [], []
+    names, labels, most = [], [], num_classes or MOST_CLASSES
     for number, line in lines(Path(path).read_bytes()):
         name, label = _name_and_label(line)
         if not name or not label.isdecimal():
             raise UserError(
                 f"{path}, line {number}: {line[:_SHOWN]!r} is not `IMAGE LABEL` with a label from 0: correct it"
             )
-        if num_classes is not None and int(label) >= num_classes:
-            raise UserError(f"{path}, line {number}: label {label} is outside of 0 to {num_classes - 1}: correct it")
+        if int(label) >= most:
+            raise UserError(f"{path}, line {number}: label {label} is outside of 0 to {most - 1}: correct it")
         names.append(name)
         labels.append(int(label))
     return names, labels
@@ -63,7 +65,7 @@ def labels_of(path, names, class_names, given):
     """
     numbers = {**{str(i): i for i in range(len(class_names))}, **{name: i for i, name in enumerate(class_names)}}
     try:
-        found = _read(Path(path).expanduser(), names, numbers)
+        found = _read(Path(os.path.expanduser(path)), names, numbers)
     except _DAMAGED as error:
         raise UserError(
             f"{given} cannot be read ({one_line(error, longest=200)}): name ImageNet's development kit, {KAGGLE}, or a "
@@ -71,15 +73,15 @@ def labels_of(path, names, class_names, given):
         ) from error
     whole, stems = {}, {}
     for image, label in found:
-        whole[_plain(image)] = label
+        whole.setdefault(_plain(image), set()).add(label)
         stems.setdefault(_stem(image), set()).add(label)
     labels = np.empty(len(names), np.int32)
     for i, name in enumerate(names):
-        same_stem = stems.get(_stem(name), ())
-        if _plain(name) not in whole and len(same_stem) != 1:
-            problem = f"has no label of {name}: add it" if not same_stem else f"names {name} without its folder: add it"
+        candidates = whole.get(_plain(name)) or stems.get(_stem(name), ())
+        if len(candidates) != 1:
+            problem = f"gives {name} several labels: correct it" if candidates else f"has no label of {name}: add it"
             raise UserError(f"{given} {problem}, or leave the labels out")
-        label = whole.get(_plain(name), *same_stem) if len(same_stem) == 1 else whole[_plain(name)]
+        (label,) = candidates
         if label not in numbers:
             raise UserError(
                 f"{given} gives {name} the class {label!r}, which the training images do not have: correct it, or "

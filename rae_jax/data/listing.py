@@ -32,7 +32,7 @@ class Found(NamedTuple):
 def images_at(given, key, named, *, num_classes, on_error):
     """Return the Found of all images at a path.
 
-    `key` names the path in messages, `named` the paths of all images (see sources.KEYS). Raises UserError for a path
+    `key` names the path in messages, `named` all settings (see sources.Settings). Raises UserError for a path
     that holds no images as they are needed. A list that names files that do not exist is an error with
     `on_error`='stop', and otherwise reported.
     """
@@ -131,7 +131,9 @@ def _in_folder(folder, value, named):
             _trees.pop(next(iter(_trees)))
         tree = Tree(folder, decode.SUFFIXES)
         class_folders.refuse_splits_of_tree(
-            tree.names, value, lambda train, other: f"set {named[0]}={folder / train} and {named[1]}={folder / other}"
+            tree.names,
+            value,
+            lambda train, other: f"set {named.path}={folder / train} and {named.heldout_path}={folder / other}",
         )
         if not tree.names:
             raise no_images(value, tree.suffixes)
@@ -199,7 +201,7 @@ def _in_zip(path, value, named, one_class, changed):
         raise no_images(value, {PurePosixPath(name).suffix.lower() for name in files})
     outer = "" if one_class else _outer_folder(names)
     names = [name.removeprefix(outer) for name in names]
-    fix = f"put each into an archive of its own, for {named[0]} and {named[1]}"
+    fix = f"put each into an archive of its own, for {named.path} and {named.heldout_path}"
     class_folders.refuse_splits_of_tree(names, value, lambda *both: fix)
     names, labels, class_names = class_folders.arrange(names, _empty_folders(shown, files, outer), value)
     return Found(Entries(path, Names([entries[outer + name] for name in names])), labels, class_names)

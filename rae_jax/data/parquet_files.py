@@ -116,7 +116,7 @@ def rows_of(files, fields, named):
 
     The class names are () if labels are numbers without names. Without a column of labels, which is said, all images
     are one class. Raises UserError for files that cannot be read or do not have the same columns, and for columns that
-    do not exist. `named`: see sources.KEYS.
+    do not exist. `named`: see sources.Settings.
     """
     name = shard_index.digest(files, [fields, "rows"])
     if name not in _rows:
@@ -133,7 +133,7 @@ def _rows_of(files, fields, named):
     columns, counts, labels = None, [], []
     for file in files:
         with _reading(file), _open(file) as opened:
-            found = _columns(opened.schema_arrow, fields, file, named[3])
+            found = _columns(opened.schema_arrow, fields, file, named.field)
             columns = columns or found
             if found != columns:
                 raise UserError(f"{file} has other columns than {files[0]}: {found} and not {columns}: leave it out")
@@ -141,7 +141,7 @@ def _rows_of(files, fields, named):
             counts.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
             if columns.label:
                 labels += opened.read(columns=[columns.label])[columns.label].to_pylist()
-    rows, key = Rows(files, columns, counts), named[3].format("label")
+    rows, key = Rows(files, columns, counts), named.field.format("label")
     missing = next((row for row, label in enumerate(labels) if label is None), None)
     if missing is not None:
         raise UserError(f"{rows.names([missing])[0]} has no {columns.label!r}: add it, or set {key}")

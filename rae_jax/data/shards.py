@@ -18,15 +18,15 @@ def files_at(given, key, suffix, named):
     """Return the paths of the shards at a path, sorted: all files with a suffix in a folder, a file, or a pattern.
 
     A pattern has braces, {000..146} or {a,b}, or the wildcards of a shell. `key` names the path in messages, `named`
-    the paths of all images (see sources.KEYS). Raises UserError for shards that do not exist, that are compressed as a
-    whole, or that are of several splits.
+    all settings (see sources.Settings). Raises UserError for shards that do not exist, are compressed as a whole, or
+    are of several splits.
     """
     value, path = f"{key}={given!r}", os.path.expanduser(given)
     found = _in_folder(path, value, suffix, named) if given and os.path.isdir(path) else _of_pattern(path, value)
     for file in found:
         if not file.lower().endswith(suffix) or not os.path.isfile(file):
             raise UserError(f"{value}: {file} is not a {suffix} file: {_fix({Path(file).suffix.lower()})}")
-    patterns = f"set {named[0]}='.../{{}}{suffix}' and {named[1]}='.../{{}}{suffix}'"
+    patterns = f"set {named.path}='.../{{}}{suffix}' and {named.heldout_path}='.../{{}}{suffix}'"
     class_folders.refuse_splits(
         {Path(file).stem for file in found},
         value,
@@ -41,7 +41,9 @@ def _in_folder(path, value, suffix, named):
         raise UserError(f"{value} holds no {suffix} files: {_fix(tree.suffixes)}")
     folder = Path(path)
     class_folders.refuse_splits_of_tree(
-        tree.names, value, lambda train, other: f"set {named[0]}={folder / train} and {named[1]}={folder / other}"
+        tree.names,
+        value,
+        lambda train, other: f"set {named.path}={folder / train} and {named.heldout_path}={folder / other}",
     )
     return [os.path.join(path, name) for name in tree.names]
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,10 +73,17 @@ class ImageSource:
         return self._store.captions(index)
 
 
-# Names for messages: of the paths of the images, of the labels of held-out images, and of a field of shards.
-KEYS = ("config.data.path", "config.data.heldout_path", "config.data.heldout_labels", "config.data.fields.{}")
-FLAGS = ("--path", "--heldout_path", "--heldout_labels", "--{}_field")  # the same in commands that take paths as flags
-_MOST_CLASSES = 10**6  # of labels that are numbers
+class Settings(NamedTuple):
+    """Names of the settings of a source, for messages. `field` has a place for the name of a field of shards."""
+
+    path: str
+    heldout_path: str
+    heldout_labels: str
+    field: str
+
+
+KEYS = Settings("config.data.path", "config.data.heldout_path", "config.data.heldout_labels", "config.data.fields.{}")
+FLAGS = Settings("--path", "--heldout_path", "--heldout_labels", "--{}_field")  # of commands that take paths as flags
 
 
 def image_folder(
@@ -97,14 +105,17 @@ def image_folder(
 
     Without `heldout_path`, every 20th image is held out. Held-out images without class folders have the labels of the
     file `heldout_labels` (see label_files), or no labels. Raises UserError if a path cannot be used, or if the classes
-    of both differ. `on_error`: see listing. `named`: the names of the paths in messages.
+    of both differ. `on_error`: see listing. `named`: see Settings.
     """
 
     def images_at(given, key):
         return listing.images_at(given, key, named, num_classes=num_classes, on_error=on_error)
 
     if heldout_labels and not heldout_path:
-        raise UserError(f"{named[2]}={heldout_labels!r} needs {named[1]}: set it to the images with these labels")
+        raise UserError(
+            f"{named.heldout_labels}={heldout_labels!r} needs {named.heldout_path}: set it to the images with these "
+            f"labels"
+        )
     return _of_split(images_at, (path, heldout_path, heldout_labels), split, image_size, named)
 
 
@@ -144,7 +155,7 @@ def parquet(*, path, heldout_path, split, image_size, num_classes=None, fields=N
 
 def _found(images, labels, class_names, num_classes, value):
     """Return the listing.Found of shards. Raises UserError for labels from `num_classes` on."""
-    numbered, most = not class_names, num_classes or _MOST_CLASSES
+    numbered, most = not class_names, num_classes or label_files.MOST_CLASSES
     largest = int(labels.max(initial=-1))
     if numbered and largest >= most:
         name = images.names([int(labels.argmax())])[0]
@@ -159,10 +170,12 @@ def _of_split(images_at, paths, split, image_size, named):
     """Return the source of a split; images_at(path, key) returns the listing.Found of all images at a path."""
     path, heldout_path, _ = paths
     separate = split == "heldout" and bool(heldout_path)
-    given, key = (heldout_path, named[1]) if separate else (path, named[0])
+    given, key = (heldout_path, named.heldout_path) if separate else (path, named.path)
     found = images_at(given, key)
     if not len(found.images):
-        raise listing.no_images(f"{key}={given!r}", fix="its samples need members such as KEY.jpg; name other files")
+        raise listing.no_images(
+            f"{key}={given!r}", fix="name shards whose samples have images, such as KEY.jpg in tar files"
+        )
     store, class_names = stores.Store(found.images, found.labels), found.class_names
     if separate:
         store, class_names = _with_classes_of(images_at, found, paths, named)
@@ -170,7 +183,9 @@ def _of_split(images_at, paths, split, image_size, named):
         held_out = np.arange(len(store)) % HELDOUT_EVERY == 0
         store = store.subset(np.flatnonzero(held_out == (split == "heldout")))
     if not len(store):
-        raise UserError(f"{key}={given!r} holds a single image, which is held out: add images, or set {named[1]}")
+        raise UserError(
+            f"{key}={given!r} holds a single image, which is held out: add images, or set {named.heldout_path}"
+        )
     return ImageSource(store, class_names, image_size)
 
 
@@ -183,11 +198,11 @@ def _with_classes_of(images_at, found, paths, named):
     flat = found.class_names == class_folders.ONE_CLASS
     if not (flat or heldout_labels or _may_exist(path)):
         return stores.Store(found.images, found.labels), found.class_names
-    train = images_at(path, named[0])
+    train = images_at(path, named.path)
     # One folder that is no class: the folder around flat images, as in an archive of ImageNet's val.
     flat |= len(found.class_names) == 1 and not found.numbered and found.class_names[0] not in train.class_names
     if heldout_labels:
-        given = f"{named[2]}={heldout_labels!r}"
+        given = f"{named.heldout_labels}={heldout_labels!r}"
         names = [name for name, _ in stores.Store(found.images, None).image_names()]
         labels = label_files.labels_of(heldout_labels, names, train.class_names, given)
         return stores.Store(found.images, labels), train.class_names
@@ -201,7 +216,8 @@ def _with_classes_of(images_at, found, paths, named):
         return stores.Store(found.images, found.labels), max(train.class_names, found.class_names, key=len)
     odd = sorted(set(found.class_names) ^ set(train.class_names))[0]
     raise UserError(
-        f"{named[1]}={heldout_path!r} has other classes than {named[0]}={path!r}: {odd!r} is in only one; add it"
+        f"{named.heldout_path}={heldout_path!r} has other classes than {named.path}={path!r}: {odd!r} is in only one; "
+        f"add it"
     )
 
 

@@ -25,9 +25,9 @@ def index(files, fields, named):
 
     Labels are those of the field 'label', by default the first of LABELS that the first image has; without labels all
     images are one class, which is said. Raises UserError for a file that is not a whole tar file, and for an image
-    without a label. `named`: see sources.KEYS.
+    without a label. `named`: see sources.Settings.
     """
-    images = _Images(fields["label"], fields["caption"], named[3].format("label"))
+    images = _Images(fields["label"], fields["caption"], named.field.format("label"))
     with logs.Progress("index", total=len(files), unit="shard") as progress:
         for number, file in enumerate(files):
             with _reading(file), open(file, "rb") as data:

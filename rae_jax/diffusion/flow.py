@@ -48,6 +48,7 @@ class Prediction:
     to_velocity: Callable  # (output, x_t, t) -> velocity
     first: float  # the sampler's first time; `to_velocity` is defined from `first` to `last`
     last: float  # the sampler's last time
+    latest: float = 0.999  # the largest time of training, before the shift
     weight: Callable | None = None  # t -> the weight of a squared difference from the target; None: 1
 
 

@@ -28,7 +28,7 @@ def make(
 
     `condition`: a models.conditions.Condition, replaced by null with probability `condition_dropout`. `prediction`: a
     flow.Prediction. `time_fn(key, batch_size)` draws times, which `shift_factor` then shifts. `base_weight`: the weight
-    of the loss of the DiT's base output; 0: the DiT has none. A batch holds 'image', or 'latent' if the images were
+    of the loss of the DiT's base output; 0: no such loss. A batch holds 'image', or 'latent' if the images were
     encoded before.
     """
 

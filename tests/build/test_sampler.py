@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from configs import small
 from rae_jax.build import models, objectives, sampler
 from rae_jax.config import keys as config_keys
 from rae_jax.diffusion import flow
@@ -154,3 +155,17 @@ def test_the_config_s_sde_is_its_equations(path, diffusion, last_step, tiny_conf
         steps = {"mean": x - t * (e["velocity"] - w * e["score"]), "euler": x - t * e["velocity"], "tweedie": e["data"]}
         x = steps[last_step]
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3)
+
+
+def test_times_of_data_in_velocity_are_not_truncated():
+    """The logits are normal without bounds; other predictions have no time above 0.999."""
+    config = small.get_config()
+    config.dit.train.update({"time": "logit_normal", "time_mean": 2.0, "time_std": 2.5})
+    for name, most in (("data_in_velocity", 1.0), ("velocity", 0.999)):
+        config.dit.prediction = name
+        times = np.float64(sampler.time_fn(config)(jax.random.key(0), 20_000))
+        assert (times.max() > 0.999) == (most == 1.0) and times.max() <= most and times.min() >= 0
+        if most == 1.0:
+            inside = times[(times > 1e-6) & (times < 1 - 1e-6)]
+            logits = np.log(inside / (1 - inside))
+            assert abs(logits.mean() - 2.0) < 0.1 and abs(logits.std() - 2.5) < 0.1

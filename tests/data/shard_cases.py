@@ -9,17 +9,9 @@ import pytest
 from brought_cases import SIZE, png
 from PIL import Image
 
-from rae_jax.data import parquet_files, shard_index, sources
+from rae_jax.data import sources
 
 PNGS = [png(seed) for seed in range(8)]
-
-
-@pytest.fixture
-def nothing_kept(monkeypatch):
-    """Nothing is kept from one test to the next."""
-    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
-        monkeypatch.setattr(shard_index, name, value)
-    monkeypatch.setattr(parquet_files, "_rows", {})
 
 
 def open_tar(path, **options):

@@ -249,3 +249,10 @@ def test_too_few_images_are_said(tmp_path, text, message):
     bring(tmp_path, "folder", ["1.png"])
     (tmp_path / "list.txt").write_text(text)
     assert message in refusal_of(str(tmp_path / "list.txt"), heldout_path="")
+
+
+@pytest.mark.parametrize("label", [10**6, 10**12])
+def test_ids_in_the_place_of_labels_are_refused(tmp_path, label):
+    """Packing does not know the number of classes."""
+    (tmp_path / "list.txt").write_text(f"1.png {label}\n")
+    assert f"line 1: label {label} is outside of 0 to 999999: correct it" in refusal_of(str(tmp_path / "list.txt"))

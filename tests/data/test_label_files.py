@@ -143,7 +143,7 @@ def test_labels_of_two_images_of_one_name_are_refused(tmp_path):
     train, val = _two_folders(tmp_path)
     (tmp_path / "labels.txt").write_text("a.png tabby\na.jpg golden retriever\nb 1\n")
     message = refusal_of(train, heldout_path=val, split="heldout", heldout_labels=str(tmp_path / "labels.txt"))
-    assert "names /x/a.png without its folder: add it" in message
+    assert "gives /x/a.png several labels: correct it" in message
 
 
 @pytest.mark.parametrize("damage", ["truth", "meta", "archive"])

@@ -8,7 +8,6 @@ from brought_cases import SIZE, labels_of
 from shard_cases import (
     PNGS,
     expected,
-    nothing_kept,  # noqa: F401  a fixture
     open_parquet,
     open_tar,
     pixels_of,

@@ -10,7 +10,6 @@ from brought_cases import SIZE, labels_of
 from shard_cases import (
     PNGS,
     expected,
-    nothing_kept,  # noqa: F401  a fixture
     open_parquet,
     pixels_of,
     write_parquet,
@@ -124,10 +123,12 @@ def test_parquet_files_without_what_is_needed(tmp_path):
 @pytest.mark.parametrize("kind", ["dictionary", "bool", "float"])
 def test_labels_of_other_types(tmp_path, kind):
     pa = pytest.importorskip("pyarrow", reason="needs the extra 'parquet'")
+    import pyarrow.parquet as pq
+
     labels = {"dictionary": pa.array(list("abba")).dictionary_encode(), "bool": pa.array([False, True, True, False])}
     labels["float"] = pa.array([0.0, 1.0, 1.0, 0.0])
     table = pa.table({"image": pa.array(PNGS[:4]), "label": labels[kind]})
-    pa.parquet.write_table(table, tmp_path / "0.parquet")
+    pq.write_table(table, tmp_path / "0.parquet")
     if kind == "float":
         with pytest.raises(UserError, match="the column 'label' of double holds no labels: set config.data.fields"):
             open_parquet(tmp_path)

@@ -11,7 +11,10 @@ from rae_jax.data import pipeline, shard_index, sources
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data" / "imagenet_sample"
 FILES = sorted(PHOTOGRAPHS.glob("*/*"))
-pytestmark = pytest.mark.skipif(not FILES, reason="../shared/data/imagenet_sample is not there")
+pytestmark = [
+    pytest.mark.skipif(not FILES, reason="../shared/data/imagenet_sample is not there"),
+    pytest.mark.usefixtures("nothing_kept"),
+]
 CLASSES = sorted({file.parent.name for file in FILES})
 OPTIONS = {"heldout_path": "", "split": "train", "image_size": 32, "num_classes": len(CLASSES)}
 BATCH = 16
@@ -62,13 +65,6 @@ def _batches(source, rows=None, num_workers=0):
     reading = {"batch_size": BATCH, "seed": 5, "random_crop": True, "flip": True, "num_threads": 2, "rows": rows}
     reading["num_workers"] = num_workers
     return iter(pipeline.training_batches(source, **reading))
-
-
-@pytest.fixture(autouse=True)
-def no_index(monkeypatch):
-    """Nothing is kept from one test to the next."""
-    for name, value in (("_folder", None), ("_copies", False), ("_indices", {})):
-        monkeypatch.setattr(shard_index, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from brought_cases import SIZE, labels_of
 from shard_cases import (
     PNGS,
     expected,
-    nothing_kept,  # noqa: F401  a fixture
     open_parquet,
     open_tar,
     pixels_of,
@@ -162,7 +161,7 @@ def test_members_that_are_no_images_do_not_disturb(tmp_path):
         ({"0.png": PNGS[0], "0.cls": "1", "1.png": PNGS[1]}, "0.tar:1 has no label in the field 'cls'"),
         ({"0.png": PNGS[0], "0.json": "[1"}, "0.tar:0.json is not a JSON object"),
         ({"0.png": PNGS[0], "0.json": json.dumps({"label": [1]})}, "has no label in the field 'json.label'"),
-        ({"0.md": "x"}, "holds no images: its samples need members such as KEY.jpg"),
+        ({"0.md": "x"}, "holds no images: name shards whose samples have images"),
     ],
 )
 def test_samples_without_what_is_needed_are_named(tmp_path, members, message):
