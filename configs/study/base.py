@@ -12,8 +12,10 @@ An experiment is a file in this folder, whose get_config() returns plain data:
     sizes            {size: {key: value}} that changes SIZES
     measure          measurements of each run, see launch/study/measure.py
     generators       {name: {key: value}}: measure the run's weights with each of these changes; default: unchanged
+    generators_of    {variant: generators}: more of them for one variant
     compare          [{'says', 'metric', 'lower', 'higher'}]: the claim is that all of `lower` are below all of `higher`
     columns          metrics in the table
+    columns_of_generators   metrics in a second table, with a row for each variant and generator
     plots            [{'y', 'x', 'series', ...}], see launch/study/plots.py
     note             how to read the numbers
 

@@ -8,6 +8,7 @@ base.py explains the keys.
 from configs.study import base
 
 _LAYERS = {"encoder.layers": (1, 3, 5)}
+_ALL = {"encoder.layers": (0, 1, 2, 3, 4, 5)}
 
 
 def _compare():
@@ -38,6 +39,12 @@ def _compare():
             "higher": ["trained, last layer"],
         },
         {
+            "says": "all layers reconstruct better than three (psnr)",
+            "metric": "psnr",
+            "lower": ["trained, mean of three layers"],
+            "higher": ["trained, mean of all six layers"],
+        },
+        {
             "says": "the linear probe reads more from trained weights, pooled",
             "metric": "probe_pooled",
             "lower": ["random weights"],
@@ -66,13 +73,17 @@ def get_config():
                 },
                 "sizes": {"fast": {"encoder.train.num_steps": 1}},
             },
-            "layers": {"config": {**_LAYERS, "stages": ("statistics",), "data.num_train": 2_000}},
+            **{
+                name: {"config": {**layers, "stages": ("statistics",), "data.num_train": 2_000}}
+                for name, layers in (("layers", _LAYERS), ("all_layers", _ALL))
+            },
         },
         "config": {"stages": ("decoder", "dit"), **base.DECODER, "dit.train.num_steps": 400},
         "variants": {
             "trained, last layer": {},
             "random weights": {"encoder.weights": "@random_encoder", "statistics.weights": "@random_encoder"},
             "trained, mean of three layers": {**_LAYERS, "statistics.weights": "@layers"},
+            "trained, mean of all six layers": {**_ALL, "statistics.weights": "@all_layers"},
         },
         "sizes": {"fast": {}},
         "measure": ("reconstruction", "probe", "generation"),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from launch.study import work
+from launch.study import verdict, work
 from rae_jax.build import data as build_data
 from rae_jax.build import models, part_weights, sampler
 from rae_jax.config import keys as config_keys
@@ -41,8 +41,10 @@ def rows(job, config, mesh):
             if kind != "generation" and prefix:
                 continue
             values = _MEASURES[kind](changed, epath.Path(job.workdir), mesh, job)
-            name = f"{prefix}_" if prefix else ""
-            found += [{"step": step, "metric": name + metric, "value": value} for step, metric, value in values]
+            found += [
+                {"step": step, "metric": verdict.metric_of(prefix, metric), "value": value}
+                for step, metric, value in values
+            ]
     keys = [key for key, value in job.config.items() if isinstance(value, int | float) and key not in ("seed",)]
     return found + [{"step": 0, "metric": key, "value": float(job.config[key])} for key in keys]
 

@@ -6,7 +6,7 @@ import html
 import io
 import json
 
-from launch.study import plots, verdict
+from launch.study import plan, plots, verdict
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -64,10 +64,22 @@ def _csv(found):
     return file.getvalue()
 
 
-def _cells(study, summary):
-    """Return [[variant, formatted number, ...]] of the variants that have results."""
+def _tables(study, summary):
+    """Return [(names of columns, [[row's name, formatted number, ...]])] of the variants that have results."""
     order = [variant for variant in study["variants"] if variant in summary["variants"]]
-    return [[v, *(_number(summary["variants"][v].get(metric)) for metric in study["columns"])] for v in order]
+    tables = [(study["columns"], [_row(summary, v, v, study["columns"]) for v in order])]
+    if columns := study.get("columns_of_generators"):
+        of_each = [(v, name) for v in order for name in plan.generators_of(study, v) if name]
+        rows = [
+            _row(summary, v, f"{v}, {name}", [verdict.metric_of(name, metric) for metric in columns])
+            for v, name in of_each
+        ]
+        tables.append((columns, rows))
+    return tables
+
+
+def _row(summary, variant, name, metrics):
+    return [name, *(_number(summary["variants"][variant].get(metric)) for metric in metrics)]
 
 
 def _number(entry):
@@ -94,15 +106,19 @@ def _section(name, study, summary, picture):
         text += f'<p><img alt="{html.escape(study["title"])}" src="data:image/png;base64,{data}"></p>'
     if not summary["variants"]:
         return text
-    head = "".join(f"<th class=number>{plots.label(metric)}</th>" for metric in study["columns"])
-    rows = "".join(
-        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td class=number>{cell}</td>' for cell in row[1:])}</tr>"
-        for row in _cells(study, summary)
-    )
-    text += f"<table><tr><th></th>{head}</tr>{rows}</table>"
+    text += "".join(_html_table(columns, rows) for columns, rows in _tables(study, summary))
     text += f"<p class=soft>{html.escape(_about(study, summary))}</p>"
     paper = "".join(f"<tr><td>{html.escape(what)}</td><td class=number>{n}</td></tr>" for what, n in study["paper"])
     return text + f"<h3>The paper's numbers</h3><table>{paper}</table>"
+
+
+def _html_table(columns, rows):
+    head = "".join(f"<th class=number>{plots.label(metric)}</th>" for metric in columns)
+    body = "".join(
+        f"<tr><th>{html.escape(row[0])}</th>{''.join(f'<td class=number>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
 
 
 def _markdown(study, summary):
@@ -110,9 +126,10 @@ def _markdown(study, summary):
     if not summary["variants"]:
         return "\n".join([*lines, f"**{verdict.NOT_RUN}**", ""])
     lines += [f"- **{words}**: {says}" for says, words in summary["verdicts"].items()]
-    lines += ["", f"| | {' | '.join(plots.label(metric) for metric in study['columns'])} |"]
-    lines += [f"| --- |{' --- |' * len(study['columns'])}"]
-    lines += [f"| {' | '.join(row)} |" for row in _cells(study, summary)]
+    for columns, rows in _tables(study, summary):
+        lines += ["", f"| | {' | '.join(plots.label(metric) for metric in columns)} |"]
+        lines += [f"| --- |{' --- |' * len(columns)}"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     paper = "; ".join(f"{what}: {n}" if n else what for what, n in study["paper"])
     lines += ["", _about(study, summary), "", f"Paper: {paper}."]
     return "\n".join(lines) + "\n"

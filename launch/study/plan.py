@@ -9,7 +9,7 @@ from configs.study import base
 from launch.study import work
 from rae_jax.data import sources
 
-STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse")
+STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse", "raev2")
 SHIPPED = "small"  # the weights of this package: the main foundation on shapes
 
 
@@ -33,6 +33,11 @@ class Job:
 def read(name):
     """Return the data of an experiment."""
     return importlib.import_module(f"configs.study.{name}").get_config()
+
+
+def generators_of(study, variant):
+    """Return {name: {key: value}} of the generators of a variant's runs."""
+    return study.get("generators", {"": {}}) | study.get("generators_of", {}).get(variant, {})
 
 
 def data_of(path):
@@ -72,7 +77,7 @@ class Plan:
         resolved = {key: self._resolved(value, key, needs) for key, value in config.items()}
         generators = {
             prefix: {key: self._resolved(value, key, needs) for key, value in changes.items()}
-            for prefix, changes in study.get("generators", {"": {}}).items()
+            for prefix, changes in generators_of(study, variant).items()
         }
         judge = {
             **{f"{part}.weights": self._resolved("@main", part, needs) for part in ("encoder", "judge")},

@@ -1,7 +1,8 @@
 """Draw the plot of an experiment: a PNG with panels; error bars are sample standard deviations over seeds.
 
 A panel is data: 'y', a metric; 'x', a metric or 'step', or missing for bars over variants; 'series', {label: variants}
-for lines; 'by_step', one line over checkpoints for each variant; 'bars', the variants of bars; 'also', more metrics.
+for lines; 'by_step', one line over checkpoints for each variant; 'bars', the variants of bars; 'also', more metrics;
+'lines', {label: (variant, {x: generator})} over the generators of a run, with 'over', the label of x.
 """
 
 import io
@@ -25,6 +26,8 @@ def draw(study, found):
     for axis, panel in zip(axes[0], panels, strict=True):
         if panel.get("by_step"):
             _by_step(axis, panel, study, found)
+        elif "over" in panel:
+            _over_generators(axis, panel, values)
         elif "x" in panel:
             _lines(axis, panel, values)
         else:
@@ -71,6 +74,18 @@ def _lines(axis, panel, values):
     axis.set_ylabel(label(panel["y"]))
     if len(panel["series"]) > 1 or panel.get("also"):
         axis.legend(fontsize=8, frameon=False)
+
+
+def _over_generators(axis, panel, values):
+    for number, (name, (variant, generators)) in enumerate(panel["lines"].items()):
+        metrics = {x: verdict.metric_of(generator, panel["y"]) for x, generator in generators.items()}
+        xs = [x for x, metric in metrics.items() if (variant, metric) in values]
+        points = [verdict.mean_and_spread(values[variant, metrics[x]]) for x in xs]
+        style = {"label": name, "marker": "o", "ms": 4, "capsize": 3, "color": _COLOURS[number % len(_COLOURS)]}
+        axis.errorbar(xs, [mean for mean, *_ in points], yerr=[spread or 0 for _, spread, _ in points], **style)
+    axis.set_xlabel(panel["over"])
+    axis.set_ylabel(label(panel["y"]))
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _by_step(axis, panel, study, found):

@@ -5,6 +5,11 @@ import statistics
 NOT_RUN = "not run"
 
 
+def metric_of(generator, metric):
+    """Return the name under which a generator's metric is kept."""
+    return f"{generator}_{metric}" if generator else metric
+
+
 def last(found):
     """Return {(variant, metric): {seed: value}} at the end of the runs. `found`: {(variant, seed): rows}."""
     values = {}

@@ -7,6 +7,7 @@ import pytest
 from conftest import tiny
 from flax import traverse_util
 
+from rae_jax.build import muon
 from rae_jax.build import optimiser as build_optimiser
 from rae_jax.runtime import sharding
 
@@ -129,7 +130,7 @@ def _muon_in_float64(params, first, second):
     moment = 0.05 * 0.95 * np.float64(first) + 0.05 * np.float64(second)
     x = 0.95 * moment / (1 - 0.95**3) + 0.05 * np.float64(second) / (1 - 0.95**2)
     x = x / np.linalg.norm(x)
-    for a, b, c in build_optimiser.POLAR_EXPRESS:
+    for a, b, c in muon.POLAR_EXPRESS:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return -RATE * (0.2 * np.sqrt(max(x.shape)) * x + WEIGHT_DECAY * np.float64(params))

@@ -107,6 +107,8 @@ def test_comparisons_and_plots_name_existing_variants(name):
     for panel in study["plots"]:
         assert all(v in study["variants"] for of in panel.get("series", {}).values() for v in of)
         assert set(panel.get("bars", ())) <= set(study["variants"])
+        for variant, generators in panel.get("lines", {}).values():
+            assert set(generators.values()) <= plan.generators_of(study, variant).keys()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_results_are_written_as_tables_page_and_plots(tmp_path):
 def test_a_wrong_flag_is_reported_in_one_line(tmp_path):
     command_line = [sys.executable, "-m", "launch.study", f"--workdir={tmp_path}", "--only=width,depth"]
     done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
-    said = "error: --only=depth cannot work: choose from width, schedule, noise, head, vae, encoders, guidance, reuse\n"
+    said = f"error: --only=depth cannot work: choose from {', '.join(plan.STUDIES)}\n"
     assert done.returncode == 2 and done.stderr == said and not any(tmp_path.iterdir())
     with pytest.raises(UserError, match="^--data='nowhere' does not exist: name a folder"):
         command.run([], tmp_path, "fast", 1, 1, "nowhere", False)
