@@ -31,17 +31,24 @@ from rae_jax.weights import hub
 Source: TypeAlias = str | os.PathLike[str] | ConfigDict
 
 
+def _described(model: Any) -> str:
+    """Return one line for a notebook, instead of all parameters."""
+    count = sum(getattr(leaf, "size", 0) for leaf in jax.tree.leaves(model))
+    return f"{type(model).__name__}(config.name={model.config.name!r}, {count:,} parameters)"
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RAE:
     """An autoencoder: parameters of 'encoder' and 'decoder', and their config."""
 
     params: dict[str, Any]
     config: FrozenConfigDict
+    __repr__ = _described
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "guide"], meta_fields=["config"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class DiT:
     """A diffusion transformer: parameters of 'dit', 'statistics' of its latents or None, and their config.
 
@@ -51,6 +58,7 @@ class DiT:
     params: dict[str, Any]
     guide: dict[str, Any] | None
     config: FrozenConfigDict
+    __repr__ = _described
 
 
 def load_rae(source: Source = "small", *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> RAE:

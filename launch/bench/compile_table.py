@@ -1,4 +1,4 @@
-"""Compile DiT^DH-XL and its decoder ahead of time for TPUs, and print the table of docs/scale.md.
+"""Compile DiT^DH-XL, its decoder and RAEv2 ahead of time for TPUs, and print the table of docs/scale.md.
 
     python -m launch.bench.compile_table [--folder=runs/compiled] [--only NAME ...] [--timeout=SECONDS]
 
@@ -15,7 +15,9 @@ from pathlib import Path
 from launch.bench import harness
 
 ROOT = Path(__file__).parents[2]
-XL, XL_512, DECODER = (f"--config=configs/{name}.py" for name in ("dit_xl", "dit_xl_512", "decoder_xl"))
+XL, XL_512, DECODER, RAEV2 = (
+    f"--config=configs/{name}.py" for name in ("dit_xl", "dit_xl_512", "decoder_xl", "raev2_xl")
+)
 TRAIN, SAMPLE = "--program=train", "--program=sample"
 GUIDE = {"width": 384, "depth": 12, "num_heads": 6, "head_width": 2048, "head_depth": 2, "head_num_heads": 16}
 AUTOGUIDANCE = [
@@ -38,6 +40,11 @@ ROWS = {  # name: (topology, arguments)
     "sample": ("v6e:2x4", [XL, SAMPLE, *AUTOGUIDANCE]),
     "decoder": ("v5e:8x8", [DECODER, TRAIN, "--config.data.image_size=512", "--config.encoder.input_size=448"]),
     "slices": ("v5e:16x16", [XL, TRAIN, *FOUR_SLICES]),
+    **{
+        f"raev2_{kind}_{sizes}": (f"{kind}:{sizes}", [RAEV2, TRAIN])
+        for kind, sizes in (("v6e", "8x8"), ("v5e", "16x16"), ("v5p", "4x4x4"))
+    },
+    "raev2_sample": ("v6e:2x4", [RAEV2, SAMPLE]),
 }
 HEADER = ["program", "mesh (data x fsdp)", "images", "peak, GiB", "TFLOP", "of the model's", "sent, GiB", "compiled in"]
 GIB = 2**30
@@ -60,10 +67,14 @@ def main():
     sys.exit(int(not all(fits)))
 
 
+def arguments(name):
+    """Return the arguments of `python -m rae_jax.main` that compile a row."""
+    topology, (config, *others) = ROWS[name]
+    return [config, *SETTINGS, "--config.dtype=bfloat16", *others, "--mode=compile", f"--topology={topology}"]
+
+
 def _compile(name, folder, timeout):
-    topology, arguments = ROWS[name]
-    command = [sys.executable, "-m", "rae_jax.main", "--mode=compile", f"--topology={topology}", *SETTINGS, *arguments]
-    command.append("--config.dtype=bfloat16")
+    command = [sys.executable, "-m", "rae_jax.main", *arguments(name)]
     print(f"{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout)
@@ -85,7 +96,10 @@ def _cells(name, row):
     slices = f"{row['num_slices']} slices of " if row["num_slices"] > 1 else ""
     latents = " from latents" if name == "latents" else ""
     px = " at 512 px" if name in ("512px", "decoder") else ""
-    program = f"{row['program']} {row['stage']}{latents}{px}, {slices}{row['topology']}, batch {row['batch_size']}"
+    network = f"{row['config']} " if name.startswith("raev2") else ""
+    program = (
+        f"{row['program']} {network}{row['stage']}{latents}{px}, {slices}{row['topology']}, batch {row['batch_size']}"
+    )
     if row["remat"] != "dots":
         program += f", remat={row['remat']}"
     data, fsdp = row["mesh"]["data"], row["mesh"]["fsdp"]

@@ -229,3 +229,13 @@ def test_training_is_the_same_with_64_bits(stage):
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         assert ours.dtype == theirs.dtype, path
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4, err_msg=str(path))
+
+
+def test_a_notebook_shows_a_model_in_one_line(loaded):
+    """Also as a tree of shapes, and inside jit, where it has no numbers."""
+    rae, dit, _ = loaded
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(model)) for model in (rae, dit)]
+    assert [repr(rae), repr(dit)] == [
+        f"{kind}(config.name='tiny', {count:,} parameters)" for kind, count in zip(("RAE", "DiT"), counts, strict=True)
+    ]
+    assert repr(jax.eval_shape(lambda model: model, dit)) == repr(dit)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import doc_commands
 import jax
 import numpy as np
 import pytest
@@ -192,6 +193,10 @@ def test_the_table_is_made_of_what_was_found(tmp_path, monkeypatch, capsys):
         assert first == (
             "| train dit, v6e:8x8, batch 1024 | 1 x 64 | 16 | 4.00 of 32.00 | 16.70 | 1.029 | 5.00 | 200 s |"
         )
+
+
+def test_the_rows_of_the_table_are_commands():
+    assert doc_commands.check([("rae_jax.main", compile_table.arguments(name)) for name in compile_table.ROWS]) == {}
 
 
 SMALL = "--config=configs/small.py"

@@ -28,14 +28,30 @@ from rae_jax.ui import demo_model
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    config = tiny()
+def _demo(config):
     shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
     parts = random_like(shapes, seed=0, scale=0.2)
     latent = config_keys.latent_shape(config)
     parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
     return demo_model.DemoModel(config.lock(), parts), config, parts
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return _demo(tiny())
+
+
+@pytest.mark.parametrize("method", ["internal", "internal_cfg"])
+def test_the_trajectory_of_raev2_s_dit_ends_in_the_sample(method):
+    config = tiny()
+    config.dit.update({"conditioning": "in_context", "depth": 2, "base_depth": 1, "prediction": "data_in_velocity"})
+    config.guidance.update({"method": method, "scale": 9.0, "t_min": 0.1})
+    model, config, parts = _demo(config)
+    assert model.guided
+    (*_, (_, ends)), (*_, (_, unguided)) = (model.trajectory(4, 9, scale, 3) for scale in (9.0, 1.0))
+    indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
+    wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, np.full(len(indices), 4))
+    assert np.abs(np.int32(ends) - np.int32(wanted)).max() <= 1 < np.abs(np.int32(ends) - np.int32(unguided)).max()
 
 
 def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
