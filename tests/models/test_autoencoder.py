@@ -25,7 +25,8 @@ from safetensors.numpy import load_file
 
 from configs import dit_b
 from rae_jax import convert
-from rae_jax.build import models
+from rae_jax.build import models, part_weights
+from rae_jax.config import keys as config_keys
 from rae_jax.models.autoencoder import denormalise, normalise
 from rae_jax.models.decoder import Decoder
 
@@ -144,3 +145,16 @@ def test_the_decoder_s_norms_have_hardly_an_epsilon():
     small, none = ({**params, "cls_token": params["cls_token"] * scale} for scale in (1e-3, -1.0))
     np.testing.assert_allclose(draw(small), draw(params), rtol=1e-4, atol=1e-4)
     assert np.abs(draw(none) - draw(params)).max() > 1e-2
+
+
+def test_an_image_decoder_s_output_is_the_picture():
+    """RAEv2's: the last layer's output, which RAE's decoders have in the encoder's normalisation."""
+    config = config_of(TINY["mae"])
+    params = random_like(part_weights.shapes(config, "decoder"), seed=0, scale=0.2)
+    latents = np.random.default_rng(1).normal(size=(2, *config_keys.latent_shape(config))).astype(np.float32)
+    outputs = {}
+    for output in ("normalised", "image"):
+        config.decoder.output = output
+        outputs[output] = np.asarray(models.autoencoder(config).decode(params, latents))
+    expected = outputs["image"] * np.float32(config.encoder.std) + np.float32(config.encoder.mean)
+    np.testing.assert_allclose(outputs["normalised"], expected, atol=1e-5)

@@ -80,9 +80,10 @@ def test_bfloat16_stays_close(network):
 
 GUIDANCE = {
     "cfg": {"method": "cfg", "scale": 2.0, "t_min": 0.2, "t_max": 0.9},
-    "internal": {"method": "internal", "scale": 1.78, "t_min": 0.1, "t_max": 1.0},
+    "internal": {"method": "internal", "scale": 1.78, "t_min": 0.4, "t_max": 0.95},
     "internal_cfg": {"method": "internal_cfg", "scale": 1.5, "t_min": 0.3, "t_max": 0.95},
 }
+INSIDE = {"scale": 1.6, "t_min": 0.5, "t_max": 1.0}  # internal_cfg: of the internal guidance
 STEPS = 6
 
 
@@ -96,7 +97,7 @@ def _their_velocity(w, case, guidance, x, t, labels):
     null, acts = torch.full_like(labels, case.num_classes), guidance["t_min"] <= float(t[0]) <= guidance["t_max"]
     if guidance["method"] == "internal":
         return inner(labels, guidance["scale"], guidance["t_min"], guidance["t_max"])
-    internal = (1.78, 0.1, 1.0) if guidance["method"] == "internal_cfg" else (1.0, 0.0, 1.0)
+    internal = tuple(INSIDE.values()) if guidance["method"] == "internal_cfg" else (1.0, 0.0, 1.0)
     strong = inner(labels, *internal)
     weak = inner(null, *internal)
     return weak + guidance["scale"] * (strong - weak) if acts else strong
@@ -110,7 +111,7 @@ def test_guided_trajectories(network, name):
     config = config.copy_and_resolve_references()
     config.dit.time_shift = 2.0
     config.sampler.update({"method": "euler", "grid": "plain", "num_steps": STEPS})
-    config.guidance.update(GUIDANCE[name])
+    config.guidance.update({**GUIDANCE[name], "internal": INSIDE})
     _, noise, _, labels = oracle.inputs(case)
 
     @jax.jit
