@@ -34,9 +34,9 @@ def _samplers():
     }
 
 
-def _guidances():
-    """Return {name: changes} of all kinds of guidance, each at its scales, with 25 Euler steps."""
-    return {f"{method} {scale}": _guidance(method, scale) for method in _SCALES for scale in _SCALES[method]}
+def _guidances(*methods):
+    """Return {name: changes} of these kinds of guidance, each at its scales, with 25 Euler steps."""
+    return {f"{method} {scale}": _guidance(method, scale) for method in methods for scale in _SCALES[method]}
 
 
 def _guidance(method, scale):
@@ -63,6 +63,7 @@ def _compare():
         order("RAEv2's DiT has a lower fd than DiT^DH with data", (RAEV2, "euler 50_fd"), (DATA, "euler 50_fd")),
         order("10 Heun steps have a lower fd than 25 Euler steps", (RAEV2, "heun 10_fd"), RAEV2),
         order("internal guidance at 1.5 lowers fd", (RAEV2, "internal 1.5_fd"), RAEV2),
+        order("it does so for DiT^DH with velocity", (VELOCITY, "internal 1.5_fd"), VELOCITY),
         order("it has a lower fd than AutoGuidance at 1.5", (RAEV2, "internal 1.5_fd"), (RAEV2, "autoguidance 1.5_fd")),
         order("internal guidance lowers the fd of CFG at 1.5", (RAEV2, "both 1.5_fd"), (RAEV2, "cfg 1.5_fd")),
     ]
@@ -80,6 +81,7 @@ def _plots():
         for name, values in _SCALES.items()
         if name != "both"
     }
+    scales |= {f"internal, {variant}": (variant, scales["internal"][1]) for variant in (VELOCITY, DATA)}
     scales["cfg, with internal guidance at 1.5"] = (
         RAEV2,
         {1.0: "internal 1.5", **{scale: f"both {scale}" for scale in _SCALES["both"]}},
@@ -117,8 +119,8 @@ def get_config():
         "variants": {VELOCITY: {}, DATA: _DATA, RAEV2: _RAEV2},
         "sizes": {"fast": {"dit.depth": 2, **_GUIDE_IN_TESTS}},
         "measure": ("loss", "flops", "generation"),
-        "generators": _samplers(),
-        "generators_of": {RAEV2: _guidances()},
+        "generators": _samplers() | _guidances("internal"),
+        "generators_of": {RAEV2: _guidances("cfg", "autoguidance", "both")},
         "compare": _compare(),
         "columns": ["fd", "agreement", "loss", "forward_gflops"],
         "columns_of_generators": ["fd", "agreement"],
