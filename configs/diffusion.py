@@ -50,10 +50,31 @@ def sizes():
     }
 
 
+def few_step(train):
+    """Return the section of the student that samples in few steps; its network is the DiT's with a second time."""
+    train.init = ""  # weights to start from, named as `weights` is, or the workdir of a run; '': the DiT's
+    train.label_dropout = 0.1  # probability that a label is replaced by the null label, for the teacher too
+    train.microbatches = 1  # number of parts of a batch whose gradients are computed in turn and summed: less memory
+    return {
+        # Weights if this run does not train them: a folder, a published file or a hub id; '': none.
+        "weights": "",
+        # Source of the velocities that the student learns the mean of. One of 'distillation' (the DiT), 'finetuning'
+        # (data and noise).
+        "objective": "distillation",
+        "guided": False,  # distillation: the DiT's velocity with config.guidance
+        # Derivative along the trajectory. One of 'differences' (central; published), 'jvp' (exact).
+        "derivative": "differences",
+        "difference": 5e-3,  # differences: half the interval of time
+        "equal_times": 0.75,  # fraction of the images whose interval is empty: they learn the velocity itself
+        "train": train,
+    }
+
+
 def sampler():
     """Return the section of the sampler."""
     return {
-        # Solver. One of 'euler', 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama).
+        # Solver. One of 'euler', 'heun', 'adaptive' (needs diffrax), 'sde' (Euler-Maruyama), 'mean_velocity' (by the
+        # few-step student, without guidance and shift).
         "method": "euler",
         "num_steps": 50,  # number of steps
         # Times of the steps. One of 'plain', 'published' (num_steps points, so one step less; the last is near data).

@@ -20,7 +20,7 @@ def get_config():
     # Type of matrix products; parameters, moments and losses are float32 in either case. One of 'float32', 'bfloat16'.
     c.dtype = "float32"
     # Stages that the run trains, in this order; a part whose stage is not in the list has its weights from the key
-    # `weights`. Any of 'encoder', 'judge', 'decoder', 'statistics', 'dit'.
+    # `weights`. Any of 'encoder', 'judge', 'decoder', 'statistics', 'dit', 'few_step'.
     c.stages = ("encoder", "judge", "decoder", "statistics", "dit")
     c.log_every = 20  # steps between two rows of metrics
     c.wandb = ""  # project of Weights & Biases to which the metrics are also sent; '': none
@@ -65,6 +65,7 @@ def get_config():
         "batch_size": 256,  # images at a time, on all devices
     }
     c.dit = diffusion.dit(_train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon"))
+    c.few_step = diffusion.few_step(_train(num_steps=2_000, batch_size=16, learning_rate=1e-3, clip_norm=1.0))
     c.sampler = diffusion.sampler()
     c.guidance = diffusion.guidance()
     c.evaluate = _evaluate()

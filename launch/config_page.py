@@ -34,6 +34,8 @@ SECTIONS = {
     "statistics": ("get_config.statistics",),
     "dit": ("sizes", "dit"),
     "dit.train": ("dit",),
+    "few_step": ("few_step",),
+    "few_step.train": ("few_step",),
     "STAGE.train": ("_train",),
     "sampler": ("sampler",),
     "guidance": ("guidance",),

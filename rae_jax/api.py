@@ -77,9 +77,9 @@ def load_rae(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
 
 
 def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> DiT:
-    """Load the diffusion transformer of `source` (see load_rae), with the statistics of its latents."""
-    config, workdir = _open(source, ("statistics", "dit"), dtype)
-    parts = _load(config, workdir, ("statistics", "dit"), mesh)
+    """Load the diffusion transformer, or few-step student, of `source` (see load_rae), with statistics of latents."""
+    config, workdir = _open(source, ("statistics", *config_keys.ON_LATENTS), dtype)
+    parts = _load(config, workdir, ("statistics", config_keys.generator(config)), mesh)
     weaker = "guide" in part_weights.parts_of_sampling(config)
     guide = _load(config, None, ("guide",), mesh)["guide"] if weaker else None
     return DiT(parts, guide, FrozenConfigDict(config))
@@ -153,6 +153,8 @@ def sample(
     least = config_keys.fewest_steps(dit.config)
     if num_steps is not None and num_steps < least:
         raise UserError(f"num_steps={num_steps} cannot work: it must be at least {least}")
+    if config_keys.generator(dit.config) == "few_step" and (guidance_scale is not None or guide is not None):
+        raise UserError("a few-step student is not guided: leave out guidance_scale and guide")
     if guide is not None:
         _check_guide(dit, guide)
         if guidance_scale is None and dit.config.guidance.scale == 1.0:

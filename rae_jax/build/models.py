@@ -151,10 +151,10 @@ def _mlp(name, hidden):
             raise ValueError(f"unknown MLP {other!r}")
 
 
-def dit(config, sizes=None):
+def dit(config, sizes=None, *, mean_velocity=False):
     """Return the diffusion transformer: DiT^DH, RAEv2's DiT^DH, or a plain DiT if its head has no blocks.
 
-    `sizes`: the section of another model's sizes, such as config.guidance.dit.
+    `sizes`: the section of another model's sizes, such as config.guidance.dit. `mean_velocity`: with a second time.
     """
     c = config.dit if sizes is None else sizes
     trunk = {
@@ -164,6 +164,7 @@ def dit(config, sizes=None):
         "embed": condition(config, c).embed,
         "patch_size": c.patch_size,
         "qk_norm": c.qk_norm,
+        "mean_velocity": mean_velocity,
         **_computation(config),
     }
     if c.head_depth == 0:

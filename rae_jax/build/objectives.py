@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from rae_jax.build import models, sampler
 from rae_jax.build.optimiser import optimiser
 from rae_jax.config.keys import latent_shape
+from rae_jax.diffusion import flow
 from rae_jax.models.discriminator import DiscriminatorHeads
 from rae_jax.models.lpips import Lpips
-from rae_jax.training import adversarial, classifier, decoder, dit, encoder, statistics
+from rae_jax.training import adversarial, classifier, decoder, dit, encoder, few_step, statistics
 
 
 def init_and_step(config, stage):
@@ -34,6 +35,8 @@ def init_and_step(config, stage):
             return statistics.make(autoencoder=models.autoencoder(config), latent_shape=latent_shape(config))
         case "dit":
             return _dit(config)
+        case "few_step":
+            return _few_step(config)
         case other:
             raise ValueError(f"unknown stage {other!r}")
 
@@ -72,6 +75,52 @@ def _dit(config):
         base_weight=train.base_weight if config.dit.base_depth else 0.0,
         **_optimisation(train),
     )
+
+
+def _few_step(config):
+    c, train = config.few_step, config.few_step.train
+    return few_step.make(
+        autoencoder=models.autoencoder(config),
+        student=models.dit(config, mean_velocity=True),
+        mean_velocity=lambda params, z, r, t, labels: sampler.mean_velocity(config, params, labels)(z, t, r),
+        velocity=_velocity_to_learn(config),
+        condition=models.condition(config),
+        latent_shape=latent_shape(config),
+        times=few_step.Times(sampler.shift_factor(config), c.equal_times),
+        derivative=_derivative(c),
+        condition_dropout=train.label_dropout,
+        microbatches=train.microbatches,
+        **_optimisation(train),
+    )
+
+
+def _velocity_to_learn(config):
+    """Return the function (frozen parts, x, noise, z, t, labels) -> velocity at z whose mean the student learns."""
+    match config.few_step.objective:
+        case "distillation":
+            teacher = config.copy_and_resolve_references()
+            with teacher.unlocked():
+                if not config.few_step.guided:
+                    teacher.guidance.method = "none"
+
+            def of_teacher(frozen, x, noise, z, t, labels):
+                return sampler.velocity(teacher, frozen, labels, same_time=False)(z, t)
+
+            return of_teacher
+        case "finetuning":
+            return lambda frozen, x, noise, z, t, labels: flow.velocity(x, noise, t)
+        case other:
+            raise ValueError(f"unknown objective {other!r}")
+
+
+def _derivative(few):
+    match few.derivative:
+        case "differences":
+            return functools.partial(few_step.by_differences, size=few.difference)
+        case "jvp":
+            return few_step.by_jvp
+        case other:
+            raise ValueError(f"unknown derivative {other!r}")
 
 
 def decoder_objective(config):

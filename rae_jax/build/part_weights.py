@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from rae_jax.build import models, objectives, perceptual_networks, provenance, published_weights, saved_config
-from rae_jax.config.keys import input_size, latent_shape, section
+from rae_jax.config.keys import ON_LATENTS, generator, input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import statistics
@@ -21,24 +21,27 @@ FROZEN = {  # the parts of earlier stages that the step of each stage takes
     "decoder": ("encoder",),
     "statistics": ("encoder",),
     "dit": ("encoder", "statistics"),
+    "few_step": ("encoder", "statistics", "dit"),
 }
 
 
 def frozen(config, stage, get):
     """Return {part: get(part)} of the frozen parts that a stage's step takes."""
-    from_latents = stage == "dit" and config.data.latents  # packed latents need no encoder
+    from_latents = stage in ON_LATENTS and config.data.latents  # packed latents need no encoder
     found = {part: get(part) for part in FROZEN[stage] if not (from_latents and part == "encoder")}
     if stage == "decoder" and config.decoder.train.lpips_weight:
         found["lpips"] = get("lpips")
     if stage == "decoder" and config.decoder.train.adversarial_weight:
         own = config.discriminator.backbone.family != "encoder"
         found["backbone"] = get("backbone") if own else found["encoder"]
+    if stage == "few_step" and config.few_step.guided and config.guidance.method == "autoguidance":
+        found["guide"] = get("guide")
     return found
 
 
 def parts_of_sampling(config):
     """Return the names of the parts that sampling takes."""
-    return ("decoder", "statistics", "dit", *_guide(config))
+    return ("decoder", "statistics", generator(config), *_guide(config))
 
 
 def parts_of_evaluation(config):
@@ -47,13 +50,14 @@ def parts_of_evaluation(config):
 
 
 def _trained_for_evaluation(config):
-    """Return the stages whose weights an evaluation takes. The judge and the DiT are optional."""
-    optional = ("judge", "dit") if has_part(config, "dit") else ("judge", "dit", "statistics")
-    return [name for name in FROZEN if name not in optional or has_part(config, name)]
+    """Return the stages whose weights an evaluation takes. The judge and the generator are optional."""
+    judge = ("judge",) if has_part(config, "judge") else ()
+    generates = ("statistics", generator(config)) if has_part(config, generator(config)) else ()
+    return ["encoder", *judge, "decoder", *generates]
 
 
 def _guide(config):
-    return ("guide",) if config.guidance.method == "autoguidance" else ()
+    return ("guide",) if config.guidance.method == "autoguidance" and generator(config) == "dit" else ()
 
 
 def has_part(config, part):

@@ -9,7 +9,7 @@ from rae_jax.config.keys import flatten
 from rae_jax.errors import UserError
 from rae_jax.weights import safetensors_tree
 
-ON_LATENTS = ("decoder", "statistics", "dit")  # the parts that take or make latents
+ON_LATENTS = ("decoder", "statistics", "dit", "few_step")  # the parts that take or make latents
 # The released files, and the repositories of diffusers: family, registers, size.
 _NAMES = (
     re.compile(r"(?:decoders|stats|DiTs)/(dinov2|dinov3|siglip2|mae)/(wReg_)?(small|base|large)/", re.IGNORECASE),

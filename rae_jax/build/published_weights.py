@@ -24,7 +24,7 @@ def tables_of(config, part):
             return tuple(dataclasses.replace(t, fixed=fixed) for t in (tables.DECODER, tables.DIFFUSERS_DECODER))
         case "statistics":
             return tables.STATISTICS, tables.DIFFUSERS_STATISTICS
-        case "dit":
+        case "dit" | "few_step":
             return (_dit_table(config),)
         case _:
             return ()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rae_jax.build import models
-from rae_jax.config.keys import latent_shape
+from rae_jax.config.keys import generator, latent_shape
 from rae_jax.diffusion import flow, ode, sde
 from rae_jax.diffusion.flow import Prediction, Velocity
 from rae_jax.diffusion.guidance import Guidance
@@ -86,6 +86,8 @@ def _times(config):
             first = min(first, 0.999)  # the diffusion is infinite at 1
         last = last if c.last_step == "none" else c.last_step_size
     with jax.ensure_compile_time_eval():
+        if c.method == "mean_velocity":
+            return ode.time_grid(c.num_steps, 1.0)
         match c.grid:
             case "plain":
                 return ode.time_grid(c.num_steps, factor, first=first, last=last)
@@ -108,6 +110,8 @@ def _solve(config, times, velocity, x, noise_fn):
             return ode.adaptive(velocity, x, times, rtol=c.rtol, atol=c.atol)
         case "sde":
             return _solve_sde(config, times, velocity, x, noise_fn)
+        case "mean_velocity":
+            return ode.jumps(velocity, x, times)
         case other:
             raise ValueError(f"unknown sampler {other!r}")
 
@@ -163,7 +167,7 @@ def _diffusion(name):
 
 def is_guided(config):
     """Return whether the config's sampler uses guidance."""
-    return config.guidance.method != "none"
+    return config.guidance.method != "none" and generator(config) == "dit"
 
 
 def has_fixed_steps(config):
@@ -171,13 +175,14 @@ def has_fixed_steps(config):
     return config.sampler.method != "adaptive"
 
 
-def velocity(config, parts, labels, scale=None):
+def velocity(config, parts, labels, scale=None, *, same_time=True):
     """Return the `Velocity` of the DiT for these labels [B], with the config's guidance.
 
     `parts` holds the parameters 'dit', and 'guide' for AutoGuidance. `scale` replaces the scale of config.guidance.
+    `same_time`: all times of a batch will be equal.
     """
     g, strong = config.guidance, _of_model(config, config.dit, parts["dit"], labels)
-    outer = Guidance(g.scale if scale is None else scale, g.t_min, g.t_max)
+    outer = Guidance(g.scale if scale is None else scale, g.t_min, g.t_max, same_time)
     match g.method:
         case "none":
             return strong
@@ -188,10 +193,27 @@ def velocity(config, parts, labels, scale=None):
         case "internal":
             return _internal(config, parts["dit"], labels, outer)
         case "internal_cfg":
-            inner = Guidance(g.internal.scale, g.internal.t_min, g.internal.t_max)
+            inner = Guidance(g.internal.scale, g.internal.t_min, g.internal.t_max, same_time)
             return outer(*(_internal(config, parts["dit"], of, inner) for of in (labels, _null(config, labels))))
         case other:
             raise ValueError(f"unknown guidance {other!r}")
+
+
+def mean_velocity(config, params, labels):
+    """Return the function (x, t, r) -> mean velocity [B, h, w, D] from t down to r, of the few-step student."""
+    student, to_velocity = models.dit(config, mean_velocity=True), prediction(config).to_velocity
+
+    def u(x, t, r):
+        return to_velocity(student.apply({"params": params}, x, t, labels, r=r), x, t)
+
+    return u
+
+
+def drawn(config, parts, labels, scale=None):
+    """Return what the config's sampler solves with: the `Velocity` of the DiT, or the student's mean velocity."""
+    if generator(config) == "dit":
+        return velocity(config, parts, labels, scale)
+    return mean_velocity(config, in_dtype(parts["few_step"], config.dtype), labels)
 
 
 def _null(config, labels):

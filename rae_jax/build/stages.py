@@ -7,7 +7,7 @@ import numpy as np
 
 from rae_jax.build import data, fine_tuning, objectives, part_weights, provenance
 from rae_jax.config import scopes
-from rae_jax.config.keys import flatten, in_steps
+from rae_jax.config.keys import ON_LATENTS, flatten, in_steps
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
@@ -50,12 +50,12 @@ def stage(config, name, workdir, mesh):
     for part in frozen if "encoder" in frozen else ():
         provenance.check_encoder(config, part, frozen["encoder"])
     init, step = objectives.init_and_step(config, name)
-    begin = None if name == "statistics" else fine_tuning.begin(config, name, mesh, images.class_names)
+    begin = None if name == "statistics" else fine_tuning.begin(config, name, mesh, images.class_names, frozen)
     return Stage(name, init, step, frozen, batches, batch_size, num_steps, begin)
 
 
 def _training_source(config, name, mesh):
-    if name == "dit" and config.data.latents:
+    if name in ON_LATENTS and config.data.latents:
         return packed_latents(config, mesh)
     return data.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
 

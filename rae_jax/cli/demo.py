@@ -4,6 +4,7 @@ import importlib.util
 
 from rae_jax.build import part_weights, sampler
 from rae_jax.cli import results
+from rae_jax.config.keys import generator
 from rae_jax.errors import UserError
 from rae_jax.ui import demo_model
 
@@ -15,7 +16,7 @@ def run(config, workdir, mesh, flags):
     from rae_jax.ui import demo_page  # only this mode needs gradio, whose import takes seconds
 
     demo_page.refuse_more_processes()
-    sampled = part_weights.has_part(config, "dit")
+    sampled = part_weights.has_part(config, generator(config))
     names = ("encoder", *(part_weights.parts_of_sampling(config) if sampled else ("decoder",)))
     trained = part_weights.has_checkpoints(config, workdir)
     page = demo_page.build_page(

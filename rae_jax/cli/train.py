@@ -22,7 +22,7 @@ from rae_jax.weights import safetensors_tree
 
 _EVALUATED = {  # {stage that is evaluated during training: other parts that the evaluation needs}
     "decoder": ("encoder",),
-    "dit": ("encoder", "judge", "decoder", "statistics"),
+    **dict.fromkeys(keys.ON_LATENTS, ("encoder", "judge", "decoder", "statistics")),
 }
 
 
@@ -140,12 +140,15 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     Linear probes are left out: they measure the encoder, which does not change.
     """
+    if stage.name in keys.ON_LATENTS and keys.generator(config) != stage.name and config.evaluate.every:
+        config = keys.drawing_from(config, stage.name)
+        evaluator = Evaluator(config, mesh)
 
     @functools.cache
     def other_parts():
         names = [name for name in _EVALUATED[stage.name] if part_weights.has_part(config, name)]
         names += perceptual_networks.named(config)
-        if stage.name == "dit" and "guide" in part_weights.parts_of_sampling(config):
+        if stage.name in keys.ON_LATENTS and "guide" in part_weights.parts_of_sampling(config):
             names.append("guide")
         return {name: stage.frozen.get(name) or part_weights.load(config, name, workdir, mesh) for name in names}
 

@@ -8,7 +8,7 @@ import math
 
 from rae_jax.config import machine
 from rae_jax.config.glossary import RESULTS
-from rae_jax.config.keys import STAGES, TRAINED, fewest_steps, input_size, is_vae, require, value_of
+from rae_jax.config.keys import ON_LATENTS, STAGES, TRAINED, fewest_steps, input_size, is_vae, require, value_of
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
@@ -31,7 +31,9 @@ CHOICES = {
     "guidance.dit.conditioning": ("adaln", "in_context"),
     "decoder.output": ("normalised", "image"),
     "dit.train.time": ("logit_normal", "uniform"),
-    "sampler.method": ("euler", "heun", "adaptive", "sde"),
+    "few_step.objective": ("distillation", "finetuning"),
+    "few_step.derivative": ("differences", "jvp"),
+    "sampler.method": ("euler", "heun", "adaptive", "sde", "mean_velocity"),
     "sampler.grid": ("plain", "published"),
     "sampler.diffusion": ("constant", "score_based", "sigma", "linear", "decreasing", "increasing_decreasing"),
     "sampler.last_step": ("mean", "tweedie", "euler", "none"),
@@ -51,7 +53,8 @@ _POSITIVE = (
     *("log_every", "checkpoint.every", "checkpoint.keep"),
     *("data.image_size", "data.num_classes", "data.num_train", "data.num_heldout"),
     *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
-    *("dit.train.microbatches", "sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
+    *("sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
+    *("dit.train.microbatches", "few_step.train.microbatches", "few_step.difference"),
     *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
     *("encoder.mlp_ratio", "dit.train.time_std"),
 )
@@ -59,7 +62,10 @@ _NOT_NEGATIVE = (
     *("encoder.num_registers", "encoder.train.noise_tau", "decoder.train.noise_tau"),
     *("decoder.train.discriminator_start", "decoder.train.adversarial_start"),
 )
-_FRACTIONS = ("dit.train.label_dropout", "discriminator.augment.prob", "discriminator.augment.cutout")
+_FRACTIONS = (
+    *("dit.train.label_dropout", "few_step.train.label_dropout", "few_step.equal_times"),
+    *("discriminator.augment.prob", "discriminator.augment.cutout"),
+)
 
 
 def check(config, mesh, *, trains=True, evaluates=True):
@@ -145,8 +151,9 @@ def _check_training(config, section):
 def _check_latents(config):
     fixed = "encoder" not in config.stages
     require(fixed, config, "data.latents", "they are not of the encoder that this run trains: set it to ''")
-    centre = config.dit.train.crop == "centre"
-    require(centre, config, "dit.train.crop", "packed latents are of centre crops: set it to 'centre'")
+    for stage in ON_LATENTS:
+        centre = config[stage].train.crop == "centre"
+        require(centre, config, f"{stage}.train.crop", "packed latents are of centre crops: set it to 'centre'")
 
 
 def _check_shapes(config):
@@ -235,8 +242,10 @@ def _check_sampling(config):
     require(all(0.0 <= decay < 1.0 for decay in decays), config, "dit.train.more_ema_decays", _DECAYS)
     number = f"it must be 0, or a number from 1 to the {len(decays)} decays of config.dit.train.more_ema_decays"
     require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
-    whole = train.batch_size % train.microbatches == 0
-    require(whole, config, "dit.train.microbatches", f"it must divide config.dit.train.batch_size={train.batch_size}")
+    for stage in ON_LATENTS:
+        size, parts = (config[stage].train[key] for key in ("batch_size", "microbatches"))
+        fix = f"it must divide config.{stage}.train.batch_size={size}"
+        require(size % parts == 0, config, f"{stage}.train.microbatches", fix)
     linear = config.dit.prediction != "data_in_velocity" or config.dit.path == "linear"
     require(linear, config, "dit.path", "config.dit.prediction='data_in_velocity' needs the path 'linear'")
     require(train.base_weight >= 0, config, "dit.train.base_weight", "it must be 0 or more")

@@ -2,8 +2,9 @@
 
 from rae_jax.errors import UserError
 
-STAGES = ("encoder", "judge", "decoder", "statistics", "dit")
-TRAINED = ("encoder", "judge", "decoder", "dit")
+STAGES = ("encoder", "judge", "decoder", "statistics", "dit", "few_step")
+TRAINED = ("encoder", "judge", "decoder", "dit", "few_step")
+ON_LATENTS = ("dit", "few_step")  # the stages that config.data.latents may feed
 
 _COUNTS = (
     "num_steps",
@@ -36,9 +37,25 @@ def is_vae(config):
     return config.encoder.family == "sd_vae"
 
 
+def generator(config):
+    """Return the part that config.sampler draws from: the few-step student or the DiT."""
+    return "few_step" if config.sampler.method == "mean_velocity" else "dit"
+
+
+def drawing_from(config, part):
+    """Return the config; if its sampler draws from another part, with one step of the student, or 50 of the DiT."""
+    if generator(config) == part:
+        return config
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
+    method, num_steps = ("mean_velocity", 1) if part == "few_step" else ("euler", 50)
+    config.sampler.update({"method": method, "num_steps": num_steps})
+    return config
+
+
 def fewest_steps(config):
     """Return the smallest config.sampler.num_steps: the published grid counts points, two of which make one step."""
-    return 2 if config.sampler.grid == "published" else 1
+    return 2 if config.sampler.grid == "published" and generator(config) == "dit" else 1
 
 
 def encoder_input_size(config):

@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from rae_jax.config import run_config
-from rae_jax.config.keys import TRAINED, is_vae, require, value_of
+from rae_jax.config.keys import ON_LATENTS, TRAINED, is_vae, require, value_of
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 
@@ -67,11 +67,11 @@ def _check_batches(config, mesh):
     used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
     for section in used:  # the batch size of evaluations is rounded to fit
         sharding.check_batch(value_of(config, section).batch_size, mesh, f"config.{section}.batch_size")
-    if "dit" in config.stages:
-        parts, ways = config.dit.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
-        batch_size = config.dit.train.batch_size
-        fix = f"a microbatch of config.dit.train.batch_size={batch_size} must be divisible by {ways} devices"
-        require(batch_size % (parts * ways) == 0, config, "dit.train.microbatches", fix)
+    for stage in set(ON_LATENTS) & set(config.stages):
+        parts, ways = config[stage].train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+        batch_size = config[stage].train.batch_size
+        fix = f"a microbatch of config.{stage}.train.batch_size={batch_size} must be divisible by {ways} devices"
+        require(batch_size % (parts * ways) == 0, config, f"{stage}.train.microbatches", fix)
 
 
 def check_attention(config, device):

@@ -8,7 +8,7 @@ SAMPLES = "samples"  # the pixels of generated images, given the weights
 LATENTS = "latents"  # the latents of images, given the encoder's weights
 MODEL = "model"  # the shapes and the meaning of trained weights
 
-_ON_LATENTS = ("decoder", "statistics", "dit")  # the stages that take latents
+_ON_LATENTS = ("decoder", "statistics", "dit", "few_step")  # the stages that take latents
 
 # Ordered pairs (regex over the whole key, stages and other results that depend on the key): the first match decides.
 # No result depends on devices, kernels, threads or batches of evaluations.
@@ -21,21 +21,24 @@ RULES = (
     (r"data\.(num_threads|num_workers|on_error)", ()),
     (r"data\.image_size", (*STAGES, SAMPLES, LATENTS, MODEL)),
     (r"data\.num_classes", (*STAGES, SAMPLES, MODEL)),
-    (r"data\.latents", ("dit",)),
+    (r"data\.latents", ("dit", "few_step")),
     (r"data\..*", STAGES),
-    (r"dit\.train\.microbatches", ()),
+    (r"(dit|few_step)\.train\.microbatches", ()),
     *((rf"{stage}\.(train\..*|batch_size)", (stage,)) for stage in STAGES),
     (r"encoder\.weights", _ON_LATENTS),
-    (r"statistics\.weights", ("dit",)),
+    (r"statistics\.weights", ("dit", "few_step")),
+    (r"dit\.weights", ("dit", "few_step")),
     (r"guidance\.dit\.weights", ()),
     *((rf"{stage}\.weights", (stage,)) for stage in STAGES),
     (r"encoder\..*", ("encoder", *_ON_LATENTS, SAMPLES, LATENTS, MODEL)),
     (r"judge\..*", ("judge", MODEL)),
     (r"dit\.average", (SAMPLES,)),
     (r"decoder\..*", ("decoder", SAMPLES, MODEL)),
-    (r"dit\..*", ("dit", SAMPLES, MODEL)),
+    (r"dit\..*", ("dit", "few_step", SAMPLES, MODEL)),
+    (r"few_step\..*", ("few_step",)),
     (r"(lpips|discriminator)\..*", ("decoder",)),
-    (r"(sampler|guidance)\..*", (SAMPLES,)),
+    (r"guidance\..*", ("few_step", SAMPLES)),
+    (r"sampler\..*", (SAMPLES,)),
     (r".*", (*STAGES, SAMPLES, LATENTS, MODEL)),  # a key of another version of this package
 )
 

@@ -70,6 +70,16 @@ def heun(velocity_fn, x, times):
     return _scan(step, x, times)
 
 
+def jumps(mean_velocity, x, times):
+    """Go from x at times[0] to times[-1] by mean velocities, mean_velocity(x, t, r) from t [B] down to r [B]."""
+
+    def step(x, interval):
+        t, t_next = interval
+        return x + (t_next - t) * mean_velocity(x, _all(t, x), _all(t_next, x)), None
+
+    return _scan(step, x, times)
+
+
 def adaptive(velocity_fn, x, times, *, rtol, atol):
     """Solve by Dormand and Prince's method of order 5 (diffrax), with ten or more adaptive steps that all images share.
 

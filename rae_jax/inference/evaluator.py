@@ -8,6 +8,7 @@ import numpy as np
 
 from rae_jax.build import data as build_data
 from rae_jax.build import models
+from rae_jax.config.keys import generator
 from rae_jax.data import evaluator_npz
 from rae_jax.errors import UserError, prefixed
 from rae_jax.inference import (
@@ -48,10 +49,12 @@ class Evaluator:
 
         Metrics of the reconstructed held-out images: psnr, ssim; lpips and rfid if their networks are among the parts;
         judge_accuracy if a judge is among the parts; with `probe`, linear probes of the encoder; both only if the
-        held-out images have labels. If a DiT is among the parts, also the metrics of `images` for generated images.
+        held-out images have labels. If the generator is among the parts, also the metrics of `images` for images that
+        it generates.
         """
         config = self._config
-        is_reference = "dit" in parts and not config.evaluate.reference
+        generates = generator(config) in parts
+        is_reference = generates and not config.evaluate.reference
         names = ("features", "predicted", "label", *reconstruct.SCORES)
         names += ("pool",) * is_reference + ("image",) * probe
         moments = (*perceptual_metrics.MOMENTS_OF, "decoded_pool") if is_reference else reconstruct.MOMENTS
@@ -66,7 +69,7 @@ class Evaluator:
         if probe and labels is not None:
             results.update(linear_probes.probes(config, parts, collector.array("image"), labels, self._mesh))
         pictures = {"reconstructions": _picture(pairs)}
-        if "dit" in parts:
+        if generates:
             reference = collector if is_reference else self._reference(parts)
             generation, pictures["samples"] = self._generation(parts, reference)
             results.update(generation)

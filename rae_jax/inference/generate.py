@@ -8,7 +8,7 @@ import numpy as np
 
 from rae_jax.build import models
 from rae_jax.build import sampler as build_sampler
-from rae_jax.config.keys import latent_shape
+from rae_jax.config.keys import generator, latent_shape
 from rae_jax.diffusion import flow
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_uint8
@@ -45,14 +45,14 @@ def random_key(seed):
 def draw(config, parts, key, indices, labels, *, scale=None):
     """Return denormalised latents [B, h, w, D], the decoder's input, for indices and labels [B]; pure.
 
-    `parts`: 'dit', 'statistics', and 'guide' for AutoGuidance. `scale` replaces config.guidance.scale.
+    `parts`: see part_weights.parts_of_sampling, without the decoder. `scale` replaces config.guidance.scale.
     """
     shape, keys = latent_shape(config), _keys(key, indices)
 
     def noise_fn(n):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32))(keys)
 
-    velocity = build_sampler.velocity(config, parts, labels, scale)
+    velocity = build_sampler.drawn(config, parts, labels, scale)
     latents = build_sampler.sampler(config).solve(velocity, first_noise(config, key, indices), noise_fn)
     return denormalise(latents, parts["statistics"])
 
@@ -73,8 +73,12 @@ def _keys(key, indices):
 
 
 def euler_step(config, parts, x, t, t_next, labels, scale):
-    """Return (x at time t_next, the denormalised clean latents that the DiT predicts from x [B, h, w, D] at time t)."""
-    all_t = jnp.full(x.shape[:1], t, jnp.float32)
+    """Return (x at time t_next, the denormalised clean latents that are predicted from x [B, h, w, D] at time t)."""
+    all_t, all_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
+    if generator(config) == "few_step":
+        u = build_sampler.drawn(config, parts, labels)
+        predicted = x - t * u(x, all_t, jnp.zeros_like(all_t))
+        return x + (t_next - t) * u(x, all_t, all_next), denormalise(predicted, parts["statistics"])
     v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)
     predicted = flow.data_of(v, x, all_t, build_sampler.prediction(config).path)
     return x + (t_next - t) * v, denormalise(predicted, parts["statistics"])

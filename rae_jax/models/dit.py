@@ -53,7 +53,8 @@ def in_dtype(params, dtype):
 
     def cast(path, leaf):
         *modules, name = (key.key for key in path)
-        return leaf.astype(dtype) if name == "kernel" and "time_embed" not in modules else leaf
+        of_times = {"time_embed", "interval_embed"} & set(modules)
+        return leaf.astype(dtype) if name == "kernel" and not of_times else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -117,6 +118,11 @@ class FinalLayer(nn.Module):
         return Dense(self.features, dtype=self.dtype, kernel_init=_ZEROS, bias_init=_ZEROS, name="linear")(x)
 
 
+def interval(t, r):
+    """Return t - r [B], the interval of a mean velocity; without an r it is empty, for the velocity at t."""
+    return jnp.zeros_like(t) if r is None else t - r
+
+
 def patch_embedding(width, *, dtype, name):
     """Return the linear embedding of the patches of latents."""
     return Dense(width, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
@@ -141,6 +147,7 @@ class DiT(nn.Module):
     """Plain diffusion transformer: noisy latents x_t [B, h, w, D], times t [B], conditions -> prediction [B, h, w, D].
 
     With `layers`, numbers of blocks from 0, it also returns the tokens after these blocks, [len(layers), B, N, width].
+    With `mean_velocity` it takes a second time r [B] and predicts for the interval from t down to r (arXiv 2511.13019).
     """
 
     width: int
@@ -150,15 +157,18 @@ class DiT(nn.Module):
     patch_size: int = 1
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    mean_velocity: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
     remat: Callable | None = None  # see layers.scan_blocks
     attend: Callable = attention.xla
 
     @nn.compact
-    def __call__(self, x, t, condition, layers=()):
+    def __call__(self, x, t, condition, layers=(), r=None):
         grid = tuple(size // self.patch_size for size in x.shape[1:3])
         time = TimeEmbedding(self.width, xavier_linear, name="time_embed")(t)
+        if self.mean_velocity:
+            time = time + TimeEmbedding(self.width, xavier_linear, name="interval_embed")(interval(t, r))
         modulator = (time + self.embed(self.width)(condition))[:, None]
 
         tokens = patchify(x.astype(self.dtype), self.patch_size)

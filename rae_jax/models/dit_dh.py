@@ -16,7 +16,7 @@ class DiTDH(nn.Module):
     the prediction from x_t, t and s. With `base_depth` a linear layer makes a second prediction, the base output, from
     the trunk's tokens after this number of blocks. With `base`, a call returns (prediction, base output). With
     `layers`, numbers of the trunk's blocks from 0, it also returns the tokens after these blocks,
-    [len(layers), B, N, width].
+    [len(layers), B, N, width]. With `mean_velocity` it takes a second time r: see dit.DiT.
     """
 
     width: int
@@ -30,6 +30,7 @@ class DiTDH(nn.Module):
     patch_size: int = 1
     mlp_ratio: float = 4.0
     qk_norm: bool = False
+    mean_velocity: bool = False
     dtype: jnp.dtype = jnp.float32
     unroll: bool = False
     remat: Callable | None = None  # see layers.scan_blocks
@@ -37,9 +38,11 @@ class DiTDH(nn.Module):
 
     def setup(self):
         self.time_embed = dit.TimeEmbedding(self.width, torch_linear)
+        if self.mean_velocity:
+            self.interval_embed = dit.TimeEmbedding(self.width, torch_linear)
 
-    def __call__(self, x, t, condition, layers=(), base=False):
-        time = self.time_embed(t)
+    def __call__(self, x, t, condition, layers=(), base=False, r=None):
+        time = self._time(t, r)
         s, base_output, hidden = self._trunk(x, time, condition, bool(layers))
         y = self._head(x, time, s)
         y = (y, base_output) if base else y
@@ -47,15 +50,19 @@ class DiTDH(nn.Module):
 
     def trunk(self, x, t, condition):
         """Return s [B, N, width]. It changes slowly with t: the head may also use it at other times."""
-        return self._trunk(x, self.time_embed(t), condition, False)[0]
+        return self._trunk(x, self._time(t), condition, False)[0]
 
     def trunk_and_base(self, x, t, condition):
         """Return (s [B, N, width], base output [B, h, w, D])."""
-        return self._trunk(x, self.time_embed(t), condition, False)[:2]
+        return self._trunk(x, self._time(t), condition, False)[:2]
 
     def head(self, x, t, s):
         """Return the prediction at x_t and t from the trunk's output at the same x_t, or at an earlier one."""
-        return self._head(x, self.time_embed(t), s)
+        return self._head(x, self._time(t), s)
+
+    def _time(self, t, r=None):
+        time = self.time_embed(t)
+        return time + self.interval_embed(dit.interval(t, r)) if self.mean_velocity else time
 
     @nn.compact
     def _trunk(self, x, time, condition, hidden):

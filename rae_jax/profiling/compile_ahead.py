@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rae_jax.build import objectives, part_weights
 from rae_jax.build import sampler as build_sampler
 from rae_jax.config import auto
-from rae_jax.config.keys import TRAINED, in_steps, latent_shape
+from rae_jax.config.keys import ON_LATENTS, TRAINED, generator, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.profiling import hlo_costs, jaxpr_flops
@@ -199,8 +199,8 @@ def _sample(config, mesh):
     numbers = [_split_shape((batch_size,), dtype, mesh) for dtype in (jnp.uint32, jnp.int32)]
     key = _replicated_shape(jax.eval_shape(lambda: jax.random.key(0)), mesh)
     arguments = (sharding.abstract(shapes, mesh), key, *numbers)
-    plain_sampler = generate.sampler(plain(config))
-    return Program("sample", "dit", batch_size, generate.make_sampler(config, mesh), plain_sampler, arguments)
+    jitted, plain_sampler = generate.make_sampler(config, mesh), generate.sampler(plain(config))
+    return Program("sample", generator(config), batch_size, jitted, plain_sampler, arguments)
 
 
 def plain(config):
@@ -213,7 +213,7 @@ def plain(config):
 
 def _batch(config, name, batch_size, mesh):
     size = config.data.image_size
-    if name == "dit" and config.data.latents:
+    if name in ON_LATENTS and config.data.latents:
         batch = {"latent": _split_shape((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
     else:
         batch = {"image": _split_shape((batch_size, size, size, 3), jnp.uint8, mesh)}

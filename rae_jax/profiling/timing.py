@@ -281,6 +281,7 @@ PROGRAMS = {
     "train_decoder": functools.partial(_train, name="decoder"),
     "train_dit": functools.partial(_train, name="dit"),
     "train_dit_latents": functools.partial(_train, name="dit", latents="made up"),
+    "train_few_step": functools.partial(_train, name="few_step"),
     "encode": _encode,
     "decode": _decode,
     "sample": _sample,

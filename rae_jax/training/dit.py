@@ -53,18 +53,13 @@ def make(
 
     def step(state, frozen, batch, key):
         time_key, noise_key, drop_key = jax.random.split(key, 3)
-        if "latent" in batch:
-            latents = batch["latent"].astype(jnp.float32)
-        else:
-            latents = autoencoder.encode(frozen["encoder"], to_float(batch["image"]))
-        x = normalise(latents, frozen["statistics"])
+        x = latents(autoencoder, frozen, batch)
         t = flow.shift_time(time_fn(time_key, x.shape[0]), shift_factor)
         noise = jax.random.normal(noise_key, x.shape, jnp.float32)
-        dropped = jax.random.bernoulli(drop_key, jnp.float32(condition_dropout), t.shape)
         examples = {
             "x_t": flow.interpolate(x, noise, t, prediction.path),
             "t": t,
-            "condition": condition.with_null(batch["label"], dropped),
+            "condition": dropped(condition, drop_key, condition_dropout, batch["label"]),
             "target": prediction.target(x, noise, t),
         }
         (value, metrics), grads = optim.value_and_grad(loss, state["params"], examples, microbatches)
@@ -72,3 +67,17 @@ def make(
         return state, {"loss": value, **metrics, "grad_norm": grad_norm}
 
     return init, step
+
+
+def latents(autoencoder, frozen, batch):
+    """Return the normalised latents of a batch: of its 'image', or its 'latent' if the images were encoded before."""
+    if "latent" in batch:
+        found = batch["latent"].astype(jnp.float32)
+    else:
+        found = autoencoder.encode(frozen["encoder"], to_float(batch["image"]))
+    return normalise(found, frozen["statistics"])
+
+
+def dropped(condition, key, probability, labels):
+    """Return the labels [B], each replaced by the null condition with a probability."""
+    return condition.with_null(labels, jax.random.bernoulli(key, jnp.float32(probability), labels.shape[:1]))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rae_jax.build import models, sampler
+from rae_jax.config.keys import generator
 from rae_jax.data import decode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, reconstruct
@@ -24,7 +25,7 @@ LARGEST_ERROR = 0.25  # error, as a fraction of the range of a pixel, from which
 
 
 class DemoModel:
-    """A config and its weights `parts`, {name: params}; sampling needs 'dit' among the parts.
+    """A config and its weights `parts`, {name: params}; sampling needs the generator among the parts.
 
     Guidance is the config's; if the config has none and the DiT has classes, it is classifier-free. The scale and the
     number of steps are arguments of single compiled Euler steps, so that new values do not compile again.
@@ -44,7 +45,9 @@ class DemoModel:
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): the DiT's predicted data at this time; last, samples."""
         config, parts = ConfigDict(self._config.to_dict()), self._parts
-        config.sampler.update({"num_steps": num_steps, "method": "euler"})  # one model call for each time
+        config.sampler.num_steps = num_steps
+        if generator(config) == "dit":
+            config.sampler.method = "euler"  # one model call for each time
         times = np.asarray(generate.times(config))
         labels = jnp.full(NUM_IMAGES, label)
         x = self._noise(seed)

@@ -52,11 +52,12 @@ def _first(depth, base_depth):
 
 
 def _time():
-    return {
-        "time_embed/frequencies": (SAME, "t_embedder.W"),
-        **linear("time_embed/fc1", "t_embedder.mlp.0"),
-        **linear("time_embed/fc2", "t_embedder.mlp.2"),
-    }
+    """Return the entries of the time, and of the interval of a mean velocity (MF-RAE's names)."""
+    entries = {}
+    for our, their in (("time_embed", "t_embedder"), ("interval_embed", "r_embedder")):
+        entries[f"{our}/frequencies"] = (SAME, f"{their}.W")
+        entries |= linear(f"{our}/fc1", f"{their}.mlp.0") | linear(f"{our}/fc2", f"{their}.mlp.2")
+    return entries
 
 
 def _embeddings(channels):

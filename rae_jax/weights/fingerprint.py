@@ -95,6 +95,7 @@ _OUR_ENCODER = (
 _LATENTS = (_size("shape {}", r"^(var|_latents_std)$", lambda found: found[0]),)
 
 _KINDS = (
+    _Kind("a few-step student (rae_jax's format)", (r"^interval_embed/",), _OUR_DIT),
     _Kind("RAEv2's DiT^DH (rae_jax's format)", (r"^time_tokens$",), _OUR_DIT),
     _Kind("a DiT^DH (rae_jax's format)", (r"^trunk_embed/kernel$",), _OUR_DIT),
     _Kind("a DiT (rae_jax's format)", (r"^final_layer/linear/kernel$",), _OUR_DIT),

@@ -1,0 +1,112 @@
+"""After stage 2: a student learns mean velocities, by which one step goes from noise to data.
+
+u(z, r, t) is the mean over the times from r to t of the velocity on the trajectory through z at t. It obeys
+u = v - (t - r) du/dt, with the derivative along the trajectory (MeanFlow, arXiv 2505.13447; MF-RAE, arXiv 2511.13019).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rae_jax.diffusion import flow
+from rae_jax.training import dit, optim
+
+_SCALE = 1e-3  # of `balanced`
+
+
+class Times(NamedTuple):
+    """The distribution of the pairs of times r <= t."""
+
+    shift_factor: float
+    equal: float  # fraction of the images with r = t, whose target is the velocity itself
+
+    def __call__(self, key, batch_size):
+        """Return (r, t), each [B]: two uniform times, shifted towards noise."""
+        times_key, equal_key = jax.random.split(key)
+        pair = flow.shift_time(jax.random.uniform(times_key, (2, batch_size)), self.shift_factor)
+        r, t = pair.min(0), pair.max(0)
+        return jnp.where(jax.random.bernoulli(equal_key, jnp.float32(self.equal), t.shape), t, r), t
+
+
+def by_differences(function, z, t, v, size):
+    """Return the derivative of function(z, t) along (v, 1), by central differences of a `size` in time."""
+    step = size * v
+    return (function(z + step, t + size) - function(z - step, t - size)) / (2.0 * size)
+
+
+def by_jvp(function, z, t, v):
+    """Return the derivative of function(z, t) along (v, 1), exactly."""
+    return jax.jvp(function, (z, t), (v, jnp.ones_like(t)))[1]
+
+
+def target(mean_velocity, z, r, t, v, derivative):
+    """Return v - (t - r) du/dt, without a gradient. mean_velocity(z, r, t) -> u."""
+    change = derivative(lambda z, t: mean_velocity(z, r, t), z, t, v)
+    return jax.lax.stop_gradient(v - _of_images(t - r, z) * change)
+
+
+def balanced(error):
+    """Return L^2 / (L^2 + 1e-3) with a constant divisor, for the sum of squares L of each image [B].
+
+    All images get gradients of about the same size.
+    """
+    return jnp.square(error) / (jnp.square(jax.lax.stop_gradient(error)) + _SCALE)
+
+
+def make(
+    *,
+    autoencoder,
+    student,
+    mean_velocity,
+    velocity,
+    condition,
+    latent_shape,
+    times,
+    derivative,
+    optimiser,
+    ema_decay,
+    condition_dropout,
+    microbatches,
+):
+    """Return (init, step) of this stage; the student's initial parameters are random.
+
+    `mean_velocity(params, z, r, t, condition)` is u of the student. `velocity(frozen, x, noise, z, t, condition)` is
+    the velocity at z: a teacher's, or that of data and noise. `times`: Times. `derivative(function, z, t, v)`: by_jvp,
+    or by_differences of a size. A batch is as in training.dit, and so is the rest.
+    """
+
+    def init(key):
+        x, t = jnp.zeros((1, *latent_shape), jnp.float32), jnp.ones(1, jnp.float32)
+        return optim.init_state(student.init(key, x, t, condition.zeros(1), r=t)["params"], optimiser)
+
+    def loss(params, examples):
+        z, r, t = (examples[name] for name in ("z", "r", "t"))
+
+        def u(params, z, r, t):
+            return mean_velocity(params, z, r, t, examples["condition"])
+
+        fixed = functools.partial(u, jax.lax.stop_gradient(params))
+        errors = jnp.square(u(params, z, r, t) - target(fixed, z, r, t, examples["v"], derivative))
+        return balanced(errors.sum((1, 2, 3))).mean(), {"mean_square": errors.mean()}
+
+    def step(state, frozen, batch, key):
+        times_key, noise_key, drop_key = jax.random.split(key, 3)
+        x = dit.latents(autoencoder, frozen, batch)
+        r, t = times(times_key, len(x))
+        noise = jax.random.normal(noise_key, x.shape, jnp.float32)
+        conditions = dit.dropped(condition, drop_key, condition_dropout, batch["label"])
+        z = flow.interpolate(x, noise, t)
+        v = velocity(frozen, x, noise, z, t, conditions)
+        examples = {"z": z, "r": r, "t": t, "v": v, "condition": conditions}
+        (value, metrics), grads = optim.value_and_grad(loss, state["params"], examples, microbatches)
+        state, grad_norm = optim.update(state, grads, optimiser, ema_decay)
+        return state, {"loss": value, **metrics, "grad_norm": grad_norm}
+
+    return init, step
+
+
+def _of_images(values, x):
+    """Return values [B] in a shape that multiplies x [B, ...]."""
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
