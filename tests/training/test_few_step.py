@@ -93,10 +93,12 @@ def test_one_step_draws_gaussian_data(taught):
         microbatches=2,
     )
 
+    size = 512 if taught else 2048  # the velocities of data and noise are noisy
+
     def train(state, key):
         keys = jax.random.split(key)
-        latents = SPREAD * jax.random.normal(keys[0], (512, 1, 1, 1))
-        batch = {"latent": latents, "label": jnp.zeros(512, jnp.int32)}
+        latents = SPREAD * jax.random.normal(keys[0], (size, 1, 1, 1))
+        batch = {"latent": latents, "label": jnp.zeros(size, jnp.int32)}
         return step(state, {"statistics": None}, batch, keys[1])
 
     state, metrics = jax.jit(lambda key: jax.lax.scan(train, init(key), jax.random.split(key, 1500)))(jax.random.key(0))
@@ -105,7 +107,8 @@ def test_one_step_draws_gaussian_data(taught):
     for steps in (1, 2):
         drawn = ode.jumps(lambda x, t, r: u(state["ema_params"], x, r, t, None), noise, ode.time_grid(steps, 1.0))
         assert float(jnp.quantile(jnp.abs(drawn - SPREAD * noise), 0.99)) < (0.15 if taught else 0.35)
-        assert abs(float(drawn.std()) / SPREAD - 1) < 0.05
+        # Without a teacher the balanced loss has a bias towards small values: images with small errors weigh more.
+        assert abs(float(drawn.std()) / SPREAD - 1) < (0.05 if taught else 0.15)
 
 
 def _config(folder):
