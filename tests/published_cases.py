@@ -65,6 +65,11 @@ def kind(name):
         case "raev2":
             case = raev2_oracle.CASES["unequal"]
             return "dit", raev2_oracle.config_of(case), raev2_oracle.weights(case)
+        case "student":
+            _, config, arrays = _dit("dh_qk_norm")
+            interval = {name: array.shape for name, array in arrays.items() if name.startswith("t_embedder.")}
+            interval = {name.replace("t_embedder", "r_embedder"): shape for name, shape in interval.items()}
+            return "few_step", config, {**arrays, **encoder_cases.weights(interval)}
         case "decoder":
             return _decoder()
         case "statistics":
@@ -75,7 +80,16 @@ def kind(name):
             return _dino()
 
 
-KINDS = ("plain_qk_norm_patch", "dh_qk_norm", "raev2", "decoder", "statistics", "statistics_without_mean", "dino")
+KINDS = (
+    "plain_qk_norm_patch",
+    "dh_qk_norm",
+    "raev2",
+    "student",
+    "decoder",
+    "statistics",
+    "statistics_without_mean",
+    "dino",
+)
 
 
 def write(path, arrays):

@@ -42,11 +42,16 @@ class DemoModel:
         """Return whether the guidance scale has an effect."""
         return sampler.is_guided(self._config)
 
+    @property
+    def few_step(self):
+        """Return whether the few-step student draws."""
+        return generator(self._config) == "few_step"
+
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): the DiT's predicted data at this time; last, samples."""
         config, parts = ConfigDict(self._config.to_dict()), self._parts
         config.sampler.num_steps = num_steps
-        if generator(config) == "dit":
+        if not self.few_step:
             config.sampler.method = "euler"  # one model call for each time
         times = np.asarray(generate.times(config))
         labels = jnp.full(NUM_IMAGES, label)

@@ -19,6 +19,7 @@ from rae_jax.inference import image_grid
 from rae_jax.ui import demo_model
 
 STEPS = (5, 10, 25, 50, 100)
+FEW_STEPS = (1, 2, 4)
 MAX_UPLOAD = 20_000_000  # bytes of a picture
 MAX_REQUEST = 200_000  # bytes of any other request
 MAX_WAITING = 32  # requests in the queue; a further request is refused with a message
@@ -97,7 +98,8 @@ def _sample_tab(model, class_names, scale):
             guidance = gr.Slider(
                 0.0, max(8.0, 2 * scale), scale, step=0.1, label="Guidance scale", visible=model.guided
             )
-            steps = gr.Radio(STEPS, value=25, label="Steps", elem_id="steps")
+            choices = FEW_STEPS if model.few_step else STEPS
+            steps = gr.Radio(choices, value=choices[len(choices) // 2], label="Steps", elem_id="steps")
             button = gr.Button("Sample", variant="primary", elem_id="sample")
         with gr.Column(scale=3):
             current = _picture("Data that the DiT predicts", "sample-now")

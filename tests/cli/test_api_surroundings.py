@@ -239,3 +239,20 @@ def test_a_notebook_shows_a_model_in_one_line(loaded):
         f"{kind}(config.name='tiny', {count:,} parameters)" for kind, count in zip(("RAE", "DiT"), counts, strict=True)
     ]
     assert repr(jax.eval_shape(lambda model: model, dit)) == repr(dit)
+
+
+def test_a_few_step_student_is_loaded_and_not_guided(loaded, tmp_path):
+    rae, dit, _ = loaded
+    config = ConfigDict(dit.config.to_dict())
+    config.sampler.update({"method": "mean_velocity", "num_steps": 1})
+    parts = {"few_step": random_like(part_weights.shapes(config, "few_step"), seed=1, scale=0.2)}
+    parts["statistics"] = dit.params["statistics"]
+    for part, tree in parts.items():
+        safetensors_tree.write(tmp_path / f"{part}.safetensors", tree)
+    saved_config.write(config, tmp_path, parts)
+    student = rae_jax.load_dit(tmp_path)
+    assert student.params.keys() == {"few_step", "statistics"}
+    one, two = (rae_jax.sample(rae, student, [0, 1], seed=3, num_steps=steps) for steps in (1, 2))
+    assert one.shape == (2, 32, 32, 3) and not np.array_equal(one, two)
+    with pytest.raises(rae_jax.errors.UserError, match="^a few-step student is not guided"):
+        rae_jax.sample(rae, student, [0], guidance_scale=2.0)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def _demo(config):
-    shapes = {part: part_weights.shapes(config, part) for part in ("encoder", "decoder", "dit")}
+    parts = ("encoder", "decoder", config_keys.generator(config))
+    shapes = {part: part_weights.shapes(config, part) for part in parts}
     parts = random_like(shapes, seed=0, scale=0.2)
     latent = config_keys.latent_shape(config)
     parts["statistics"] = {"mean": np.zeros(latent, np.float32), "var": np.ones(latent, np.float32)}
@@ -52,6 +53,17 @@ def test_the_trajectory_of_raev2_s_dit_ends_in_the_sample(method):
     indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
     wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, np.full(len(indices), 4))
     assert np.abs(np.int32(ends) - np.int32(wanted)).max() <= 1 < np.abs(np.int32(ends) - np.int32(unguided)).max()
+
+
+def test_a_student_s_trajectory_ends_in_the_sample():
+    config = tiny()
+    config.sampler.update({"method": "mean_velocity", "num_steps": 2})
+    model, config, parts = _demo(config)
+    assert model.few_step and not model.guided
+    found = [images for _, images in model.trajectory(4, 9, 1.0, 2)]
+    indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
+    wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, np.full(len(indices), 4))
+    assert np.abs(np.int32(found[-1]) - np.int32(wanted)).max() <= 1
 
 
 def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
