@@ -42,28 +42,19 @@ def demo():
     return _demo(tiny())
 
 
-@pytest.mark.parametrize("method", ["internal", "internal_cfg"])
-def test_the_trajectory_of_raev2_s_dit_ends_in_the_sample(method):
-    config = tiny()
+@pytest.mark.parametrize("method", ["internal", "internal_cfg", "mean_velocity"])
+def test_the_trajectories_of_raev2_s_dit_and_of_its_student_end_in_the_sample(method):
+    config, student = tiny(), method == "mean_velocity"
     config.dit.update({"conditioning": "in_context", "depth": 2, "base_depth": 1, "prediction": "data_in_velocity"})
-    config.guidance.update({"method": method, "scale": 9.0, "t_min": 0.1})
+    (config.sampler if student else config.guidance).method = method
+    config.guidance.update({"scale": 9.0, "t_min": 0.1})
     model, config, parts = _demo(config)
-    assert model.guided
+    assert (model.few_step, model.guided) == (student, not student)
     (*_, (_, ends)), (*_, (_, unguided)) = (model.trajectory(4, 9, scale, 3) for scale in (9.0, 1.0))
     indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
     wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, np.full(len(indices), 4))
-    assert np.abs(np.int32(ends) - np.int32(wanted)).max() <= 1 < np.abs(np.int32(ends) - np.int32(unguided)).max()
-
-
-def test_a_student_s_trajectory_ends_in_the_sample():
-    config = tiny()
-    config.sampler.update({"method": "mean_velocity", "num_steps": 2})
-    model, config, parts = _demo(config)
-    assert model.few_step and not model.guided
-    found = [images for _, images in model.trajectory(4, 9, 1.0, 2)]
-    indices = np.arange(demo_model.NUM_IMAGES, dtype=np.uint32)
-    wanted, _ = generate.make_sampler(config, one_device())(parts, jax.random.key(9), indices, np.full(len(indices), 4))
-    assert np.abs(np.int32(found[-1]) - np.int32(wanted)).max() <= 1
+    assert np.abs(np.int32(ends) - np.int32(wanted)).max() <= 1
+    assert (np.abs(np.int32(ends) - np.int32(unguided)).max() > 1) == (not student)
 
 
 def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):

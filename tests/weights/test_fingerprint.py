@@ -21,6 +21,8 @@ FIX = "name another file, or change the config"
 FILES = {
     "plain_qk_norm_patch": "a DiT of width 8, depth 1, 5 classes, latents of 4 channels",
     "dh_qk_norm": "a DiT^DH of width 8, depth 1, head width 16, head depth 2, 5 classes, latents of 24 channels",
+    "student": "a few-step student (r_embedder) of a DiT^DH of width 8, depth 1, head width 16, head depth 2, "
+    "5 classes, latents of 24 channels",
     "raev2": "RAEv2's DiT^DH of width 16, depth 3, head width 24, head depth 2, 7 classes, latents of 12 channels",
     "decoder": "an RAE decoder of width 32, depth 2, latents of 64 channels",
     "statistics": "statistics of latents of shape (24, 4, 4)",
