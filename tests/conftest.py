@@ -1,7 +1,9 @@
 """Eight simulated CPU devices, exact matrix products, and one compilation cache for the whole run."""
 
+import atexit
 import contextlib
 import os
+import shutil
 import signal
 import tempfile
 
@@ -11,7 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT_DEVICES} {FAST_COMPILE}"
 
 # pytest-xdist's workers inherit it, and compile nothing that another one has.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="rae_jax_cache_"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rae_jax_cache_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np
