@@ -50,7 +50,7 @@ class RAE:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "guide"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True, repr=False)
 class DiT:
-    """A diffusion transformer: parameters of 'dit', 'statistics' of its latents or None, and their config.
+    """A diffusion transformer or few-step student: parameters, 'statistics' of its latents or None, and their config.
 
     `guide` holds the parameters of the weaker model if the config names AutoGuidance; otherwise None.
     """
@@ -78,7 +78,7 @@ def load_rae(source: Source = "small", *, dtype: str | None = None, mesh: jax.sh
 
 def load_dit(source: Source = "small", *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> DiT:
     """Load the diffusion transformer, or few-step student, of `source` (see load_rae), with statistics of latents."""
-    config, workdir = _open(source, ("statistics", *config_keys.ON_LATENTS), dtype)
+    config, workdir = _open(source, ("statistics", *config_keys.GENERATORS), dtype)
     parts = _load(config, workdir, ("statistics", config_keys.generator(config)), mesh)
     weaker = "guide" in part_weights.parts_of_sampling(config)
     guide = _load(config, None, ("guide",), mesh)["guide"] if weaker else None

@@ -104,7 +104,7 @@ def _define_flags_of_modes():
     flags.DEFINE_multi_enum(
         "program", ["train", "sample"], ["train", "sample"], "compile: program to compile; both by default."
     )
-    flags.DEFINE_list("only", list(timing.PROGRAMS), "benchmark: programs to time; all by default.")
+    flags.DEFINE_list("only", timing.DEFAULT, "benchmark: programs to time; train_few_step too, if it is named.")
     flags.DEFINE_integer("timed_steps", 10, "benchmark: timed steps of each program.", lower_bound=1)
     flags.DEFINE_integer("warmup_steps", 2, "benchmark: steps that run before the timed steps.", lower_bound=0)
     flags.DEFINE(command_line.PATH, "profile", None, "benchmark: folder for traces of some further steps.")

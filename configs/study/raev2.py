@@ -10,8 +10,8 @@ from configs.study import base
 VELOCITY, DATA, RAEV2 = "DiT^DH, velocity", "DiT^DH, data", "RAEv2's DiT"
 _STEPS = (5, 10, 25, 50)
 _SCALES = {"cfg": (1.5, 2.5), "autoguidance": (1.5, 2.5), "internal": (1.5, 2.0, 3.0), "both": (1.25, 1.5)}
-# Of equal FLOPs with the main DiT and its head of 128 x 2, all with a base output.
 _DATA = {"dit.prediction": "data_in_velocity"}
+# Of equal FLOPs with the main DiT and its head of 128 x 2.
 _RAEV2 = {"dit.width": 88, "dit.num_heads": 2, "dit.conditioning": "in_context", "dit.qk_norm": True, **_DATA}
 _BASE = {"dit.base_depth": 1}
 _GUIDE_IN_TESTS = {

@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from rae_jax.build import part_weights, published_weights, saved_config
 from rae_jax.config import inputs, run_config
-from rae_jax.config.keys import ON_LATENTS, latent_shape
+from rae_jax.config.keys import GENERATORS, latent_shape
 from rae_jax.errors import UserError, prefixed
 from rae_jax.models import resize
 from rae_jax.runtime import checkpoint_reader, logs
@@ -26,7 +26,7 @@ _ENDS = {
     "encoder": ("patch_embed",),
     "decoder": ("embed", "pred"),
     **dict.fromkeys(
-        ON_LATENTS, ("embed", "head_embed", "trunk_embed", "final_layer/linear", "base_final_layer/linear")
+        GENERATORS, ("embed", "head_embed", "trunk_embed", "final_layer/linear", "base_final_layer/linear")
     ),
 }
 _TABLE, _POSITIONS = "label_embed/table", "pos_embed"
@@ -37,7 +37,6 @@ def begin(config, stage, mesh, class_names, frozen):
     """Return the function state -> state by which a stage begins.
 
     `class_names`: those of the data. `frozen`: the stage's frozen parts; a few-step student starts from its DiT.
-
     The function raises UserError for weights that do not exist or do not fit.
     """
     source = _init(config, stage)
@@ -82,7 +81,7 @@ def _initial(config, stage, mesh, class_names, fresh):
         theirs, given, names = _given(config, stage, mesh)
         left_out = _left_out(stage, _flat(given), _flat(fresh))
     rows = None
-    if stage in ON_LATENTS:
+    if stage in GENERATORS:
         rows, new = _rows(theirs, config, names, class_names)
         left_out += new
     left_out += _other_settings(stage, theirs, config)
@@ -127,10 +126,10 @@ def _described_by_file(config, stage, source):
     theirs = part_weights.untrained(config)
     theirs[stage].weights = source
     shapes = _shapes_in_file(theirs, stage, source)
-    if stage in ON_LATENTS and _TABLE in shapes:
+    if stage in GENERATORS and _TABLE in shapes:
         theirs.dit.class_conditional = shapes[_TABLE][0] > 1
         theirs.data.num_classes = max(shapes[_TABLE][0] - 1, 1)
-    if stage in ON_LATENTS and _POSITIONS in shapes:
+    if stage in GENERATORS and _POSITIONS in shapes:
         side = math.isqrt(shapes[_POSITIONS][1]) * theirs.dit.patch_size
         theirs.encoder.input_size = side * theirs.encoder.patch_size
     if stage == "encoder" and _POSITIONS in shapes:
@@ -219,7 +218,7 @@ def _resized(table, shape):
 
 def _other_settings(stage, theirs, ours):
     """Return what the weights were trained with in their run, where this one has something else."""
-    keys = ("path", "prediction") if stage in ON_LATENTS else ()
+    keys = ("path", "prediction") if stage in GENERATORS else ()
     found = [f"config.dit.{key}={theirs.dit[key]!r}" for key in keys if theirs.dit[key] != ours.dit[key]]
     if stage != "encoder" and latent_shape(theirs) != latent_shape(ours):
         found.append(f"positions of latents {latent_shape(theirs)}")

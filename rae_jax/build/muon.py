@@ -29,8 +29,8 @@ POLAR_EXPRESS = tuple(
     )
 )
 STEPS = 5
-# Number of groups of devices that share the matrices, if it divides the number of devices. The devices of a group share
-# the columns of each of their matrices. Fewer groups send more; with more groups, some would have no matrix.
+# Largest number of groups of devices. The groups share the matrices, the devices of a group the columns of each of its
+# matrices. Fewer groups send more; with more groups, some would have no matrix.
 GROUPS = 16
 
 

@@ -83,9 +83,10 @@ def _few_step(config):
         autoencoder=models.autoencoder(config),
         student=models.dit(config, mean_velocity=True),
         mean_velocity=lambda params, z, r, t, labels: sampler.mean_velocity(config, params, labels)(z, t, r),
-        velocity=_velocity_to_learn(config),
+        velocity=velocity_to_learn(config),
         condition=models.condition(config),
         latent_shape=latent_shape(config),
+        path=sampler.prediction(config).path,
         times=few_step.Times(sampler.shift_factor(config), c.equal_times),
         derivative=_derivative(c),
         condition_dropout=train.label_dropout,
@@ -94,7 +95,7 @@ def _few_step(config):
     )
 
 
-def _velocity_to_learn(config):
+def velocity_to_learn(config):
     """Return the function (frozen parts, x, noise, z, t, labels) -> velocity at z whose mean the student learns."""
     match config.few_step.objective:
         case "distillation":
@@ -108,7 +109,8 @@ def _velocity_to_learn(config):
 
             return of_teacher
         case "finetuning":
-            return lambda frozen, x, noise, z, t, labels: flow.velocity(x, noise, t)
+            path = sampler.prediction(config).path
+            return lambda frozen, x, noise, z, t, labels: flow.velocity(x, noise, t, path)
         case other:
             raise ValueError(f"unknown objective {other!r}")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from rae_jax.build import models, objectives, perceptual_networks, provenance, published_weights, saved_config
-from rae_jax.config.keys import ON_LATENTS, generator, input_size, latent_shape, section
+from rae_jax.config.keys import GENERATORS, generator, input_size, latent_shape, section
 from rae_jax.errors import UserError
 from rae_jax.runtime import checkpoint_reader, sharding
 from rae_jax.training import statistics
@@ -27,7 +27,7 @@ FROZEN = {  # the parts of earlier stages that the step of each stage takes
 
 def frozen(config, stage, get):
     """Return {part: get(part)} of the frozen parts that a stage's step takes."""
-    from_latents = stage in ON_LATENTS and config.data.latents  # packed latents need no encoder
+    from_latents = stage in GENERATORS and config.data.latents  # packed latents need no encoder
     found = {part: get(part) for part in FROZEN[stage] if not (from_latents and part == "encoder")}
     if stage == "decoder" and config.decoder.train.lpips_weight:
         found["lpips"] = get("lpips")

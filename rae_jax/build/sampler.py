@@ -209,7 +209,7 @@ def mean_velocity(config, params, labels):
     return u
 
 
-def drawn(config, parts, labels, scale=None):
+def velocity_of_generator(config, parts, labels, scale=None):
     """Return what the config's sampler solves with: the `Velocity` of the DiT, or the student's mean velocity."""
     if generator(config) == "dit":
         return velocity(config, parts, labels, scale)

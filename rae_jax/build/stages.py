@@ -7,7 +7,7 @@ import numpy as np
 
 from rae_jax.build import data, fine_tuning, objectives, part_weights, provenance
 from rae_jax.config import scopes
-from rae_jax.config.keys import ON_LATENTS, flatten, in_steps
+from rae_jax.config.keys import GENERATORS, flatten, in_steps
 from rae_jax.data import pipeline
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
@@ -55,7 +55,7 @@ def stage(config, name, workdir, mesh):
 
 
 def _training_source(config, name, mesh):
-    if name in ON_LATENTS and config.data.latents:
+    if name in GENERATORS and config.data.latents:
         return packed_latents(config, mesh)
     return data.source(config, "train", crop="centre" if name == "statistics" else config[name].train.crop)
 

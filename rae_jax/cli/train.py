@@ -22,7 +22,7 @@ from rae_jax.weights import safetensors_tree
 
 _EVALUATED = {  # {stage that is evaluated during training: other parts that the evaluation needs}
     "decoder": ("encoder",),
-    **dict.fromkeys(keys.ON_LATENTS, ("encoder", "judge", "decoder", "statistics")),
+    **dict.fromkeys(keys.GENERATORS, ("encoder", "judge", "decoder", "statistics")),
 }
 
 
@@ -73,6 +73,8 @@ def _train_and_evaluate(config, workdir, mesh, evaluator):
     if part_weights.has_part(config, "decoder"):
         parts = part_weights.load_all(config, part_weights.parts_of_evaluation(config), workdir, mesh)
         results.measure_trained(evaluator, config, parts, workdir, shipped)
+        if "few_step" in config.stages and keys.generator(config) == "dit":
+            logs.say("these images are the DiT's; the student's: --mode=evaluate --config.sampler.method=mean_velocity")
     else:
         logs.say("nothing is evaluated: config.decoder.weights='' names no decoder")
     if processes.is_first():
@@ -140,7 +142,7 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
 
     Linear probes are left out: they measure the encoder, which does not change.
     """
-    if stage.name in keys.ON_LATENTS and keys.generator(config) != stage.name and config.evaluate.every:
+    if stage.name in keys.GENERATORS and keys.generator(config) != stage.name and config.evaluate.every:
         config = keys.drawing_from(config, stage.name)
         evaluator = Evaluator(config, mesh)
 
@@ -148,7 +150,7 @@ def evaluate_in_training(config, stage, workdir, mesh, evaluator):
     def other_parts():
         names = [name for name in _EVALUATED[stage.name] if part_weights.has_part(config, name)]
         names += perceptual_networks.named(config)
-        if stage.name in keys.ON_LATENTS and "guide" in part_weights.parts_of_sampling(config):
+        if stage.name in keys.GENERATORS and "guide" in part_weights.parts_of_sampling(config):
             names.append("guide")
         return {name: stage.frozen.get(name) or part_weights.load(config, name, workdir, mesh) for name in names}
 

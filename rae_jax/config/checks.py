@@ -3,12 +3,9 @@
 Each mistake gives one line that names the key, its value and the fix.
 """
 
-import importlib.util
-import math
-
-from rae_jax.config import machine
+from rae_jax.config import generation_checks, machine
 from rae_jax.config.glossary import RESULTS
-from rae_jax.config.keys import ON_LATENTS, STAGES, TRAINED, fewest_steps, input_size, is_vae, require, value_of
+from rae_jax.config.keys import GENERATORS, STAGES, TRAINED, input_size, is_vae, require, value_of
 
 _PUBLISHED = ("dino", "dinov2", "siglip2", "mae", "dinov3")
 _MLPS = ("gelu", "gelu_tanh", "swiglu")
@@ -124,7 +121,6 @@ def check_schedules(config):
 
 _DIVIDES = "it must divide the latent grid's {}"
 _HEAD_DEPTH = "it must be 0 for a plain DiT, or positive"
-_DECAYS = "it must be at least 0 and below 1"
 _ORDER = f"name each stage at most once, in the order {', '.join(STAGES)}"
 
 
@@ -140,7 +136,7 @@ def _check_training(config, section):
     fix = f"it must be 0, or from {start + 1} to config.{section}.num_steps={train.num_steps}"
     require(ends, config, f"{section}.decay_end", fix)
     for key in ("ema_decay", "b1", "b2"):
-        require(0.0 <= train[key] < 1.0, config, f"{section}.{key}", _DECAYS)
+        require(0.0 <= train[key] < 1.0, config, f"{section}.{key}", generation_checks.DECAYS)
     for key, choices in TRAIN_CHOICES.items():
         require(train[key] in choices, config, f"{section}.{key}", f"choose one of {', '.join(choices)}")
     drawn = config.data.source == "shapes"
@@ -151,7 +147,7 @@ def _check_training(config, section):
 def _check_latents(config):
     fixed = "encoder" not in config.stages
     require(fixed, config, "data.latents", "they are not of the encoder that this run trains: set it to ''")
-    for stage in ON_LATENTS:
+    for stage in GENERATORS:
         centre = config[stage].train.crop == "centre"
         require(centre, config, f"{stage}.train.crop", "packed latents are of centre crops: set it to 'centre'")
 
@@ -218,7 +214,7 @@ def _check_shapes(config):
         _check_discriminator(config)
     position = config.encoder.position_size
     require(position >= 0 and position % patch == 0, config, "encoder.position_size", multiple)
-    _check_sampling(config)
+    generation_checks.check(config)
 
 
 def _check_dit(config, section):
@@ -232,51 +228,6 @@ def _check_dit(config, section):
     require(0 <= c.base_depth < c.depth, config, f"{section}.base_depth", inside)
     fix = "the base output needs a DiT with a head: set it to 0, or raise head_depth"
     require(c.head_depth > 0 or not c.base_depth, config, f"{section}.base_depth", fix)
-
-
-def _check_sampling(config):
-    train, sampler = config.dit.train, config.sampler
-    shift = "it must be positive; 1 is no shift, 0 the shift by the latent's dimension"
-    require(config.dit.time_shift >= 0, config, "dit.time_shift", shift)
-    decays = train.more_ema_decays
-    require(all(0.0 <= decay < 1.0 for decay in decays), config, "dit.train.more_ema_decays", _DECAYS)
-    number = f"it must be 0, or a number from 1 to the {len(decays)} decays of config.dit.train.more_ema_decays"
-    require(0 <= config.dit.average <= len(decays), config, "dit.average", number)
-    for stage in ON_LATENTS:
-        size, parts = (config[stage].train[key] for key in ("batch_size", "microbatches"))
-        fix = f"it must divide config.{stage}.train.batch_size={size}"
-        require(size % parts == 0, config, f"{stage}.train.microbatches", fix)
-    linear = config.dit.prediction != "data_in_velocity" or config.dit.path == "linear"
-    require(linear, config, "dit.path", "config.dit.prediction='data_in_velocity' needs the path 'linear'")
-    require(train.base_weight >= 0, config, "dit.train.base_weight", "it must be 0 or more")
-    unbounded = config.dit.prediction == "noise" or (sampler.method == "sde" and sampler.diffusion == "score_based")
-    unbounded |= config.dit.path == "vp" and (config.dit.prediction == "data" or sampler.method == "sde")
-    plain = "the velocity of this path and prediction, or the diffusion, is infinite at its start: set it to 'plain'"
-    require(sampler.grid != "published" or not unbounded, config, "sampler.grid", plain)
-    reusable = sampler.method == "euler" and config.dit.head_depth > 0
-    share = "only euler steps of a DiT^DH can share the trunk's output: set it to"
-    require(reusable or sampler.reuse == 1, config, "sampler.reuse", f"{share} 1")
-    require(reusable or not sampler.refresh, config, "sampler.refresh", f"{share} ()")
-    last = sampler.num_steps - fewest_steps(config)
-    require(last >= 0, config, "sampler.num_steps", "it counts points of the grid 'published': set it to 2 or more")
-    inside = all(isinstance(step, int) and 0 <= step <= last for step in sampler.refresh)
-    require(inside, config, "sampler.refresh", f"it must hold numbers of steps, from 0 to {last}")
-    alone = not sampler.refresh or sampler.reuse == 1
-    require(alone, config, "sampler.reuse", "config.sampler.refresh names the steps already: set it to 1")
-    require(0 < sampler.last_step_size < 1, config, "sampler.last_step_size", "it must be between 0 and 1")
-    installed = sampler.method != "adaptive" or importlib.util.find_spec("diffrax") is not None
-    require(installed, config, "sampler.method", "it needs diffrax: pip install -e '.[adaptive]'")
-    guidance = config.guidance
-    labelled = config.dit.class_conditional or guidance.method not in ("cfg", "internal_cfg")
-    require(labelled, config, "guidance.method", "it needs classes: set config.dit.class_conditional=True")
-    has_base = guidance.method not in ("internal", "internal_cfg") or config.dit.base_depth > 0
-    require(has_base, config, "guidance.method", "it needs a DiT with a base output, config.dit.base_depth > 0")
-    named = guidance.method != "autoguidance" or bool(guidance.dit.weights)
-    require(named, config, "guidance.dit.weights", "name the weights of the model that config.guidance.dit describes")
-    for key, section in {"guidance": guidance, "guidance.internal": guidance.internal}.items():
-        ordered = 0 <= section.t_min <= section.t_max <= 1
-        require(ordered, config, f"{key}.t_min", f"0 <= config.{key}.t_min <= config.{key}.t_max <= 1 must hold")
-        require(math.isfinite(section.scale), config, f"{key}.scale", "it must be a finite number")
 
 
 def _check_discriminator(config):

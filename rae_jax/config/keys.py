@@ -4,7 +4,7 @@ from rae_jax.errors import UserError
 
 STAGES = ("encoder", "judge", "decoder", "statistics", "dit", "few_step")
 TRAINED = ("encoder", "judge", "decoder", "dit", "few_step")
-ON_LATENTS = ("dit", "few_step")  # the stages that config.data.latents may feed
+GENERATORS = ("dit", "few_step")  # the parts that images are drawn from; their stages may read packed latents
 
 _COUNTS = (
     "num_steps",

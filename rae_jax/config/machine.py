@@ -8,7 +8,7 @@ import jax
 from etils import epath
 
 from rae_jax.config import run_config
-from rae_jax.config.keys import ON_LATENTS, TRAINED, is_vae, require, value_of
+from rae_jax.config.keys import GENERATORS, TRAINED, generator, is_vae, require, value_of
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 
@@ -55,6 +55,9 @@ def check(config, mesh, *, trains, evaluates):
         installed = not config.wandb or importlib.util.find_spec("wandb") is not None
         require(installed, config, "wandb", "it needs wandb: pip install -e '.[wandb]', or set it to ''")
         _check_batches(config, mesh)
+        student = generator(config) == "dit" or "few_step" in config.stages or config.few_step.weights
+        fix = "it needs a student: add 'few_step' to config.stages, or set config.few_step.weights"
+        require(student, config, "sampler.method", fix)
     if evaluates:
         reference = config.evaluate.reference
         exists = not reference or epath.Path(os.path.expanduser(reference)).exists()
@@ -67,7 +70,7 @@ def _check_batches(config, mesh):
     used = [f"{stage}.train" if stage in TRAINED else stage for stage in config.stages]
     for section in used:  # the batch size of evaluations is rounded to fit
         sharding.check_batch(value_of(config, section).batch_size, mesh, f"config.{section}.batch_size")
-    for stage in set(ON_LATENTS) & set(config.stages):
+    for stage in set(GENERATORS) & set(config.stages):
         parts, ways = config[stage].train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
         batch_size = config[stage].train.batch_size
         fix = f"a microbatch of config.{stage}.train.batch_size={batch_size} must be divisible by {ways} devices"

@@ -52,7 +52,7 @@ def draw(config, parts, key, indices, labels, *, scale=None):
     def noise_fn(n):
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, n), shape, jnp.float32))(keys)
 
-    velocity = build_sampler.drawn(config, parts, labels, scale)
+    velocity = build_sampler.velocity_of_generator(config, parts, labels, scale)
     latents = build_sampler.sampler(config).solve(velocity, first_noise(config, key, indices), noise_fn)
     return denormalise(latents, parts["statistics"])
 
@@ -76,7 +76,7 @@ def euler_step(config, parts, x, t, t_next, labels, scale):
     """Return (x at time t_next, the denormalised clean latents that are predicted from x [B, h, w, D] at time t)."""
     all_t, all_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
     if generator(config) == "few_step":
-        u = build_sampler.drawn(config, parts, labels)
+        u = build_sampler.velocity_of_generator(config, parts, labels)
         predicted = x - t * u(x, all_t, jnp.zeros_like(all_t))
         return x + (t_next - t) * u(x, all_t, all_next), denormalise(predicted, parts["statistics"])
     v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rae_jax.build import objectives, part_weights
 from rae_jax.build import sampler as build_sampler
 from rae_jax.config import auto
-from rae_jax.config.keys import ON_LATENTS, TRAINED, generator, in_steps, latent_shape
+from rae_jax.config.keys import GENERATORS, TRAINED, generator, in_steps, latent_shape
 from rae_jax.errors import UserError
 from rae_jax.inference import generate
 from rae_jax.profiling import hlo_costs, jaxpr_flops
@@ -213,7 +213,7 @@ def plain(config):
 
 def _batch(config, name, batch_size, mesh):
     size = config.data.image_size
-    if name in ON_LATENTS and config.data.latents:
+    if name in GENERATORS and config.data.latents:
         batch = {"latent": _split_shape((batch_size, *latent_shape(config)), jnp.bfloat16, mesh)}
     else:
         batch = {"image": _split_shape((batch_size, size, size, 3), jnp.uint8, mesh)}

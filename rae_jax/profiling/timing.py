@@ -286,3 +286,4 @@ PROGRAMS = {
     "decode": _decode,
     "sample": _sample,
 }
+DEFAULT = [name for name in PROGRAMS if name != "train_few_step"]  # the stage that few runs have

@@ -33,7 +33,8 @@ class Times(NamedTuple):
 def by_differences(function, z, t, v, size):
     """Return the derivative of function(z, t) along (v, 1), by central differences of a `size` in time."""
     step = size * v
-    return (function(z + step, t + size) - function(z - step, t - size)) / (2.0 * size)
+    with jax.default_matmul_precision("highest"):  # a TPU would round float32 to bfloat16, by more than the difference
+        return (function(z + step, t + size) - function(z - step, t - size)) / (2.0 * size)
 
 
 def by_jvp(function, z, t, v):
@@ -63,6 +64,7 @@ def make(
     velocity,
     condition,
     latent_shape,
+    path,
     times,
     derivative,
     optimiser,
@@ -73,8 +75,9 @@ def make(
     """Return (init, step) of this stage; the student's initial parameters are random.
 
     `mean_velocity(params, z, r, t, condition)` is u of the student. `velocity(frozen, x, noise, z, t, condition)` is
-    the velocity at z: a teacher's, or that of data and noise. `times`: Times. `derivative(function, z, t, v)`: by_jvp,
-    or by_differences of a size. A batch is as in training.dit, and so is the rest.
+    the velocity at z: a teacher's, or that of data and noise. `path`: a flow.Path. `times`: Times.
+    `derivative(function, z, t, v)`: by_jvp, or by_differences of a size. A batch is as in training.dit, and so is the
+    rest.
     """
 
     def init(key):
@@ -97,7 +100,7 @@ def make(
         r, t = times(times_key, len(x))
         noise = jax.random.normal(noise_key, x.shape, jnp.float32)
         conditions = dit.dropped(condition, drop_key, condition_dropout, batch["label"])
-        z = flow.interpolate(x, noise, t)
+        z = flow.interpolate(x, noise, t, path)
         v = velocity(frozen, x, noise, z, t, conditions)
         examples = {"z": z, "r": r, "t": t, "v": v, "condition": conditions}
         (value, metrics), grads = optim.value_and_grad(loss, state["params"], examples, microbatches)

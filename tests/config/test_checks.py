@@ -1,9 +1,11 @@
 """Values of a config that cannot work: one line names the key and the fix."""
 
+import contextlib
 import importlib
 import types
 
 import pytest
+from conftest import one_device
 from ml_collections import ConfigDict
 
 from rae_jax.cli import train as cli_train
@@ -166,3 +168,24 @@ def test_the_learning_rate_does_not_rise_at_the_end(tiny_config, stage):
     checks.check(tiny_config, sharding.make_mesh(tiny_config.mesh))  # a run of an older version may have it
     train.final_learning_rate = train.learning_rate
     checks.check_schedules(tiny_config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"dit.path": "vp"}, "config.dit.path='vp' cannot work: .* set it to 'linear'"),
+        ({"dit.prediction": "noise"}, "config.dit.prediction='noise' cannot work: .* 'velocity' or 'data_in_velocity'"),
+        ({"dit.prediction": "data"}, "config.dit.prediction='data' cannot work"),
+        ({"dtype": "bfloat16"}, "config.few_step.derivative='differences' cannot work: .* set it to 'jvp'"),
+        ({"few_step.objective": "teach"}, "config.few_step.objective='teach' cannot work: choose one of"),
+        ({"few_step.train.microbatches": 3}, "it must divide config.few_step.train.batch_size=16"),
+        ({"stages": ("dit",)}, "config.sampler.method='mean_velocity' cannot work: it needs a student"),
+        ({"dtype": "bfloat16", "few_step.derivative": "jvp"}, None),
+        ({"dit.path": "cosine"}, None),
+    ],
+)
+def test_what_the_few_step_student_needs(tiny_config, changes, message):
+    tiny_config.stages, tiny_config.sampler.method = ("dit", "few_step"), "mean_velocity"
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        checks.check(tiny_config, one_device())

@@ -22,7 +22,7 @@ from xla_flags import FAST_COMPILE
 
 from configs.study import base
 from launch.study import __main__ as command
-from launch.study import page, plan, plots, pool, verdict, work
+from launch.study import plan, pool, verdict, work
 from rae_jax.config import checks
 from rae_jax.errors import UserError
 from rae_jax.runtime import sharding
@@ -109,60 +109,6 @@ def test_comparisons_and_plots_name_existing_variants(name):
         assert set(panel.get("bars", ())) <= set(study["variants"])
         for variant, generators in panel.get("lines", {}).values():
             assert set(generators.values()) <= plan.generators_of(study, variant).keys()
-
-
-@pytest.mark.parametrize(
-    "lower, higher, words",
-    [
-        ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "in every seed (3 of 3)"),
-        ([1.0, 2.0, 3.0], [9.0, 2.5, 2.5], "on average (2 of 3)"),
-        ([1.0, 2.0, 3.0], [1.5, 2.5, 0.0], "does not show (2 of 3)"),
-        ([1.0], [1.0], "does not show (0 of 1)"),
-        ([], [1.0], "not run"),
-    ],
-)
-def test_a_verdict_is_computed(lower, higher, words):
-    values = {("a", "fd"): dict(enumerate(lower)), ("b", "fd"): dict(enumerate(higher))}
-    comparison = {"says": "", "metric": "fd", "lower": ["a"], "higher": ["b"]}
-    assert verdict.verdict(values, comparison) == words
-
-
-def test_a_verdict_compares_several_variants_and_metrics():
-    values = {("a", "x"): {0: 1.0}, ("b", "x"): {0: 3.0}, ("c", "x"): {0: 2.0}, ("c", "bound"): {0: 0.5}}
-    sides = {"says": "", "metric": "x", "lower": ["a"], "higher": ["b", "c"]}
-    assert verdict.verdict(values, sides) == "in every seed (1 of 1)"
-    assert verdict.verdict(values, {**sides, "lower": ["a", "b"], "higher": ["c"]}) == "does not show (0 of 1)"
-    assert verdict.verdict(values, {**sides, "lower": [("c", "bound")], "higher": ["a"]}) == "in every seed (1 of 1)"
-
-
-def _rows(metrics, step=0):
-    return [{"step": step, "metric": name, "value": value} for name, value in metrics.items()]
-
-
-def test_results_are_written_as_tables_page_and_plots(tmp_path):
-    """For two experiments, of which one has not run yet."""
-    studies = {name: plan.read(name) for name in ("head", "width")}
-    numbers = {"fd": 3.0, "agreement": 0.5, "loss": 1.0, "forward_gflops": 0.02}
-    by_step = [row for step in (200, 400) for row in _rows({"fd": 900 / step, "training_gflops": step * 1.0}, step)]
-    head = {
-        (variant, seed): _rows({**numbers, "fd": 3.0 + seed + number}) + by_step
-        for number, variant in enumerate(studies["head"]["variants"])
-        for seed in range(3)
-    }
-    written = page.write(
-        tmp_path, studies, {"head": head, "width": {}}, {"head": 12.0, "width": 0.0, "foundations": 3.0}
-    )
-    summary = json.loads((tmp_path / "summary.json").read_text())["studies"]
-    assert summary["head"]["variants"]["plain, width 104"]["fd"] == {"mean": 5.0, "std": 1.0, "seeds": 3}
-    assert set(summary["width"]["verdicts"].values()) == {"not run"}
-    assert "**not run**" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "head.csv").read_text().count("\n") == 1 + 5 * 3 * 8
-    assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG") and not (tmp_path / "width.png").exists()
-    text = written.read_text()
-    assert "5 ± 1" in text and "does not show (0 of 3)" in text and "data:image/png" in text and "2.16" in text
-    assert "http" not in text.replace("http-equiv", "")
-    assert "| plain, width 104 | 5 ± 1 |" in (tmp_path / "results.md").read_text()
-    assert plots.draw(studies["width"], {}) is None
 
 
 def test_a_wrong_flag_is_reported_in_one_line(tmp_path):

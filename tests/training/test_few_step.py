@@ -1,27 +1,24 @@
 """The few-step student: the identity that it learns, Gaussian data, and its training, resumed and on eight devices."""
 
 import functools
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_like, tiny, uncached
+import stage_cases
+from conftest import tiny
 from etils import epath
 from flax import linen as nn
-from stress import harness
 
-from rae_jax.build import part_weights, stages
+from rae_jax.build import objectives, part_weights, stages
+from rae_jax.config import keys
 from rae_jax.diffusion import flow, ode
 from rae_jax.models import conditions
-from rae_jax.runtime import logs, sharding
+from rae_jax.runtime import sharding
 from rae_jax.training import few_step
-from rae_jax.training.loop import fit
-from rae_jax.weights import safetensors_tree
 
-STEPS = 6
 SPREAD = 0.5  # standard deviation of the Gaussian data
 
 
@@ -85,6 +82,7 @@ def test_one_step_draws_gaussian_data(taught):
         velocity=velocity,
         condition=conditions.labels(3),
         latent_shape=(1, 1, 1),
+        path=flow.LINEAR,
         times=few_step.Times(1.0, 0.5),
         derivative=few_step.by_jvp,
         optimiser=optax.adam(optax.cosine_decay_schedule(3e-3, 1500)),
@@ -111,34 +109,16 @@ def test_one_step_draws_gaussian_data(taught):
         assert abs(float(drawn.std()) / SPREAD - 1) < (0.05 if taught else 0.15)
 
 
-def _config(folder):
-    """A tiny run of the student alone, of a DiT with random weights."""
-    config = tiny()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(config, rows of metrics, workdir) of the student alone, of a DiT with random weights; nothing interrupts it."""
+    folder, config = epath.Path(tmp_path_factory.mktemp("few_step")), tiny()
     config.stages, config.encoder.weights, config.dit.weights = ("few_step",), str(folder), str(folder)
     config.statistics.weights = "none"
     config.few_step.derivative = "jvp"  # differences multiply rounding by a hundred
-    config.few_step.train.update({"num_steps": STEPS, "batch_size": 16, "warmup_steps": 0})
-    for part in ("encoder", "dit"):
-        tree = random_like(part_weights.shapes(config, part), seed=0, scale=0.1)
-        safetensors_tree.write(folder / f"{part}.safetensors", tree)
-    return config
-
-
-def _train(config, workdir, sizes=(1, 1, 1)):
-    config.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: np.prod(sizes)])
-    stage = stages.stage(config, "few_step", workdir, mesh)
-    options = {"log_every": 1, "checkpoint_every": 2, "keep": 9}
-    fit(stage, workdir=workdir, mesh=mesh, key=jax.random.key(0), **options)
-    return harness.without_perf(logs.read(workdir / "metrics" / "few_step.jsonl"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(config, rows of metrics, workdir) of a run that nothing interrupts."""
-    folder = epath.Path(tmp_path_factory.mktemp("few_step"))
-    config = _config(folder)
-    return config, _train(config, folder / "whole"), folder / "whole"
+    config.few_step.train.update({"num_steps": 6, "batch_size": 16, "warmup_steps": 0})
+    stage_cases.write_weights(config, folder, ("encoder", "dit"), 0.1)
+    return config, stage_cases.train(config, "few_step", folder / "whole"), folder / "whole"
 
 
 def test_the_student_starts_as_its_dit(whole, tmp_path):
@@ -154,21 +134,29 @@ def test_the_student_starts_as_its_dit(whole, tmp_path):
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(whole, tmp_path):
     config, rows, workdir = whole
-    folder = epath.Path(tmp_path) / "parts"
-    (folder / "checkpoints").mkdir(parents=True)
-    shutil.copytree(workdir / "checkpoints" / "few_step" / "2", folder / "checkpoints" / "few_step" / "2")
-    assert _train(config, folder) == [row for row in rows if row["step"] > 2]
-    ours, theirs = (harness.read_state(path / "checkpoints" / "few_step" / str(STEPS)) for path in (folder, workdir))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    stage_cases.check_resumed(config, "few_step", rows, workdir, epath.Path(tmp_path) / "parts")
 
 
 @pytest.mark.slow
 def test_eight_devices_are_one(whole, tmp_path):
     config, rows, _ = whole
-    config = config.copy_and_resolve_references()
-    config.unroll = True  # see tests/stress/collectives.py
-    with uncached():
-        found = _train(config, epath.Path(tmp_path) / "eight", (2, 2, 2))
-    for ours, theirs in zip(found, rows, strict=True):
-        for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (theirs["step"], key)
+    stage_cases.check_eight_devices(config, "few_step", rows, epath.Path(tmp_path) / "eight", 1e-4)
+
+
+def test_each_generator_is_evaluated_by_its_own_sampler():
+    config = tiny()
+    student = keys.drawing_from(config.lock(), "few_step")
+    assert (student.sampler.method, student.sampler.num_steps) == ("mean_velocity", 1)
+    again = keys.drawing_from(student, "dit")
+    assert (again.sampler.method, again.sampler.num_steps) == ("euler", 50)
+    assert keys.drawing_from(again, "dit") is again and config.sampler.num_steps == 3
+
+
+def test_finetuning_uses_the_config_s_path():
+    """Also its velocity: on the cosine path it is not noise - x."""
+    config, t = tiny(), jnp.array([0.3])
+    config.dit.path, config.few_step.objective = "cosine", "finetuning"
+    x, noise = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 3.0)
+    found = objectives.velocity_to_learn(config)({}, x, noise, None, t, None)
+    angle = 0.15 * np.pi
+    assert float(found[0, 0, 0, 0]) == pytest.approx(np.pi / 2 * (3 * np.cos(angle) - 2 * np.sin(angle)), rel=1e-5)
