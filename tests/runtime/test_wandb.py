@@ -7,14 +7,14 @@ import sys
 import pytest
 from conftest import tiny
 
-from rae_jax.config import checks
+from rae_jax.config import checks, machine
 from rae_jax.errors import UserError
 from rae_jax.runtime import logs, sharding
 
 
 def test_it_is_off_by_default_and_named_where_it_is_missing(monkeypatch):
     config, mesh = tiny(), sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     checks.check(config, mesh)
     config.wandb = "project"
     with pytest.raises(UserError, match=r"config.wandb='project' cannot work: it needs wandb"):
