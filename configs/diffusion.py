@@ -58,14 +58,19 @@ def few_step(train):
     return {
         # Weights if this run does not train them: a folder, a published file or a hub id; '': none.
         "weights": "",
-        # Source of the velocities that the student learns the mean of. One of 'distillation' (the DiT), 'finetuning'
-        # (data and noise).
+        # What the student learns: means of the velocity of the DiT ('distillation'), or of that of data and noise
+        # ('finetuning'), or steps between points of the DiT's trajectories, before the others ('trajectories'). One of
+        # 'distillation', 'finetuning', 'trajectories'.
         "objective": "distillation",
-        "guided": False,  # distillation: the DiT's velocity with config.guidance
+        "guided": True,  # distillation, trajectories: the DiT's velocity with config.guidance
+        "trajectories": {
+            "points": 16,  # points of a trajectory, of Euler steps
+            "pairs": 8,  # pairs of points of each trajectory that the student learns from at a time
+        },
         # Derivative along the trajectory. One of 'differences' (central; published), 'jvp' (exact).
         "derivative": "differences",
         "difference": 5e-3,  # differences: half the interval of time
-        "equal_times": 0.75,  # fraction of the images whose interval is empty: they learn the velocity itself
+        "equal_times": 0.5,  # fraction of the images whose interval is empty: they learn the velocity itself
         "train": train,
     }
 

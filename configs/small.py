@@ -65,7 +65,9 @@ def get_config():
         "batch_size": 256,  # images at a time, on all devices
     }
     c.dit = diffusion.dit(_train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon"))
-    c.few_step = diffusion.few_step(_train(num_steps=2_000, batch_size=16, learning_rate=1e-3, clip_norm=1.0))
+    c.few_step = diffusion.few_step(
+        _train(num_steps=2_000, batch_size=16, learning_rate=2e-3, clip_norm=1.0, optimizer="muon")
+    )
     c.sampler = diffusion.sampler()
     c.guidance = diffusion.guidance()
     c.evaluate = _evaluate()

@@ -35,6 +35,7 @@ SECTIONS = {
     "dit": ("sizes", "dit"),
     "dit.train": ("dit",),
     "few_step": ("few_step",),
+    "few_step.trajectories": ("few_step.trajectories",),
     "few_step.train": ("few_step",),
     "STAGE.train": ("_train",),
     "sampler": ("sampler",),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 XL, XL_512, DECODER, RAEV2 = (
     f"--config=configs/{name}.py" for name in ("dit_xl", "dit_xl_512", "decoder_xl", "raev2_xl")
 )
+MF_RAE, FLOAT32 = "--config=configs/mf_rae_xl.py", "--config.dtype=float32"
 TRAIN, SAMPLE = "--program=train", "--program=sample"
 GUIDE = {"width": 384, "depth": 12, "num_heads": 6, "head_width": 2048, "head_depth": 2, "head_num_heads": 16}
 AUTOGUIDANCE = [
@@ -45,6 +46,10 @@ ROWS = {  # name: (topology, arguments)
         for kind, sizes in (("v6e", "8x8"), ("v5e", "16x16"), ("v5p", "4x4x4"))
     },
     "raev2_sample": ("v6e:2x4", [RAEV2, SAMPLE]),
+    "mf_rae": ("v6e:8x8", [MF_RAE, TRAIN, FLOAT32]),
+    "mf_rae_jvp": ("v6e:8x8", [MF_RAE, TRAIN, "--config.few_step.derivative=jvp"]),
+    "mf_rae_trajectories": ("v6e:8x8", [MF_RAE, TRAIN, "--config.few_step.objective=trajectories"]),
+    "mf_rae_sample": ("v6e:2x4", [MF_RAE, SAMPLE]),
 }
 HEADER = ["program", "mesh (data x fsdp)", "images", "peak, GiB", "TFLOP", "of the model's", "sent, GiB", "compiled in"]
 GIB = 2**30
@@ -96,10 +101,10 @@ def _cells(name, row):
     slices = f"{row['num_slices']} slices of " if row["num_slices"] > 1 else ""
     latents = " from latents" if name == "latents" else ""
     px = " at 512 px" if name in ("512px", "decoder") else ""
-    network = f"{row['config']} " if name.startswith("raev2") else ""
-    program = (
-        f"{row['program']} {network}{row['stage']}{latents}{px}, {slices}{row['topology']}, batch {row['batch_size']}"
-    )
+    network = f"{row['config']} " if name.startswith(("raev2", "mf_rae")) else ""
+    kind = {"mf_rae": " (differences, float32)", "mf_rae_jvp": " (jvp)", "mf_rae_trajectories": " (trajectories)"}
+    what = f"{row['program']} {network}{row['stage']}{latents}{px}{kind.get(name, '')}"
+    program = f"{what}, {slices}{row['topology']}, batch {row['batch_size']}"
     if row["remat"] != "dots":
         program += f", remat={row['remat']}"
     data, fsdp = row["mesh"]["data"], row["mesh"]["fsdp"]

@@ -38,7 +38,7 @@ def rows(job, config, mesh):
         logs.say(f"{job.name}: measuring {kind}")
         for prefix, changes in job.generators.items():
             changed = work.configured({**job.config, **changes}).lock()
-            if kind != "generation" and prefix:
+            if prefix and kind not in ("generation", "speed"):
                 continue
             values = _MEASURES[kind](changed, epath.Path(job.workdir), mesh, job)
             found += [

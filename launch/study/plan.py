@@ -9,7 +9,7 @@ from configs.study import base
 from launch.study import work
 from rae_jax.data import sources
 
-STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse", "raev2")
+STUDIES = ("width", "schedule", "noise", "head", "vae", "encoders", "guidance", "reuse", "raev2", "few_step")
 SHIPPED = "small"  # the weights of this package: the main foundation on shapes
 
 

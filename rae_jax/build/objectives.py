@@ -78,41 +78,49 @@ def _dit(config):
 
 
 def _few_step(config):
-    c, train = config.few_step, config.few_step.train
+    train = config.few_step.train
     return few_step.make(
-        autoencoder=models.autoencoder(config),
         student=models.dit(config, mean_velocity=True),
         mean_velocity=lambda params, z, r, t, labels: sampler.mean_velocity(config, params, labels)(z, t, r),
-        velocity=velocity_to_learn(config),
+        objective=student_objective(config),
         condition=models.condition(config),
         latent_shape=latent_shape(config),
-        path=sampler.prediction(config).path,
-        times=few_step.Times(sampler.shift_factor(config), c.equal_times),
-        derivative=_derivative(c),
         condition_dropout=train.label_dropout,
         microbatches=train.microbatches,
         **_optimisation(train),
     )
 
 
-def velocity_to_learn(config):
-    """Return the function (frozen parts, x, noise, z, t, labels) -> velocity at z whose mean the student learns."""
-    match config.few_step.objective:
+def student_objective(config):
+    """Return what the few-step student learns: few_step.Identity or few_step.Trajectories."""
+    c, path = config.few_step, sampler.prediction(config).path
+    match c.objective:
         case "distillation":
-            teacher = config.copy_and_resolve_references()
-            with teacher.unlocked():
-                if not config.few_step.guided:
-                    teacher.guidance.method = "none"
-
-            def of_teacher(frozen, x, noise, z, t, labels):
-                return sampler.velocity(teacher, frozen, labels, same_time=False)(z, t)
-
-            return of_teacher
+            velocity = _velocity_of_teacher(config)
         case "finetuning":
-            path = sampler.prediction(config).path
-            return lambda frozen, x, noise, z, t, labels: flow.velocity(x, noise, t, path)
+            velocity = lambda frozen, x, noise, z, t, labels: flow.velocity(x, noise, t, path)  # noqa: E731
+        case "trajectories":
+            times = sampler.times_of_trajectory(config, c.trajectories.points)
+            return few_step.Trajectories(
+                _velocity_of_teacher(config), times, c.trajectories.pairs, latent_shape(config)
+            )
         case other:
             raise ValueError(f"unknown objective {other!r}")
+    times = few_step.Times(sampler.shift_factor(config), c.equal_times)
+    return few_step.Identity(models.autoencoder(config), velocity, path, times, _derivative(c))
+
+
+def _velocity_of_teacher(config):
+    """Return the function (frozen parts, x, noise, z, t, labels) -> velocity of config.dit at z."""
+    teacher = config.copy_and_resolve_references()
+    if not config.few_step.guided:
+        with teacher.unlocked():
+            teacher.guidance.method = "none"
+
+    def velocity(frozen, x, noise, z, t, labels):
+        return sampler.velocity(teacher, frozen, labels, same_time=False)(z, t)
+
+    return velocity
 
 
 def _derivative(few):

@@ -27,8 +27,9 @@ FROZEN = {  # the parts of earlier stages that the step of each stage takes
 
 def frozen(config, stage, get):
     """Return {part: get(part)} of the frozen parts that a stage's step takes."""
-    from_latents = stage in GENERATORS and config.data.latents  # packed latents need no encoder
-    found = {part: get(part) for part in FROZEN[stage] if not (from_latents and part == "encoder")}
+    unencoded = stage in GENERATORS and config.data.latents  # packed latents need no encoder, trajectories no images
+    unencoded = unencoded or (stage == "few_step" and config.few_step.objective == "trajectories")
+    found = {part: get(part) for part in FROZEN[stage] if not (unencoded and part == "encoder")}
     if stage == "decoder" and config.decoder.train.lpips_weight:
         found["lpips"] = get("lpips")
     if stage == "decoder" and config.decoder.train.adversarial_weight:

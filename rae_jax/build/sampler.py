@@ -97,6 +97,13 @@ def _times(config):
                 raise ValueError(f"unknown grid {other!r}")
 
 
+def times_of_trajectory(config, num_points):
+    """Return `num_points` shifted times from noise to data, without an end at which the velocity is not defined."""
+    p = prediction(config)
+    with jax.ensure_compile_time_eval():
+        return ode.time_grid(num_points - 1, shift_factor(config), first=p.first, last=p.last)
+
+
 def _solve(config, times, velocity, x, noise_fn):
     c = config.sampler
     match c.method:

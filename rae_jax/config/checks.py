@@ -28,7 +28,7 @@ CHOICES = {
     "guidance.dit.conditioning": ("adaln", "in_context"),
     "decoder.output": ("normalised", "image"),
     "dit.train.time": ("logit_normal", "uniform"),
-    "few_step.objective": ("distillation", "finetuning"),
+    "few_step.objective": ("distillation", "finetuning", "trajectories"),
     "few_step.derivative": ("differences", "jvp"),
     "sampler.method": ("euler", "heun", "adaptive", "sde", "mean_velocity"),
     "sampler.grid": ("plain", "published"),
@@ -52,6 +52,7 @@ _POSITIVE = (
     *("decoder.patch_size", "dit.patch_size", "guidance.dit.patch_size"),
     *("sampler.num_steps", "sampler.reuse", "sampler.rtol", "sampler.atol"),
     *("dit.train.microbatches", "few_step.train.microbatches", "few_step.difference"),
+    "few_step.trajectories.pairs",
     *("evaluate.num_images", "evaluate.batch_size", "statistics.batch_size"),
     *("encoder.mlp_ratio", "dit.train.time_std"),
 )

@@ -76,6 +76,8 @@ def _check_few_step(config):
     require(d.path != "vp", config, "dit.path", f"{fix} 'linear'")
     defined = d.prediction in ("velocity", "data_in_velocity")
     require(defined, config, "dit.prediction", f"{fix} 'velocity' or 'data_in_velocity'")
-    rounded = config.dtype == "bfloat16" and config.few_step.derivative == "differences"
+    few = config.few_step
+    require(few.trajectories.points >= 2, config, "few_step.trajectories.points", "it must be 2 or more")
+    rounded = config.dtype == "bfloat16" and few.objective != "trajectories" and few.derivative == "differences"
     fix = "config.dtype='bfloat16' rounds by more than the difference: set it to 'jvp', or config.dtype='float32'"
     require(not rounded or "few_step" not in config.stages, config, "few_step.derivative", fix)

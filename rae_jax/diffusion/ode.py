@@ -34,10 +34,25 @@ def euler(velocity_fn, x, times):
     """Take Euler steps from x at times[0] to times[-1]; one evaluation per step."""
 
     def step(x, interval):
-        t, t_next = interval
-        return x + (t_next - t) * velocity_fn(x, _all(t, x)), None
+        return _euler_step(velocity_fn, x, interval), None
 
     return _scan(step, x, times)
+
+
+def euler_points(velocity_fn, x, times):
+    """Take Euler steps from x at times[0]; return the points at all times, [len(times), B, ...]."""
+
+    def step(x, interval):
+        x = _euler_step(velocity_fn, x, interval)
+        return x, x
+
+    points = jax.lax.scan(step, x, (times[:-1], times[1:]))[1]
+    return jnp.concatenate([x[None], points])
+
+
+def _euler_step(velocity_fn, x, interval):
+    t, t_next = interval
+    return x + (t_next - t) * velocity_fn(x, _all(t, x))
 
 
 def euler_reusing(velocity, x, times, refresh):

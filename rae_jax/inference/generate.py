@@ -8,7 +8,7 @@ import numpy as np
 
 from rae_jax.build import models
 from rae_jax.build import sampler as build_sampler
-from rae_jax.config.keys import generator, latent_shape
+from rae_jax.config.keys import latent_shape
 from rae_jax.diffusion import flow
 from rae_jax.errors import UserError
 from rae_jax.models.autoencoder import denormalise, to_uint8
@@ -74,11 +74,7 @@ def _keys(key, indices):
 
 def euler_step(config, parts, x, t, t_next, labels, scale):
     """Return (x at time t_next, the denormalised clean latents that are predicted from x [B, h, w, D] at time t)."""
-    all_t, all_next = (jnp.full(x.shape[:1], time, jnp.float32) for time in (t, t_next))
-    if generator(config) == "few_step":
-        u = build_sampler.velocity_of_generator(config, parts, labels)
-        predicted = x - t * u(x, all_t, jnp.zeros_like(all_t))
-        return x + (t_next - t) * u(x, all_t, all_next), denormalise(predicted, parts["statistics"])
+    all_t = jnp.full(x.shape[:1], t, jnp.float32)
     v = build_sampler.velocity(config, parts, labels, scale)(x, all_t)
     predicted = flow.data_of(v, x, all_t, build_sampler.prediction(config).path)
     return x + (t_next - t) * v, denormalise(predicted, parts["statistics"])

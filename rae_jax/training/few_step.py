@@ -5,12 +5,13 @@ u = v - (t - r) du/dt, with the derivative along the trajectory (MeanFlow, arXiv
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rae_jax.diffusion import flow
+from rae_jax.diffusion import flow, ode
 from rae_jax.training import dit, optim
 
 _SCALE = 1e-3  # of `balanced`
@@ -56,17 +57,79 @@ def balanced(error):
     return jnp.square(error) / (jnp.square(jax.lax.stop_gradient(error)) + _SCALE)
 
 
+class Identity(NamedTuple):
+    """The objective that u = v - (t - r) du/dt holds at points between data and noise (MeanFlow, MF-RAE).
+
+    `velocity(frozen, x, noise, z, t, condition)` is the velocity at z: a teacher's, or that of data and noise. `path`:
+    a flow.Path. `times`: Times. `derivative(function, z, t, v)`: by_jvp, or by_differences of a size.
+    """
+
+    autoencoder: Any
+    velocity: Callable
+    path: flow.Path
+    times: Times
+    derivative: Callable
+
+    def examples(self, frozen, batch, condition, keys):
+        """Return points between the batch's latents and noise, their two times, and the velocity there."""
+        times_key, noise_key = keys
+        x = dit.latents(self.autoencoder, frozen, batch)
+        r, t = self.times(times_key, len(x))
+        noise = jax.random.normal(noise_key, x.shape, jnp.float32)
+        z = flow.interpolate(x, noise, t, self.path)
+        v = self.velocity(frozen, x, noise, z, t, condition)
+        return {"z": z, "r": r, "t": t, "v": v, "condition": condition}
+
+    def loss(self, u, params, examples):
+        """Return (loss, metrics) of u(params, z, r, t)."""
+        z, r, t, v = (examples[name] for name in ("z", "r", "t", "v"))
+        fixed = functools.partial(u, jax.lax.stop_gradient(params))
+        errors = jnp.square(u(params, z, r, t) - target(fixed, z, r, t, v, self.derivative))
+        return balanced(errors.sum((1, 2, 3))).mean(), {"mean_square": errors.mean()}
+
+
+class Trajectories(NamedTuple):
+    """The objective that u goes from one point of the teacher's trajectory to a later one (consistency mid-training).
+
+    `velocity`: as in Identity, of a teacher. `times` [N]: of the trajectory's points, from noise to data. `pairs`:
+    number of pairs of points of each trajectory. The student is told even times from 1 to 0, whatever `times` are, as
+    published. Source: CMT, as MF-RAE uses it (arXiv 2511.13019).
+    """
+
+    velocity: Callable
+    times: jax.Array
+    pairs: int
+    latent_shape: tuple
+
+    def examples(self, frozen, batch, condition, keys):
+        """Return points of the teacher's trajectories from noise, with the mean velocities to later points."""
+        pairs_key, noise_key = keys
+        size = len(batch["label"])
+        noise = jax.random.normal(noise_key, (size, *self.latent_shape), jnp.float32)
+        points = ode.euler_points(lambda z, t: self.velocity(frozen, None, noise, z, t, condition), noise, self.times)
+        points = jnp.moveaxis(points, 0, 1)  # [B, N, h, w, D]
+        ends = jnp.stack(jnp.triu_indices(len(self.times), 1))  # [2, N (N - 1) / 2]: a point, and one nearer to data
+        i, j = ends[:, jax.random.randint(pairs_key, (size, self.pairs), 0, ends.shape[1])]
+        told = jnp.linspace(1.0, 0.0, len(self.times))
+        t, r = told[i], told[j]
+        z, later = (jax.vmap(lambda of, at: of[at])(points, index) for index in (i, j))
+        pairs = {"z": z, "r": r, "t": t, "u": (z - later) / _of_images(t - r, z)}
+        pairs["condition"] = jax.tree.map(lambda a: jnp.repeat(a[:, None], self.pairs, 1), condition)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), pairs)
+
+    def loss(self, u, params, examples):
+        """Return (loss, metrics) of u(params, z, r, t)."""
+        error = jnp.square(u(params, *(examples[name] for name in ("z", "r", "t"))) - examples["u"]).mean()
+        return error, {"mean_square": error}
+
+
 def make(
     *,
-    autoencoder,
     student,
     mean_velocity,
-    velocity,
+    objective,
     condition,
     latent_shape,
-    path,
-    times,
-    derivative,
     optimiser,
     ema_decay,
     condition_dropout,
@@ -74,10 +137,8 @@ def make(
 ):
     """Return (init, step) of this stage; the student's initial parameters are random.
 
-    `mean_velocity(params, z, r, t, condition)` is u of the student. `velocity(frozen, x, noise, z, t, condition)` is
-    the velocity at z: a teacher's, or that of data and noise. `path`: a flow.Path. `times`: Times.
-    `derivative(function, z, t, v)`: by_jvp, or by_differences of a size. A batch is as in training.dit, and so is the
-    rest.
+    `mean_velocity(params, z, r, t, condition)` is u of the student. `objective`: Identity or Trajectories. A batch is
+    as in training.dit, and so is the rest.
     """
 
     def init(key):
@@ -85,24 +146,15 @@ def make(
         return optim.init_state(student.init(key, x, t, condition.zeros(1), r=t)["params"], optimiser)
 
     def loss(params, examples):
-        z, r, t = (examples[name] for name in ("z", "r", "t"))
-
         def u(params, z, r, t):
             return mean_velocity(params, z, r, t, examples["condition"])
 
-        fixed = functools.partial(u, jax.lax.stop_gradient(params))
-        errors = jnp.square(u(params, z, r, t) - target(fixed, z, r, t, examples["v"], derivative))
-        return balanced(errors.sum((1, 2, 3))).mean(), {"mean_square": errors.mean()}
+        return objective.loss(u, params, examples)
 
     def step(state, frozen, batch, key):
-        times_key, noise_key, drop_key = jax.random.split(key, 3)
-        x = dit.latents(autoencoder, frozen, batch)
-        r, t = times(times_key, len(x))
-        noise = jax.random.normal(noise_key, x.shape, jnp.float32)
+        *keys, drop_key = jax.random.split(key, 3)
         conditions = dit.dropped(condition, drop_key, condition_dropout, batch["label"])
-        z = flow.interpolate(x, noise, t, path)
-        v = velocity(frozen, x, noise, z, t, conditions)
-        examples = {"z": z, "r": r, "t": t, "v": v, "condition": conditions}
+        examples = objective.examples(frozen, batch, conditions, keys)
         (value, metrics), grads = optim.value_and_grad(loss, state["params"], examples, microbatches)
         state, grad_norm = optim.update(state, grads, optimiser, ema_decay)
         return state, {"loss": value, **metrics, "grad_norm": grad_norm}

@@ -12,6 +12,7 @@ from PIL import Image
 from rae_jax.build import models, sampler
 from rae_jax.config.keys import generator
 from rae_jax.data import decode
+from rae_jax.diffusion import ode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, reconstruct
 from rae_jax.models.autoencoder import denormalise, to_uint8
@@ -50,12 +51,10 @@ class DemoModel:
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): the DiT's predicted data at this time; last, samples."""
         config, parts = ConfigDict(self._config.to_dict()), self._parts
-        config.sampler.num_steps = num_steps
-        if not self.few_step:
-            config.sampler.method = "euler"  # one model call for each time
+        config.sampler.update({"method": "euler", "num_steps": num_steps})  # one model call for each time
         times = np.asarray(generate.times(config))
         labels = jnp.full(NUM_IMAGES, label)
-        x = self._noise(seed)
+        x = self._noise(seed, np.float32(0.0))
         # More snapshots near the noise, where most of the image is decided. The last snapshot is the sample itself.
         snapshots = set((np.linspace(0.0, 1.0, SNAPSHOTS - 1) ** 2 * (len(times) - 2)).round().astype(int).tolist())
         for n in range(len(times) - 1):
@@ -63,6 +62,11 @@ class DemoModel:
             if n in snapshots:
                 yield float(times[n]), np.asarray(self._decode(parts, predicted))
         yield float(times[-1]), np.asarray(self._decode(parts, denormalise(x, parts["statistics"])))
+
+    def draw(self, label, seed, angle, num_steps):
+        """Return uint8 [NUM_IMAGES, H, W, 3]: the student's images from noise that is turned by `angle`, in degrees."""
+        x = self._noise(seed, np.float32(np.deg2rad(angle)))
+        return np.asarray(self._draw(self._parts, x, jnp.full(NUM_IMAGES, label), num_steps))
 
     def reconstruct(self, image):
         """Return (decoded uint8 [H, W, 3], latents [h, w, D], {'psnr': x, 'ssim': y}) of a uint8 image."""
@@ -77,8 +81,22 @@ class DemoModel:
 
     @functools.cached_property
     def _noise(self):
-        indices = jnp.arange(NUM_IMAGES, dtype=jnp.uint32)
-        return jax.jit(lambda seed: generate.first_noise(self._config, jax.random.key(seed), indices))
+        indices = jnp.arange(2 * NUM_IMAGES, dtype=jnp.uint32)
+
+        def noise(seed, angle):
+            drawn = generate.first_noise(self._config, jax.random.key(seed), indices)
+            return jnp.cos(angle) * drawn[:NUM_IMAGES] + jnp.sin(angle) * drawn[NUM_IMAGES:]  # Gaussian noise too
+
+        return jax.jit(noise)
+
+    @functools.cached_property
+    def _draw(self):
+        def draw(parts, x, labels, num_steps):
+            u = sampler.velocity_of_generator(self._config, parts, labels)
+            latents = denormalise(ode.jumps(u, x, ode.time_grid(num_steps, 1.0)), parts["statistics"])
+            return to_uint8(self._autoencoder.decode(parts["decoder"], latents))
+
+        return jax.jit(draw, static_argnames="num_steps")
 
     @functools.cached_property
     def _step(self):

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import gradio as gr
 import jax
@@ -79,7 +80,10 @@ def build_page(model, *, title, weights, class_names, held_out, image_size, scal
         gr.Markdown(_HEAD.format(name=title, weights=weights))
         if class_names:
             with gr.Tab("Sample"):
-                _sample_tab(model, class_names, scale)
+                if model.few_step:
+                    _few_step_tab(model, class_names)
+                else:
+                    _sample_tab(model, class_names, scale)
         with gr.Tab("Reconstruct"):
             _reconstruct_tab(model, held_out, image_size)
         with gr.Tab("Interpolate"):
@@ -98,8 +102,7 @@ def _sample_tab(model, class_names, scale):
             guidance = gr.Slider(
                 0.0, max(8.0, 2 * scale), scale, step=0.1, label="Guidance scale", visible=model.guided
             )
-            choices = FEW_STEPS if model.few_step else STEPS
-            steps = gr.Radio(choices, value=choices[len(choices) // 2], label="Steps", elem_id="steps")
+            steps = gr.Radio(STEPS, value=STEPS[len(STEPS) // 2], label="Steps", elem_id="steps")
             button = gr.Button("Sample", variant="primary", elem_id="sample")
         with gr.Column(scale=3):
             current = _picture("Data that the DiT predicts", "sample-now")
@@ -120,6 +123,30 @@ def _sample_tab(model, class_names, scale):
         yield *pictures, f"Done, at t = {t:.3f}."
 
     button.click(run, [label, seed, guidance, steps], [current, strip, message], **_EVENT)
+
+
+def _few_step_tab(model, class_names):
+    """The student's images follow the slider, without a button."""
+    with gr.Row():
+        label = gr.Dropdown([(name, i) for i, name in enumerate(class_names)], value=0, label="Class", elem_id="class")
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+        steps = gr.Radio(FEW_STEPS, value=FEW_STEPS[0], label="Steps", elem_id="steps")
+    angle = gr.Slider(0, 360, 0, step=1, label="Turn the noise, degrees", elem_id="angle")
+    message = gr.Markdown(elem_id="sample-message")
+    strip = _picture("Drawn by the student", "sample-strip")
+
+    def run(label, seed, angle, steps):
+        if seed is None or not 0 <= seed <= MAX_SEED:
+            return None, f"Seed: choose a whole number from 0 to {MAX_SEED}."
+        began = time.monotonic()
+        images = model.draw(int(label), int(seed), float(angle), int(steps))
+        return _row(images), f"{len(images)} images in {1e3 * (time.monotonic() - began):.0f} ms."
+
+    given = [label, seed, angle, steps]
+    changes = [label.change, seed.change, angle.input, steps.change]
+    quiet = {**_EVENT, "show_progress": "hidden"}
+    gr.on(changes, run, given, [strip, message], trigger_mode="always_last", **quiet)
+    gr.Button("Sample", variant="primary", elem_id="sample").click(run, given, [strip, message], **_EVENT)
 
 
 def _reconstruct_tab(model, held_out, size):

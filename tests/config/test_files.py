@@ -12,7 +12,7 @@ from rae_jax.config import files as config_files
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["decoder_b", "decoder_l", "decoder_xl", "decoder_xl_dinov2_l", "decoder_xl_dinov2_s"]
-NAMES += ["dit_b", "dit_l", "dit_s", "dit_xl", "dit_xl_512", "own_data"]
+NAMES += ["dit_b", "dit_l", "dit_s", "dit_xl", "dit_xl_512", "mf_rae_xl", "own_data"]
 NAMES += ["plain_dit_xl", "quickstart", "raev2_decoder_k23", "raev2_decoder_k7", "raev2_xl", "sdvae_dit_xl", "small"]
 OWN = """
 from configs import small

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import traverse_util
 
-from configs import small
+from configs import dit_xl, mf_rae_xl, small
 from rae_jax.build import models, objectives, part_weights
 from rae_jax.config import checks
 from rae_jax.config import keys as config_keys
@@ -29,7 +29,36 @@ def test_every_full_size_config_is_compared_with_the_paper():
     there = {path.stem for path in Path(small.__file__).parent.glob("*.py")}
     others = {"encoders", "diffusion", "small", "quickstart", "own_data", *OTHER_ENCODERS}
     raev2 = {"raev2_xl", "raev2_decoder_k7", "raev2_decoder_k23"}  # test_raev2_recipes.py
-    assert there == {*others, *raev2, *FULL_SIZE}
+    assert there == {*others, *raev2, *FULL_SIZE, "mf_rae_xl"}
+
+
+def test_the_student_s_recipe_is_mf_rae_s():
+    """It is dit_xl with one stage more (../shared/FOLLOWUPS.md, section 2); the number of its epochs is not known."""
+    config, base = mf_rae_xl.get_config(), dit_xl.get_config()
+    few, train = config.few_step, config.few_step.train
+    wanted = {
+        "batch_size": 256,
+        "learning_rate": 1e-4,
+        "final_learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "clip_norm": 1.0,
+    }
+    wanted |= {"optimizer": "adamw", "b1": 0.9, "b2": 0.95, "weight_decay": 0.0, "ema_decay": 0.9999}
+    wanted |= {"label_dropout": 0.1}
+    assert {key: train[key] for key in wanted} == wanted
+    assert (few.objective, few.derivative, few.difference, few.equal_times) == (
+        "distillation",
+        "differences",
+        5e-3,
+        0.75,
+    )
+    assert not few.guided and few.trajectories.to_dict() == {"points": 16, "pairs": 8} and config.dtype == "float32"
+    flat, plain = (config_keys.flatten(c.to_dict()) for c in (config, base))
+    differing = {key for key in flat if flat[key] != plain[key] and not key.startswith("few_step.")}
+    assert differing == {"name", "stages", "checkpoint.every", "sampler.method", "sampler.grid", "sampler.num_steps"}
+    assert config.sampler.method == "mean_velocity" and config.sampler.num_steps == 1 and config.dit.weights
+    shapes = part_weights.shapes(config, "few_step")
+    assert part_weights.shapes(base, "dit").keys() ^ shapes.keys() == {"interval_embed"}
 
 
 OTHER_ENCODERS = {"decoder_xl_dinov2_s": ("small", 384), "decoder_xl_dinov2_l": ("large", 1024)}

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 import stage_cases
-from conftest import tiny
+from conftest import random_like, tiny
 from etils import epath
 from flax import linen as nn
 
-from rae_jax.build import objectives, part_weights, stages
+from rae_jax.build import objectives, part_weights, sampler, stages
 from rae_jax.config import keys
 from rae_jax.diffusion import flow, ode
 from rae_jax.models import conditions
@@ -67,46 +67,88 @@ class _Student(nn.Module):
         return nn.Dense(x.shape[-1])(y) + nn.Dense(x.shape[-1])(times) * x
 
 
-@pytest.mark.parametrize("taught", [True, False], ids=["distillation", "finetuning"])
-def test_one_step_draws_gaussian_data(taught):
-    def velocity(frozen, x, noise, z, t, labels):
-        return _velocity(z, t) if taught else flow.velocity(x, noise, t)
+def _student_velocity(params, z, r, t, labels):
+    return _Student().apply({"params": params}, z, t, labels, r=r)
 
-    def u(params, z, r, t, labels):
-        return _Student().apply({"params": params}, z, t, labels, r=r)
 
+def _trained(objective, batch_size):
+    """Return (state, metrics of all steps) of a small student after 1500 steps on Gaussian data."""
     init, step = few_step.make(
-        autoencoder=None,
         student=_Student(),
-        mean_velocity=u,
-        velocity=velocity,
+        mean_velocity=_student_velocity,
+        objective=objective,
         condition=conditions.labels(3),
         latent_shape=(1, 1, 1),
-        path=flow.LINEAR,
-        times=few_step.Times(1.0, 0.5),
-        derivative=few_step.by_jvp,
         optimiser=optax.adam(optax.cosine_decay_schedule(3e-3, 1500)),
         ema_decay=0.99,
         condition_dropout=0.1,
         microbatches=2,
     )
 
-    size = 512 if taught else 2048  # the velocities of data and noise are noisy
-
     def train(state, key):
         keys = jax.random.split(key)
-        latents = SPREAD * jax.random.normal(keys[0], (size, 1, 1, 1))
-        batch = {"latent": latents, "label": jnp.zeros(size, jnp.int32)}
+        latents = SPREAD * jax.random.normal(keys[0], (batch_size, 1, 1, 1))
+        batch = {"latent": latents, "label": jnp.zeros(batch_size, jnp.int32)}
         return step(state, {"statistics": None}, batch, keys[1])
 
-    state, metrics = jax.jit(lambda key: jax.lax.scan(train, init(key), jax.random.split(key, 1500)))(jax.random.key(0))
+    return jax.jit(lambda key: jax.lax.scan(train, init(key), jax.random.split(key, 1500)))(jax.random.key(0))
+
+
+def _of_teacher(frozen, x, noise, z, t, labels):
+    return _velocity(z, t)
+
+
+def _of_data_and_noise(frozen, x, noise, z, t, labels):
+    return flow.velocity(x, noise, t)
+
+
+def _objective(name):
+    """Return (objective, batch size, bounds of the error of images and of their spread)."""
+    if name == "trajectories":
+        # The whole way from noise to data is one of 136 pairs: the error there is larger than the mean one.
+        return few_step.Trajectories(_of_teacher, ode.time_grid(16, 1.0), 8, (1, 1, 1)), 64, 0.1, 0.15
+    velocity = _of_teacher if name == "distillation" else _of_data_and_noise
+    found = few_step.Identity(None, velocity, flow.LINEAR, few_step.Times(1.0, 0.5), few_step.by_jvp)
+    # The velocities of data and noise are noisy. Without a teacher the balanced loss has a bias towards small values:
+    # images with small errors weigh more.
+    return (found, 512, 0.15, 0.05) if name == "distillation" else (found, 2048, 0.35, 0.15)
+
+
+@pytest.mark.parametrize("name", ["distillation", "finetuning", "trajectories"])
+def test_one_step_draws_gaussian_data(name):
+    objective, batch_size, error, of_spread = _objective(name)
+    state, metrics = _trained(objective, batch_size)
     assert metrics["mean_square"][-100:].mean() < metrics["mean_square"][:100].mean()
     noise = jax.random.normal(jax.random.key(1), (20_000, 1, 1, 1))
+    exact = SPREAD * noise
+    if name == "trajectories":  # the student learns where the teacher's steps lead
+        exact = ode.euler(_velocity, noise, objective.times)
     for steps in (1, 2):
-        drawn = ode.jumps(lambda x, t, r: u(state["ema_params"], x, r, t, None), noise, ode.time_grid(steps, 1.0))
-        assert float(jnp.quantile(jnp.abs(drawn - SPREAD * noise), 0.99)) < (0.15 if taught else 0.35)
-        # Without a teacher the balanced loss has a bias towards small values: images with small errors weigh more.
-        assert abs(float(drawn.std()) / SPREAD - 1) < (0.05 if taught else 0.15)
+        u = lambda x, t, r: _student_velocity(state["ema_params"], x, r, t, None)  # noqa: E731
+        drawn = ode.jumps(u, noise, ode.time_grid(steps, 1.0))
+        assert float(jnp.quantile(jnp.abs(drawn - exact), 0.99)) < error
+        assert abs(float(drawn.std() / exact.std()) - 1) < of_spread
+
+
+def test_pairs_are_of_the_teacher_s_trajectories():
+    """Each pair is compared with Euler's steps in numpy; the times that the student is told are even, as published."""
+    times, labels = ode.time_grid(4, 3.0), jnp.arange(3)
+    teacher = lambda frozen, x, noise, z, t, labels: _velocity(z, t) * (1 + labels)[:, None, None, None]  # noqa: E731
+    objective = few_step.Trajectories(teacher, times, 40, (2, 2, 1))
+    keys = jax.random.split(jax.random.key(0))
+    found = jax.tree.map(np.asarray, objective.examples({}, {"label": labels}, labels, keys))
+    path = [np.asarray(jax.random.normal(keys[1], (3, 2, 2, 1)))]
+    factors = (1 + np.arange(3)).reshape(3, 1, 1, 1)
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        path.append(path[-1] + float(t_next - t) * np.asarray(_velocity(path[-1], jnp.full(3, t))) * factors)
+    path, told = np.stack(path), np.linspace(1, 0, 5)
+    image = np.repeat(np.arange(3), 40)
+    i, j = (np.abs(found[name][:, None] - told).argmin(1) for name in ("t", "r"))
+    assert (i < j).all() and len(set(zip(i, j, strict=True))) == 10  # all pairs of five points
+    np.testing.assert_array_equal(found["condition"], image)
+    np.testing.assert_allclose(found["z"], path[i, image], atol=1e-5)
+    mean = (path[i, image] - path[j, image]) / (told[i] - told[j]).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(found["u"], mean, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +199,27 @@ def test_finetuning_uses_the_config_s_path():
     config, t = tiny(), jnp.array([0.3])
     config.dit.path, config.few_step.objective = "cosine", "finetuning"
     x, noise = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 3.0)
-    found = objectives.velocity_to_learn(config)({}, x, noise, None, t, None)
+    found = objectives.student_objective(config).velocity({}, x, noise, None, t, None)
     angle = 0.15 * np.pi
     assert float(found[0, 0, 0, 0]) == pytest.approx(np.pi / 2 * (3 * np.cos(angle) - 2 * np.sin(angle)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "guided"), [(1.0, True), (6.0, False)])
+def test_trajectories_are_those_of_the_sampler(shift, guided):
+    """The mean velocity from noise to data leads to what config.sampler draws with the same noise and steps."""
+    config, labels = tiny(), jnp.arange(2)
+    config.dit.time_shift, config.few_step.objective, config.few_step.trajectories.points = shift, "trajectories", 4
+    config.few_step.guided, config.guidance.method, config.sampler.num_steps = guided, "cfg", 3
+    parts = {"dit": jax.tree.map(jnp.asarray, random_like(part_weights.shapes(config, "dit"), seed=0, scale=0.1))}
+    objective = objectives.student_objective(config)._replace(pairs=60)
+    random = jax.random.split(jax.random.key(0))
+    found = objective.examples(parts, {"label": labels}, labels, random)
+    if not guided:
+        config.guidance.method = "none"
+    whole = np.flatnonzero((found["t"] == 1) & (found["r"] == 0))
+    noise = jax.random.normal(random[1], (2, *keys.latent_shape(config)))
+    drawn = sampler.sampler(config).solve(sampler.velocity(config, parts, labels), noise, None)
+    assert len(whole) > 4
+    for row in whole:
+        image = int(found["condition"][row])
+        np.testing.assert_allclose(found["z"][row] - found["u"][row], drawn[image], atol=1e-4)
