@@ -12,5 +12,5 @@ def run(config, flags):
         raise UserError("--mode=compile needs --topology=KIND:SIZES, such as v5e:16x16")
     devices, chip = chips.devices(flags.topology, flags.num_slices)
     mesh = sharding.make_mesh(config.mesh, devices)
-    checks.check(config, mesh, evaluates=False)
+    checks.check(config, mesh, trains="train" in flags.program, evaluates=False)
     return compile_ahead.report(config.lock(), mesh, chip, flags.topology, flags.num_slices, flags.program)

@@ -69,6 +69,8 @@ _FRACTIONS = (
 def check(config, mesh, *, trains=True, evaluates=True):
     """Raise UserError for the first value that cannot work, anywhere or on the devices of `mesh` (machine.check)."""
     _check_values(config)
+    if trains and "few_step" in config.stages:
+        generation_checks.check_derivative(config)
     machine.check(config, mesh, trains=trains, evaluates=evaluates)
 
 

@@ -70,14 +70,19 @@ def _check_guidance(config):
 
 
 def _check_few_step(config):
-    """Check for a velocity at pure noise, where the student starts, and for differences that are not rounded away."""
+    """Check for a velocity at pure noise, where the student starts, and for a trajectory."""
     d = config.dit
     fix = "the few-step student needs a velocity at pure noise: set it to"
     require(d.path != "vp", config, "dit.path", f"{fix} 'linear'")
     defined = d.prediction in ("velocity", "data_in_velocity")
     require(defined, config, "dit.prediction", f"{fix} 'velocity' or 'data_in_velocity'")
+    points = config.few_step.trajectories.points
+    require(points >= 2, config, "few_step.trajectories.points", "it must be 2 or more")
+
+
+def check_derivative(config):
+    """Raise UserError if the student's training would round its differences away."""
     few = config.few_step
-    require(few.trajectories.points >= 2, config, "few_step.trajectories.points", "it must be 2 or more")
     rounded = config.dtype == "bfloat16" and few.objective != "trajectories" and few.derivative == "differences"
     fix = "config.dtype='bfloat16' rounds by more than the difference: set it to 'jvp', or config.dtype='float32'"
-    require(not rounded or "few_step" not in config.stages, config, "few_step.derivative", fix)
+    require(not rounded, config, "few_step.derivative", fix)

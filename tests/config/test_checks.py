@@ -180,7 +180,12 @@ def test_the_learning_rate_does_not_rise_at_the_end(tiny_config, stage):
         ({"few_step.objective": "teach"}, "config.few_step.objective='teach' cannot work: choose one of"),
         ({"few_step.train.microbatches": 3}, "it must divide config.few_step.train.batch_size=16"),
         ({"stages": ("dit",)}, "config.sampler.method='mean_velocity' cannot work: it needs a student"),
+        (
+            {"few_step.trajectories.points": 1},
+            "config.few_step.trajectories.points=1 cannot work: it must be 2 or more",
+        ),
         ({"dtype": "bfloat16", "few_step.derivative": "jvp"}, None),
+        ({"dtype": "bfloat16", "few_step.objective": "trajectories"}, None),
         ({"dit.path": "cosine"}, None),
     ],
 )
@@ -189,3 +194,5 @@ def test_what_the_few_step_student_needs(tiny_config, changes, message):
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         checks.check(tiny_config, one_device())
+    if "dtype" in changes:  # what a training rounds away is no matter for sampling
+        checks.check(tiny_config, one_device(), trains=False)
