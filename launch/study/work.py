@@ -73,7 +73,8 @@ def request(job):
 
 def trained_by(job):
     """Return all that the weights of a job depend on, in JSON's types."""
-    config = {key: value for key, value in job.config.items() if scopes.of(key) & set(STAGES)}
+    stages = {*STAGES[: STAGES.index("few_step")], *job.config.get("stages", ())}  # only the student learns guidance
+    config = {key: value for key, value in job.config.items() if scopes.of(key) & stages}
     return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 
 

@@ -145,6 +145,14 @@ def test_results_on_other_foundations_are_neither_used_nor_overwritten(tmp_path,
         work.claim(second)
 
 
+def test_only_runs_with_a_student_depend_on_the_guidance(tmp_path):
+    """Runs that older versions made, before a stage read the guidance, are still theirs."""
+    planned = plan.Plan(["few_step", "guidance", "raev2"], workdir=tmp_path, data={}, size="fast", seeds=1)
+    for job in planned.jobs.values():
+        guided = any(key.startswith("guidance.") for key in work.trained_by(job)["config"])
+        assert guided == ("few_step" in job.config["stages"]), job.name
+
+
 def test_a_dependent_of_a_finished_job_starts_while_another_job_runs(tmp_path, monkeypatch):
     running_at_once = []
 
