@@ -81,7 +81,9 @@ def _begin(module):
             from rae_jax.runtime import sharding
 
             given = flags.FLAGS["config"].value
-            checks.check(given, sharding.make_mesh(given.mesh))
+            mode = flags.FLAGS["mode"].value if "mode" in flags.FLAGS else "train"
+            trains = mode in ("train", "benchmark") or (mode == "compile" and "train" in flags.FLAGS["program"].value)
+            checks.check(given, sharding.make_mesh(given.mesh), trains=trains)
         os._exit(0)
 
     parse_args = argparse.ArgumentParser.parse_args
