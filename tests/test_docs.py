@@ -183,7 +183,9 @@ def _in_small(name, arguments):
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if name == "rae_jax.main" and given.get("--workdir") == "runs/first":  # the shipped weights
         return [*arguments, "--num_images=8", "--config.evaluate.batch_size=8", "--config.sampler.num_steps=2"]
-    if name == "rae_jax.main" and given.get("--workdir") == "runs/student":  # a student of the shipped weights
+    if name == "rae_jax.main" and given.get("--workdir", "").startswith(
+        "runs/student"
+    ):  # a student of the shipped weights
         few = {"data.num_train": 64, "data.num_heldout": 32, "few_step.train.num_steps": 2}
         few |= {"evaluate.num_images": 8, "evaluate.batch_size": 8, "evaluate.probe": False}
         return [*arguments, "--num_images=8", *(f"--config.{key}={value}" for key, value in few.items())]

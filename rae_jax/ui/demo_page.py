@@ -81,7 +81,7 @@ def build_page(model, *, title, weights, class_names, held_out, image_size, scal
         if class_names:
             with gr.Tab("Sample"):
                 if model.few_step:
-                    _few_step_tab(model, class_names)
+                    _few_step_tab(page, model, class_names)
                 else:
                     _sample_tab(model, class_names, scale)
         with gr.Tab("Reconstruct"):
@@ -125,8 +125,8 @@ def _sample_tab(model, class_names, scale):
     button.click(run, [label, seed, guidance, steps], [current, strip, message], **_EVENT)
 
 
-def _few_step_tab(model, class_names):
-    """The student's images follow the slider, without a button."""
+def _few_step_tab(page, model, class_names):
+    """The student's images are there when the page is opened, and follow the slider."""
     with gr.Row():
         label = gr.Dropdown([(name, i) for i, name in enumerate(class_names)], value=0, label="Class", elem_id="class")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -142,11 +142,9 @@ def _few_step_tab(model, class_names):
         images = model.draw(int(label), int(seed), float(angle), int(steps))
         return _row(images), f"{len(images)} images in {1e3 * (time.monotonic() - began):.0f} ms."
 
-    given = [label, seed, angle, steps]
-    changes = [label.change, seed.change, angle.input, steps.change]
-    quiet = {**_EVENT, "show_progress": "hidden"}
-    gr.on(changes, run, given, [strip, message], trigger_mode="always_last", **quiet)
-    gr.Button("Sample", variant="primary", elem_id="sample").click(run, given, [strip, message], **_EVENT)
+    changes = [page.load, label.change, seed.change, angle.input, steps.change]
+    how = {**_EVENT, "show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on(changes, run, [label, seed, angle, steps], [strip, message], **how)
 
 
 def _reconstruct_tab(model, held_out, size):
