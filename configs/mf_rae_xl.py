@@ -3,14 +3,14 @@
     python -m rae_jax.main --config=configs/mf_rae_xl.py --workdir=runs/mf_rae --config.data.path=IMAGENET/train \
         --config.data.heldout_path=IMAGENET/val
 
-The paper (arXiv 2511.13019) reports gFID 2.03 with one step and 1.89 with two. It trains on trajectories before, with
-the same command and another workdir:
+The paper (arXiv 2511.13019) reports gFID 2.03 with one step and 1.89 with two. There, a training on trajectories comes
+first: the same command with another workdir and
 
     --config.few_step.objective=trajectories --config.few_step.train.batch_size=8 \
         --config.few_step.train.ema_decay=0.999
 
-and starts from that run, --config.few_step.train.init=WORKDIR. The length of both trainings is not published with the
-code: 40 epochs are a guess. --mode=sample with --config.stages="()" and --config.few_step.weights=FILE samples the
+(8 trajectories need at most 8 devices: more devices need a larger batch). The distillation starts from that run with
+--config.few_step.train.init=WORKDIR. How long the authors trained is not known here: 40 epochs are a guess. --mode=sample with --config.stages="()" and --config.few_step.weights=FILE samples the
 published student, whose weights are not on the hub.
 """
 

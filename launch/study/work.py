@@ -73,7 +73,8 @@ def request(job):
 
 def trained_by(job):
     """Return all that the weights of a job depend on, in JSON's types."""
-    stages = {*STAGES[: STAGES.index("few_step")], *job.config.get("stages", ())}  # only the student learns guidance
+    # The student alone learns the guidance: runs without one do not depend on it.
+    stages = set(STAGES) - {"few_step"} | set(job.config.get("stages", ()))
     config = {key: value for key, value in job.config.items() if scopes.of(key) & stages}
     return json.loads(json.dumps({"config": config, "kind": job.kind, "vae": job.vae, "built_on": job.built_on}))
 

@@ -35,7 +35,8 @@ def frozen(config, stage, get):
     if stage == "decoder" and config.decoder.train.adversarial_weight:
         own = config.discriminator.backbone.family != "encoder"
         found["backbone"] = get("backbone") if own else found["encoder"]
-    if stage == "few_step" and config.few_step.guided and config.guidance.method == "autoguidance":
+    taught = stage == "few_step" and config.few_step.objective != "finetuning"
+    if taught and config.few_step.guided and config.guidance.method == "autoguidance":
         found["guide"] = get("guide")
     return found
 

@@ -96,3 +96,16 @@ def test_without_a_workdir_the_current_folder_is_no_run(tmp_path, monkeypatch):
     for workdir in (None, ""):
         assert not part_weights.has_checkpoints(config, workdir)
         assert part_weights.load(config, "encoder", workdir, one_device())["pos_embed"].shape == (1, 65, 64)
+
+
+@pytest.mark.parametrize(
+    "objective, parts",
+    [
+        ("distillation", {"encoder", "statistics", "dit", "guide"}),
+        ("finetuning", {"encoder", "statistics", "dit"}),  # without a teacher, whose guide is not needed either
+        ("trajectories", {"statistics", "dit", "guide"}),  # from noise, without images
+    ],
+)
+def test_the_student_s_training_takes_what_its_objective_needs(tiny_config, objective, parts):
+    tiny_config.few_step.objective, tiny_config.guidance.method = objective, "autoguidance"
+    assert part_weights.frozen(tiny_config, "few_step", lambda part: part).keys() == parts
