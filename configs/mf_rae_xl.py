@@ -10,8 +10,9 @@ first: the same command with another workdir and
         --config.few_step.train.ema_decay=0.999
 
 (8 trajectories need at most 8 devices: more devices need a larger batch). The distillation starts from that run with
---config.few_step.train.init=WORKDIR. How long the authors trained is not known here: 40 epochs are a guess. --mode=sample with --config.stages="()" and --config.few_step.weights=FILE samples the
-published student, whose weights are not on the hub.
+--config.few_step.train.init=WORKDIR. How long the authors trained is not known here: 40 epochs are a guess.
+--mode=sample with --config.stages="()" and --config.few_step.weights=FILE samples the published student, whose weights
+are not on the hub.
 """
 
 from configs import dit_xl
