@@ -23,7 +23,7 @@ def get_config():
     c = dit_xl.get_config()
     c.name = "mf_rae_xl"
     c.stages = ("few_step",)
-    c.few_step.update({"guided": False, "equal_times": 0.75})
+    c.few_step.update({"guided": False, "equal_times": 0.75, "balance": 1.0})
     train = c.few_step.train
     train.update({"unit": "epoch", "num_steps": 40, "warmup_steps": 0, "flip": True})
     train.update({"batch_size": 256, "learning_rate": 1e-4, "final_learning_rate": 1e-4, "clip_norm": 1.0})

@@ -66,7 +66,7 @@ def get_config():
     }
     c.dit = diffusion.dit(_train(num_steps=18_000, batch_size=16, learning_rate=5e-3, clip_norm=1.0, optimizer="muon"))
     c.few_step = diffusion.few_step(
-        _train(num_steps=2_000, batch_size=16, learning_rate=2e-3, clip_norm=1.0, optimizer="muon")
+        _train(num_steps=1_000, batch_size=16, learning_rate=1e-3, clip_norm=1.0, ema_decay=0.99)
     )
     c.sampler = diffusion.sampler()
     c.guidance = diffusion.guidance()

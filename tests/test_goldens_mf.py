@@ -60,7 +60,7 @@ def _losses(networks, golden, student, derivative=DIFFERENCES):
     fixed = functools.partial(_u, config, jax.lax.stop_gradient(student), labels=golden["y"])
     wanted = few_step.target(fixed, z, r, t, v, derivative)
     errors = jnp.square(_u(config, student, z, r, t, golden["y"]) - wanted)
-    return few_step.balanced(errors.sum((1, 2, 3))), errors.mean()
+    return few_step.balanced(errors.sum((1, 2, 3)), 1.0), errors.mean()
 
 
 def test_losses_and_gradients_are_the_authors(networks, golden):

@@ -61,7 +61,12 @@ def get_config():
             **base.MAIN_DIT,
             **{"dit.base_depth": 1, "dit.train.num_steps": 1_500},
             **{"guidance.method": "internal", "guidance.scale": 3.0, "guidance.t_min": 0.1, "sampler.num_steps": 50},
-            **{"few_step.guided": True, "few_step.train.num_steps": 1_500, "few_step.train.warmup_steps": 50},
+            **{
+                "few_step.guided": True,
+                "few_step.train.ema_decay": 0.99,
+                "few_step.train.num_steps": 600,
+                "few_step.train.warmup_steps": 50,
+            },
             "evaluate.num_images": 200,
         },
         "variants": {

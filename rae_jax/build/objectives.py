@@ -107,7 +107,7 @@ def student_objective(config):
         case other:
             raise ValueError(f"unknown objective {other!r}")
     times = few_step.Times(sampler.shift_factor(config), c.equal_times)
-    return few_step.Identity(models.autoencoder(config), velocity, path, times, _derivative(c))
+    return few_step.Identity(models.autoencoder(config), velocity, path, times, _derivative(c), c.balance)
 
 
 def _velocity_of_teacher(config):

@@ -61,7 +61,7 @@ _NOT_NEGATIVE = (
     *("decoder.train.discriminator_start", "decoder.train.adversarial_start"),
 )
 _FRACTIONS = (
-    *("dit.train.label_dropout", "few_step.train.label_dropout", "few_step.equal_times"),
+    *("dit.train.label_dropout", "few_step.train.label_dropout", "few_step.equal_times", "few_step.balance"),
     *("discriminator.augment.prob", "discriminator.augment.cutout"),
 )
 

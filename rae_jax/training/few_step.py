@@ -49,19 +49,21 @@ def target(mean_velocity, z, r, t, v, derivative):
     return jax.lax.stop_gradient(v - _of_images(t - r, z) * change)
 
 
-def balanced(error):
-    """Return L^2 / (L^2 + 1e-3) with a constant divisor, for the sum of squares L of each image [B].
+def balanced(error, power):
+    """Return L^2 / (L^2 + 1e-3)^((1 + power) / 2) with a constant divisor, for the sum of squares L of each image [B].
 
-    All images get gradients of about the same size.
+    The gradient of L is divided by about L^power. 0: every image by its square error; 0.5: gradients of about the same
+    size; 1, as published: the smaller the error, the larger the gradient. Source: MeanFlow (arXiv 2505.13447).
     """
-    return jnp.square(error) / (jnp.square(jax.lax.stop_gradient(error)) + _SCALE)
+    return jnp.square(error) / (jnp.square(jax.lax.stop_gradient(error)) + _SCALE) ** ((1.0 + power) / 2.0)
 
 
 class Identity(NamedTuple):
     """The objective that u = v - (t - r) du/dt holds at points between data and noise (MeanFlow, MF-RAE).
 
     `velocity(frozen, x, noise, z, t, condition)` is the velocity at z: a teacher's, or that of data and noise. `path`:
-    a flow.Path. `times`: Times. `derivative(function, z, t, v)`: by_jvp, or by_differences of a size.
+    a flow.Path. `times`: Times. `derivative(function, z, t, v)`: by_jvp, or by_differences of a size. `balance`: the
+    power of `balanced`.
     """
 
     autoencoder: Any
@@ -69,6 +71,7 @@ class Identity(NamedTuple):
     path: flow.Path
     times: Times
     derivative: Callable
+    balance: float
 
     def examples(self, frozen, batch, condition, keys):
         """Return points between the batch's latents and noise, their two times, and the velocity there."""
@@ -85,7 +88,7 @@ class Identity(NamedTuple):
         z, r, t, v = (examples[name] for name in ("z", "r", "t", "v"))
         fixed = functools.partial(u, jax.lax.stop_gradient(params))
         errors = jnp.square(u(params, z, r, t) - target(fixed, z, r, t, v, self.derivative))
-        return balanced(errors.sum((1, 2, 3))).mean(), {"mean_square": errors.mean()}
+        return balanced(errors.sum((1, 2, 3)), self.balance).mean(), {"mean_square": errors.mean()}
 
 
 class Trajectories(NamedTuple):

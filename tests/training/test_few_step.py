@@ -54,6 +54,13 @@ def test_times_are_sorted_and_partly_equal():
     np.testing.assert_allclose(flow.shift_time(jnp.linspace(0, 1, len(both)), 2.0), both, atol=0.05)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_an_image_s_gradient_is_divided_by_a_power_of_its_error(power):
+    errors = jnp.asarray([0.5, 40.0, 8000.0])
+    found = jax.grad(lambda errors: few_step.balanced(errors, power).sum())(errors)
+    np.testing.assert_allclose(found, 2.0 * errors**-power, rtol=5e-3)  # 1e-3 is added to the square of 0.5
+
+
 class _Student(nn.Module):
     """A small network of z and both times."""
 
@@ -108,10 +115,10 @@ def _objective(name):
         # The whole way from noise to data is one of 136 pairs: the error there is larger than the mean one.
         return few_step.Trajectories(_of_teacher, ode.time_grid(16, 1.0), 8, (1, 1, 1)), 64, 0.1, 0.15
     velocity = _of_teacher if name == "distillation" else _of_data_and_noise
-    found = few_step.Identity(None, velocity, flow.LINEAR, few_step.Times(1.0, 0.5), few_step.by_jvp)
+    found = few_step.Identity(None, velocity, flow.LINEAR, few_step.Times(1.0, 0.5), few_step.by_jvp, 0.5)
     # The velocities of data and noise are noisy. Without a teacher the balanced loss has a bias towards small values:
     # images with small errors weigh more.
-    return (found, 512, 0.15, 0.05) if name == "distillation" else (found, 1024, 0.35, 0.15)
+    return (found, 512, 0.08, 0.04) if name == "distillation" else (found, 512, 0.3, 0.1)
 
 
 @pytest.mark.parametrize("name", ["distillation", "finetuning", "trajectories"])
@@ -194,12 +201,14 @@ def test_each_generator_is_evaluated_by_its_own_sampler():
     assert keys.drawing_from(again, "dit") is again and config.sampler.num_steps == 3
 
 
-def test_finetuning_uses_the_config_s_path():
-    """Also its velocity: on the cosine path it is not noise - x."""
+def test_finetuning_uses_the_config_s_path_and_balance():
+    """Also the path's velocity: on the cosine path it is not noise - x."""
     config, t = tiny(), jnp.array([0.3])
-    config.dit.path, config.few_step.objective = "cosine", "finetuning"
+    config.dit.path, config.few_step.objective, config.few_step.balance = "cosine", "finetuning", 0.25
     x, noise = jnp.full((1, 1, 1, 1), 2.0), jnp.full((1, 1, 1, 1), 3.0)
-    found = objectives.student_objective(config).velocity({}, x, noise, None, t, None)
+    objective = objectives.student_objective(config)
+    assert objective.balance == 0.25
+    found = objective.velocity({}, x, noise, None, t, None)
     angle = 0.15 * np.pi
     assert float(found[0, 0, 0, 0]) == pytest.approx(np.pi / 2 * (3 * np.cos(angle) - 2 * np.sin(angle)), rel=1e-5)
 
