@@ -12,6 +12,9 @@ from rae_jax.runtime import atomic_files, processes
 
 FILE = "config.json"
 INPUTS = "inputs.json"  # see inputs
+# {section: {key that is younger than some runs: value with which they compute what they computed}}, where it is another
+# value than in configs/small.py.
+_BEFORE = {"few_step": {"balance": 1.0}}
 SHIPPED = epath.Path(__file__).parents[1] / "weights" / "small"  # its config.json holds every key of configs/small.py
 
 
@@ -52,16 +55,17 @@ def read(workdir):
 def complete(found):
     """Return the config with the values of a nested dict; keys that the dict lacks have the values of configs/small.py.
 
-    A key that is younger than a run has a value in configs/small.py with which the run computes what it computed.
+    A key that is younger than a run has a value with which the run computes what it computed (_BEFORE).
     """
-    whole = _merged(json.loads((SHIPPED / FILE).read_text()), found)
+    whole = _merged(json.loads((SHIPPED / FILE).read_text()), _with_younger_keys(found))
     return ConfigDict({**whole, "unroll": FieldReference(whole["unroll"], field_type=object)})  # True, False or 'auto'
 
 
 def check(config, workdir, *results):
     """Raise UserError if `workdir` holds a run of another config, as far as the results (see scopes) depend on it.
 
-    A key that is not in the run's config.json was added by a later version of this package: the run accepts any value.
+    A key that is not in the run's config.json was added by a later version of this package: the run accepts any value,
+    or that of _BEFORE.
     Places of data and weights may differ if the workdir has inputs.json: training images and frozen weights are then
     compared (see inputs); config.data.heldout_path and config.STAGE.train.init are not.
     """
@@ -69,7 +73,7 @@ def check(config, workdir, *results):
     path = workdir / FILE
     if not path.exists() or not (workdir / "checkpoints").exists():
         return
-    ours, theirs = flatten(json.loads(config.to_json())), flatten(read_json(path))
+    ours, theirs = flatten(json.loads(config.to_json())), flatten(_with_younger_keys(read_json(path)))
     recorded = (workdir / INPUTS).exists()
     for key, value in sorted(scopes.select(theirs, *results).items()):
         if ours.get(key) == value or key.removesuffix(".weights") in config.stages:
@@ -80,6 +84,12 @@ def check(config, workdir, *results):
                 f"{workdir} holds a run with config.{key}={value!r}, not {ours.get(key)!r}: "
                 f"use another --workdir, or set the key back"
             )
+
+
+def _with_younger_keys(found):
+    """Return the nested dict of a config.json with the keys of _BEFORE, in the sections that it has."""
+    sections = {name: keys for name, keys in _BEFORE.items() if isinstance(found.get(name), dict)}
+    return {**found, **{name: {**keys, **found[name]} for name, keys in sections.items()}}
 
 
 def _merged(base, over):

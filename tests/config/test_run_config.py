@@ -94,6 +94,24 @@ def test_a_run_goes_on_with_keys_that_a_later_version_brought(run):
         run_config.check(config, workdir, *STAGES)
 
 
+def test_a_run_keeps_what_it_computed_where_a_later_default_differs(run):
+    config = _with(tiny(), "stages", ("few_step",))
+    assert config.few_step.balance == 0.5
+    workdir = run(config)
+    saved = json.loads((workdir / "config.json").read_text())
+    del saved["few_step"]["balance"]
+    (workdir / "config.json").write_text(json.dumps(saved))
+    assert run_config.complete(saved).few_step.balance == 1.0
+    run_config.check(_with(config, "few_step.balance", 1.0), workdir, "few_step")
+    run_config.check(config, workdir, "dit")
+    with pytest.raises(UserError, match="holds a run with config.few_step.balance=1.0, not 0.5"):
+        run_config.check(config, workdir, "few_step")
+    del saved["few_step"]  # older than the stage, which it now gets
+    (workdir / "config.json").write_text(json.dumps(saved))
+    assert run_config.complete(saved).few_step.balance == 0.5
+    run_config.check(config, workdir, "few_step")
+
+
 def test_every_key_has_a_rule_of_its_own():
     for key in flatten(tiny().to_dict()):
         found = [rule for rule, _ in scopes.RULES if scopes.re.fullmatch(rule, key)]
