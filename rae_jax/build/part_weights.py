@@ -218,9 +218,12 @@ def _refuse_unfinished_statistics(folder, step):
 
 def has_checkpoints(config, workdir):
     """Return whether the workdir holds a checkpoint of any stage of the config; `workdir`: None is no run."""
-    return bool(workdir) and any(
-        checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / s) is not None for s in config.stages
-    )
+    return any(is_trained(stage, workdir) for stage in config.stages)
+
+
+def is_trained(stage, workdir):
+    """Return whether the workdir holds a checkpoint of this stage; `workdir`: None is no run."""
+    return bool(workdir) and checkpoint_reader.latest_step(epath.Path(workdir) / "checkpoints" / stage) is not None
 
 
 def check_available(config, mesh):

@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rae_jax.build import models, sampler
-from rae_jax.config.keys import generator
+from rae_jax.config.keys import drawing_from
 from rae_jax.data import decode
 from rae_jax.diffusion import ode
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid, reconstruct
 from rae_jax.models.autoencoder import denormalise, to_uint8
+from rae_jax.models.dit import in_dtype
 
 NUM_IMAGES = 4  # images that are sampled at a time
 SNAPSHOTS = 8  # pictures of a trajectory
@@ -26,14 +27,14 @@ LARGEST_ERROR = 0.25  # error, as a fraction of the range of a pixel, from which
 
 
 class DemoModel:
-    """A config and its weights `parts`, {name: params}; sampling needs the generator among the parts.
+    """A config and its weights `parts`, {name: params}; `trajectory` needs the DiT among them, `draw` the student.
 
-    Guidance is the config's; if the config has none and the DiT has classes, it is classifier-free. The scale and the
-    number of steps are arguments of single compiled Euler steps, so that new values do not compile again.
+    Guidance of the DiT is the config's; if the config has none and the DiT has classes, it is classifier-free. The
+    scale and the number of steps are arguments of single compiled Euler steps, so that new values do not compile again.
     """
 
     def __init__(self, config, parts):
-        self._config, self._parts = ConfigDict(config.to_dict()), parts
+        self._config, self._parts = ConfigDict(drawing_from(config, "dit").to_dict()), parts
         if not sampler.is_guided(self._config) and self._config.dit.class_conditional:
             self._config.guidance.method = "cfg"
         self._autoencoder = models.autoencoder(config)
@@ -43,10 +44,9 @@ class DemoModel:
         """Return whether the guidance scale has an effect."""
         return sampler.is_guided(self._config)
 
-    @property
-    def few_step(self):
-        """Return whether the few-step student draws."""
-        return generator(self._config) == "few_step"
+    def has(self, part):
+        """Return whether this part is there: 'dit', or 'few_step', the student."""
+        return part in self._parts
 
     def trajectory(self, label, seed, scale, num_steps):
         """Yield (time, uint8 images [NUM_IMAGES, H, W, 3]): the DiT's predicted data at this time; last, samples."""
@@ -92,7 +92,7 @@ class DemoModel:
     @functools.cached_property
     def _draw(self):
         def draw(parts, x, labels, num_steps):
-            u = sampler.velocity_of_generator(self._config, parts, labels)
+            u = sampler.mean_velocity(self._config, in_dtype(parts["few_step"], self._config.dtype), labels)
             latents = denormalise(ode.jumps(u, x, ode.time_grid(num_steps, 1.0)), parts["statistics"])
             return to_uint8(self._autoencoder.decode(parts["decoder"], latents))
 

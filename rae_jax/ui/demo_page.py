@@ -73,17 +73,17 @@ def serve(page, *, host, port):
 def build_page(model, *, title, weights, class_names, held_out, image_size, scale):
     """Return the page of a `demo_model.DemoModel` as Gradio's Blocks.
 
-    `weights` says in words which weights these are. `class_names` is empty if the model cannot sample; `held_out` is a
-    source of example pictures, or None; `scale` is the first value of the guidance scale.
+    `weights` says in words which weights these are. `class_names` is not used if the model cannot sample; `held_out` is
+    a source of example pictures, or None; `scale` is the first value of the guidance scale.
     """
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(_HEAD.format(name=title, weights=weights))
-        if class_names:
+        if model.has("few_step"):
+            with gr.Tab("Few steps"):
+                _few_step_tab(page, model, class_names)
+        if model.has("dit"):
             with gr.Tab("Sample"):
-                if model.few_step:
-                    _few_step_tab(page, model, class_names)
-                else:
-                    _sample_tab(model, class_names, scale)
+                _sample_tab(model, class_names, scale)
         with gr.Tab("Reconstruct"):
             _reconstruct_tab(model, held_out, image_size)
         with gr.Tab("Interpolate"):
@@ -130,10 +130,10 @@ def _few_step_tab(page, model, class_names):
     with gr.Row():
         label = gr.Dropdown([(name, i) for i, name in enumerate(class_names)], value=0, label="Class", elem_id="class")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-        steps = gr.Radio(FEW_STEPS, value=FEW_STEPS[0], label="Steps", elem_id="steps")
+        steps = gr.Radio(FEW_STEPS, value=FEW_STEPS[0], label="Steps", elem_id="student-steps")
     angle = gr.Slider(0, 360, 0, step=1, label="Turn the noise, degrees", elem_id="angle")
-    message = gr.Markdown(elem_id="sample-message")
-    strip = _picture("Drawn by the student", "sample-strip")
+    message = gr.Markdown(elem_id="student-message")
+    strip = _picture("Drawn by the student", "student-strip")
 
     def run(label, seed, angle, steps):
         if seed is None or not 0 <= seed <= MAX_SEED:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from rae_jax.build import data as build_data
 from rae_jax.build import models, part_weights
+from rae_jax.cli import demo
 from rae_jax.config import keys as config_keys
 from rae_jax.errors import UserError
 from rae_jax.inference import generate, image_grid
@@ -28,7 +29,7 @@ from rae_jax.ui import demo_model
 ROOT = Path(__file__).parents[2]
 
 
-def _demo(config):
+def _model(config):
     parts = ("encoder", "decoder", config_keys.generator(config))
     shapes = {part: part_weights.shapes(config, part) for part in parts}
     parts = random_like(shapes, seed=0, scale=0.2)
@@ -38,8 +39,8 @@ def _demo(config):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return _demo(tiny())
+def whole():
+    return _model(tiny())
 
 
 @pytest.mark.parametrize("method", ["internal", "internal_cfg", "mean_velocity"])
@@ -48,8 +49,8 @@ def test_raev2_s_dit_and_its_student_show_their_samples(method):
     config.dit.update({"conditioning": "in_context", "depth": 2, "base_depth": 1, "prediction": "data_in_velocity"})
     (config.sampler if student else config.guidance).method = method
     config.guidance.update({"scale": 9.0, "t_min": 0.1})
-    model, config, parts = _demo(config)
-    assert (model.few_step, model.guided) == (student, not student)
+    model, config, parts = _model(config)
+    assert (model.has("few_step"), model.has("dit"), model.guided) == (student, not student, True)
     if student:
         ends, other = (model.draw(4, 9, angle, 3) for angle in (0.0, 20.0))
     else:
@@ -60,8 +61,24 @@ def test_raev2_s_dit_and_its_student_show_their_samples(method):
     assert np.abs(np.int32(ends) - np.int32(other)).max() > 1
 
 
-def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
-    model, config, parts = demo
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, ["dit"]),
+        ({"stages": ("dit", "few_step")}, ["dit"]),  # the student is not trained yet
+        ({"sampler.method": "mean_velocity", "few_step.weights": "student.pt"}, ["dit", "few_step"]),
+        ({"sampler.method": "mean_velocity", "few_step.weights": "student.pt", "dit.weights": "a/hub"}, ["few_step"]),
+    ],
+)
+def test_the_other_generator_is_shown_if_it_costs_no_download(changes, shown, tmp_path):
+    config = tiny()
+    config.stages = ()
+    config.update_from_flattened_dict(changes)
+    assert [part for part in config_keys.GENERATORS if demo._is_shown(config, part, tmp_path)] == shown
+
+
+def test_a_trajectory_ends_in_the_sample_and_compiles_once(whole):
+    model, config, parts = whole
     ends = {}
     for steps, scale in ((3, 2.5), (12, 2.5), (3, 1.0)):
         found = list(model.trajectory(4, 9, scale, steps))
@@ -77,8 +94,8 @@ def test_a_trajectory_ends_in_the_sample_and_compiles_once(demo):
     assert np.abs(ends[3, 1.0] - ends[3, 2.5]).max() > 1
 
 
-def test_reconstructions_and_what_is_between_two(demo):
-    model, config, parts = demo
+def test_reconstructions_and_what_is_between_two(whole):
+    model, config, parts = whole
     one, other = (build_data.source(config, "heldout")[i]["image"] for i in (0, 1))
     decoded, latents, scores = model.reconstruct(one)
     assert decoded.shape == one.shape and latents.shape == config_keys.latent_shape(config)
