@@ -28,12 +28,12 @@ def prediction(config):
             to_velocity = functools.partial(flow.velocity_from_data, path=path)
         case "data_in_velocity":
             target = lambda x, noise, t: x  # noqa: E731
-            return Prediction(path, target, flow.clamped_velocity, 1.0, 0.0, 1.0, flow.clamped_weight)
+            return Prediction(path, target, flow.clamped_velocity, 1.0, 0.0, 1.0, flow.clamped_weight, True)
         case other:
             raise ValueError(f"unknown prediction {other!r}")
     defined_at_ends = config.dit.prediction == "velocity" and config.dit.path != "vp"
     first, last = (1.0, 0.0) if defined_at_ends else (0.999, 0.001)
-    return Prediction(path, target, to_velocity, first, last)
+    return Prediction(path, target, to_velocity, first, last, steep_at_data=config.dit.prediction == "data")
 
 
 def _path(name):
@@ -112,7 +112,7 @@ def _solve(config, times, velocity, x, noise_fn):
                 return ode.euler(velocity, x, times)
             return ode.euler_reusing(velocity, x, times, refreshed(config))
         case "heun":
-            return ode.heun(velocity, x, times)
+            return ode.heun(velocity, x, times, last_by_euler=prediction(config).steep_at_data)
         case "adaptive":
             return ode.adaptive(velocity, x, times, rtol=c.rtol, atol=c.atol)
         case "sde":

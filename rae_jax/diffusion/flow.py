@@ -50,6 +50,7 @@ class Prediction:
     last: float  # the sampler's last time
     latest: float = 0.999  # the largest time of training, before the shift
     weight: Callable | None = None  # t -> the weight of a squared difference from the target; None: 1
+    steep_at_data: bool = False  # `to_velocity` divides by sigma, which is zero at data, so that errors grow there
 
 
 class Velocity(NamedTuple):

@@ -73,8 +73,11 @@ def euler_reusing(velocity, x, times, refresh):
     return x
 
 
-def heun(velocity_fn, x, times):
-    """Take Heun's steps, of order 2: the mean of the velocities at both ends of a step; two evaluations per step."""
+def heun(velocity_fn, x, times, *, last_by_euler=False):
+    """Take Heun's steps, of order 2: the mean of the velocities at both ends of a step; two evaluations per step.
+
+    `last_by_euler`: the last step takes the velocity at its start alone (as in EDM, arXiv 2206.00364).
+    """
 
     def step(x, interval):
         t, t_next = interval
@@ -82,6 +85,8 @@ def heun(velocity_fn, x, times):
         v_next = velocity_fn(x + (t_next - t) * v, _all(t_next, x))
         return x + 0.5 * (t_next - t) * (v + v_next), None
 
+    if last_by_euler:
+        return _euler_step(velocity_fn, _scan(step, x, times[:-1]), times[-2:])
     return _scan(step, x, times)
 
 

@@ -58,7 +58,11 @@ def test_a_step_asks_for_the_velocity_at_its_start_and_heun_s_at_its_end_as_well
         return x * t[:, None]
 
     assert ode.euler(velocity_fn, x, times).item() == 1 - 0.5 * 1
-    assert ode.heun(velocity_fn, x, times).item() == 1 - 0.5 * (1 + 0.5 * 0.5) / 2
+    first = ode.heun(velocity_fn, x, times).item()
+    assert first == 1 - 0.5 * (1 + 0.5 * 0.5) / 2
+    assert ode.heun(velocity_fn, x, times, last_by_euler=True).item() == 1 - 0.5 * 1
+    last = ode.heun(velocity_fn, x, jnp.array([1.0, 0.5, 0.25]), last_by_euler=True).item()
+    assert last == first - 0.25 * first * 0.5
 
 
 def test_the_adaptive_solver_keeps_its_tolerance():
