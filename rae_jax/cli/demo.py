@@ -3,7 +3,7 @@
 import importlib.util
 import itertools
 
-from rae_jax.build import part_weights
+from rae_jax.build import part_weights, sampler
 from rae_jax.cli import results
 from rae_jax.config.keys import GENERATORS, drawing_from, generator
 from rae_jax.errors import UserError
@@ -28,7 +28,7 @@ def run(config, workdir, mesh, flags):
         class_names=results.class_names(config, workdir) if generators else (),
         held_out=results.held_out(config),
         image_size=config.data.image_size,
-        scale=config.guidance.scale if config.guidance.method != "none" else 1.0,
+        scale=config.guidance.scale if sampler.is_guided(drawing_from(config, "dit")) else 1.0,
     )
     demo_page.serve(page, host=flags.host, port=flags.port)
 
