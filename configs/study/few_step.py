@@ -80,7 +80,10 @@ def get_config():
         "compare": _compare(),
         "columns": ["fd", "agreement", "seconds_per_image", "forward_gflops"],
         "columns_of_generators": ["fd", "agreement", "seconds_per_image"],
-        "plots": [{"y": y, "over": "number of steps", "lines": lines} for y in ("fd", "agreement")],
+        "plots": [
+            {"y": y, "over": "number of steps", "log": log, "lines": lines}
+            for y, log in (("fd", "xy"), ("agreement", "x"))
+        ],
         "note": "Internal guidance at 3 for all solvers; the student learned it. Heun's steps take two passes each. "
         "Each seed trains a DiT of its own, and the student after it.",
     }

@@ -2,7 +2,8 @@
 
 A panel is data: 'y', a metric; 'x', a metric or 'step', or missing for bars over variants; 'series', {label: variants}
 for lines; 'by_step', one line over checkpoints for each variant; 'bars', the variants of bars; 'also', more metrics;
-'lines', {label: (variant, {x: generator})} over the generators of a run, with 'over', the label of x.
+'lines', {label: (variant, {x: generator})} over the generators of a run, with 'over', the label of x, and 'log', the
+axes that are logarithmic ('x', 'xy').
 """
 
 import io
@@ -83,6 +84,9 @@ def _over_generators(axis, panel, values):
         points = [verdict.mean_and_spread(values[variant, metrics[x]]) for x in xs]
         style = {"label": name, "marker": "o", "ms": 4, "capsize": 3, "color": _COLOURS[number % len(_COLOURS)]}
         axis.errorbar(xs, [mean for mean, *_ in points], yerr=[spread or 0 for _, spread, _ in points], **style)
+    for name in panel.get("log", ""):
+        axis.set(**{f"{name}scale": "log"})
+        getattr(axis, f"{name}axis").set_major_formatter("{x:g}")
     axis.set_xlabel(panel["over"])
     axis.set_ylabel(label(panel["y"]))
     axis.legend(fontsize=7, frameon=False)
