@@ -202,7 +202,9 @@ def test_images_that_are_not_finite_are_an_error(loaded):
         rae_jax.sample(rae, rae_jax.DiT(params, None, dit.config), [1, 2], seed=5)
 
 
-@pytest.mark.parametrize("stage", ["encoder", "decoder", "dit"])
+@pytest.mark.parametrize(
+    "stage", ["encoder", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("decoder", "dit"))]
+)
 def test_training_is_the_same_with_64_bits(stage):
     """The state and the metrics of three steps."""
     config = tiny()

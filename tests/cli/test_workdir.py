@@ -126,6 +126,7 @@ def test_it_samples_on_fewer_devices_than_it_was_trained_on(finished, tmp_path):
     assert wrong.returncode == 2 and "holds a run with config.dit.width=16, not 32" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_killed_sampling_resumes_with_other_threads_mesh_and_batch_to_the_same_bytes(finished, tmp_path):
     command = ["--mode=sample", "--num_images=96", "--config.sampler.num_steps=20"]
     for name in ("whole", "killed"):

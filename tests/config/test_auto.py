@@ -82,6 +82,7 @@ def test_unroll_takes_every_kind_of_value_in_every_config():
     assert auto.is_open(found)
 
 
+@pytest.mark.slow
 def test_a_stage_gets_the_first_choice_that_fits(monkeypatch, capfd):
     """Measured by the compiler on this machine, with a limit between the memory of two choices."""
     config, mesh = tiny(), one_device()

@@ -15,6 +15,7 @@ from flax import linen as nn
 from rae_jax.build import objectives, part_weights, sampler, stages
 from rae_jax.config import keys
 from rae_jax.diffusion import flow, ode
+from rae_jax.errors import UserError
 from rae_jax.models import conditions
 from rae_jax.runtime import sharding
 from rae_jax.training import few_step
@@ -179,6 +180,18 @@ def test_the_student_starts_as_its_dit(whole, tmp_path):
     for tree in (state["params"], state["ema_params"]):
         assert tree.keys() - given.keys() == {"interval_embed"}
         jax.tree.map(np.testing.assert_array_equal, {name: tree[name] for name in given}, given)
+
+
+def test_a_teacher_of_other_latents_is_refused(whole, tmp_path):
+    config, _, _ = whole
+    other = config.copy_and_resolve_references()
+    other.encoder.width = 24
+    stage_cases.write_weights(other, epath.Path(tmp_path), ("dit",), 0.1)
+    config = config.copy_and_resolve_references()
+    config.dit.weights = str(tmp_path)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with pytest.raises(UserError, match=r"config.dit.weights=.* has shape .*\(24, .* and not \(16, "):
+        stages.stage(config, "few_step", tmp_path / "run", mesh).begin(None)
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(whole, tmp_path):
