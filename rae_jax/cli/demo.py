@@ -34,12 +34,10 @@ def run(config, workdir, mesh, flags):
 
 
 def _is_shown(config, part, workdir):
-    """Return whether a generator is shown: the config's, and the other one if its weights are here without a download.
+    """Return whether a generator is shown: the config's, and the other one if the run trained it.
 
-    These are weights that the run trained or that ship with the package.
+    Other weights that the config names may be a large download, or may not fit: nothing else needs them.
     """
     if part == generator(config):
         return part_weights.has_part(config, part)
-    if part in config.stages:
-        return part_weights.is_trained(part, workdir)
-    return config[part].weights == "small"
+    return part in config.stages and part_weights.is_trained(part, workdir)

@@ -65,9 +65,9 @@ def check(config, workdir, *results):
     """Raise UserError if `workdir` holds a run of another config, as far as the results (see scopes) depend on it.
 
     A key that is not in the run's config.json was added by a later version of this package: the run accepts any value,
-    or that of _BEFORE.
-    Places of data and weights may differ if the workdir has inputs.json: training images and frozen weights are then
-    compared (see inputs); config.data.heldout_path and config.STAGE.train.init are not.
+    except for a key of _BEFORE, whose value there is the run's. Places of data and weights may differ if the workdir
+    has inputs.json: training images and frozen weights are then compared (see inputs); config.data.heldout_path and
+    config.STAGE.train.init are not.
     """
     workdir = epath.Path(workdir)
     path = workdir / FILE
